@@ -1,0 +1,277 @@
+"""One loader for every data source: shuffle, slice, transform, batch, prefetch, resume.
+
+Axes: G steps per call, B batch, H height, W width, L text length.
+
+A source is anything with `__len__` and `__getitem__(index) -> dict`; what it returns for an index
+never changes, so the whole stream is a function of (source, seed) and the iterator's state is a
+position in it. Shuffling is an index permutation computed on the fly: it costs nothing to set up,
+however long the source.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import threading
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, Protocol
+
+import numpy as np
+
+from instella_jax.errors import UserError
+
+if TYPE_CHECKING:
+    import grain
+
+logger = logging.getLogger(__name__)
+
+Sample = dict[str, Any]
+Transform = Callable[[Sample, np.random.Generator], Sample]
+
+
+class BadSample(Exception):
+    """Raised by a source or a transform for a sample that cannot be used; the loader skips it."""
+
+
+class Source(Protocol):
+    """Random access to samples: pure in the index."""
+
+    def __len__(self) -> int:
+        """Return the number of samples."""
+        ...
+
+    def __getitem__(self, index: int, /) -> Sample:
+        """Return the sample at `index`, in [0, len)."""
+        ...
+
+
+class TextEncoder(Protocol):
+    """What the loader needs of a text tokenizer."""
+
+    def encode(
+        self, texts: list[str], *, max_length: int, pad_to: int
+    ) -> tuple[np.ndarray, np.ndarray]:
+        """Return ids int32 [B, L] and mask bool [B, L], L = pad_to."""
+        ...
+
+
+class _SkipBad:
+    """Counts and names the samples that are skipped; gives up when nothing else is left."""
+
+    _PATIENCE = 10_000
+
+    def __init__(self, source_length: int):
+        self._limit = min(2 * source_length + 64, self._PATIENCE)
+        self._named: set[str] = set()
+        self._in_a_row = 0
+        self._lock = threading.Lock()
+
+    def __getstate__(self) -> dict[str, Any]:
+        return {**self.__dict__, "_lock": None}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        self.__dict__.update(state, _lock=threading.Lock())
+
+    def __call__(self, read: Callable[..., Sample], *args: Any) -> Sample | None:
+        """Return `read(*args)`, or None where it raises BadSample."""
+        try:
+            sample = read(*args)
+        except BadSample as error:
+            self._count(str(error))
+            return None
+        self._in_a_row = 0
+        return sample
+
+    def _count(self, reason: str) -> None:
+        with self._lock:
+            self._in_a_row += 1
+            if reason not in self._named:
+                self._named.add(reason)
+                logger.warning("skipped (%d so far): %s", len(self._named), reason)
+            if self._in_a_row >= self._limit:
+                raise UserError(
+                    f"{self._in_a_row} samples in a row could not be used, the last because "
+                    f"{reason}; check the data."
+                )
+
+
+class _GuardedSource:
+    def __init__(self, source: Source, skip_bad: _SkipBad):
+        self._source, self._skip_bad = source, skip_bad
+
+    def __len__(self) -> int:
+        return len(self._source)
+
+    def __getitem__(self, index: int) -> Sample | None:
+        return self._skip_bad(self._source.__getitem__, int(index))
+
+
+class _GuardedTransform:
+    def __init__(self, transform: Transform, skip_bad: _SkipBad):
+        self._transform, self._skip_bad = transform, skip_bad
+
+    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample | None:
+        return self._skip_bad(self._transform, sample, rng)
+
+
+class _Collate:
+    """Stacks arrays and lists everything else, with a leading group axis when `groups` is set."""
+
+    def __init__(self, groups: int | None):
+        self._groups = groups
+
+    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+        batch = {}
+        for key, first in samples[0].items():
+            values = [sample[key] for sample in samples]
+            if isinstance(first, np.ndarray | np.generic | int | float):
+                batch[key] = self._stack(key, values)
+            elif self._groups is None:
+                batch[key] = values
+            else:
+                size = len(values) // self._groups
+                batch[key] = [values[i : i + size] for i in range(0, len(values), size)]
+        return batch
+
+    def _stack(self, key: str, values: list[Any]) -> np.ndarray:
+        shapes = {np.shape(value) for value in values}
+        if len(shapes) > 1:
+            raise UserError(
+                f"samples of one batch differ in the shape of {key!r} ({sorted(shapes)[:3]}); "
+                "give the loader a transform that makes them the same size."
+            )
+        stacked = np.stack(values)
+        if self._groups is None:
+            return stacked
+        return stacked.reshape(self._groups, -1, *stacked.shape[1:])
+
+
+def _add_ids(batch: dict[str, Any], tokenizer: TextEncoder, max_length: int) -> dict[str, Any]:
+    """Return `batch` with "ids" and "mask" beside "text"."""
+    text = batch["text"]
+    grouped = isinstance(text[0], list)
+    flat = [line for group in text for line in group] if grouped else list(text)
+    ids, mask = tokenizer.encode(flat, max_length=max_length, pad_to=max_length)
+    shape = (len(text), -1, max_length) if grouped else (len(text), max_length)
+    return {
+        **batch,
+        "ids": np.asarray(ids, np.int32).reshape(shape),
+        "mask": np.asarray(mask, bool).reshape(shape),
+    }
+
+
+def make_loader(
+    source: Source,
+    *,
+    batch_size: int,
+    seed: int,
+    shuffle: bool = True,
+    repeat: bool = True,
+    transform: Transform | None = None,
+    text_tokenizer: TextEncoder | None = None,
+    max_length: int = 128,
+    steps_per_call: int | None = None,
+    drop_remainder: bool | None = None,
+    workers: int = 0,
+    threads: int | None = None,
+    prefetch: int = 2,
+    process_index: int = 0,
+    process_count: int = 1,
+) -> grain.DatasetIterator:
+    """Return an iterator over batches of `source` whose state saves and restores exactly.
+
+    Batches hold "image" uint8 [B, H, W, 3], "text" (a list of B strings) and whatever else the
+    samples have: arrays and numbers stacked, other values as lists. With a text tokenizer also
+    "ids" int32 [B, L] and "mask" bool [B, L], L = max_length. With `steps_per_call=G` every leaf
+    has a leading axis G ([G, B, H, W, 3]; "text" is G lists of B), G batches per item.
+
+    A sample for which the source or the transform raises `BadSample` is left out and named once
+    in the log; the next one takes its place, so nothing is repeated and batches stay full.
+
+    `get_state()` gives the position after the batch last returned, whatever has been prefetched;
+    `set_state()` goes there. A state fits the same source, seed, batch size, workers and
+    process_count that made it.
+
+    Args:
+      source: Random access samples. With workers > 0 it must pickle.
+      batch_size: Samples per batch of this process.
+      seed: Any non-negative integer: decides the order and the transforms' random numbers.
+      shuffle: A fresh permutation of the whole source in every epoch; else the source's order.
+      repeat: Go round for ever; else one epoch.
+      transform: `transform(sample, rng) -> sample`; rng is a function of (seed, index in the
+        source, epoch) alone, whatever the number of processes.
+      text_tokenizer: Encodes "text"; needs `encode(texts, max_length=, pad_to=)`.
+      max_length: Fixed text length L.
+      steps_per_call: G, or None for no group axis.
+      drop_remainder: Leave out a last, short batch. Default: True, except for a single epoch
+        without a group axis.
+      workers: Processes that read and transform. 0: threads of this process.
+      threads: Reading threads per process; 0 reads in the one prefetching thread, best for
+        samples that are computed, not read. Default: 0 with workers, else up to 8.
+      prefetch: Batches kept ready.
+      process_index: This process, in [0, process_count).
+      process_count: The processes that share the source; each gets every process_count-th
+        sample of the shuffled order: disjoint, and complete together.
+
+    Raises:
+      UserError: the source is too small to give one batch, or an argument is out of range.
+    """
+    import grain
+
+    groups = steps_per_call or 1
+    per_item = batch_size * groups
+    if batch_size < 1 or groups < 1 or workers < 0 or seed < 0:
+        raise UserError(
+            f"batch_size and steps_per_call must be at least 1, workers and seed at least 0; got "
+            f"{batch_size}, {steps_per_call}, {workers} and {seed}."
+        )
+    if not 0 <= process_index < process_count:
+        raise UserError(f"process_index must be in [0, {process_count}); got {process_index}.")
+    if drop_remainder is None:
+        drop_remainder = repeat or steps_per_call is not None
+    share = len(range(process_index, len(source), process_count))
+    if share == 0 or (share < per_item and drop_remainder and not repeat):
+        raise UserError(
+            f"{len(source)} samples over {process_count} process(es) do not fill one batch of "
+            f"{per_item}; use more data or a smaller batch_size."
+        )
+
+    # Grain seeds epoch e with seed + e: hashing keeps neighbouring seeds from sharing epochs.
+    order_seed, transform_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
+    skip_bad = _SkipBad(len(source))
+    data = grain.MapDataset.source(_GuardedSource(source, skip_bad))
+    if transform is not None:
+        data = data.random_map(_GuardedTransform(transform, skip_bad), seed=transform_seed)
+    if shuffle:
+        data = data.shuffle(seed=order_seed)
+    if process_count > 1:
+        data = data[process_index::process_count]
+    if repeat:
+        data = data.repeat()
+    if threads is None:
+        threads = 0 if workers else min(8, 2 * (os.cpu_count() or 1))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * per_item)
+    batches = data.to_iter_dataset(options).batch(
+        per_item, drop_remainder=drop_remainder, batch_fn=_Collate(steps_per_call)
+    )
+    if workers:
+        _allow_worker_processes()
+        batches = batches.mp_prefetch(
+            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
+        )
+    if text_tokenizer is not None:
+        # In this process even with workers: warnings about unknown words then come once.
+        batches = batches.map(lambda batch: _add_ids(batch, text_tokenizer, max_length))
+    if prefetch:
+        batches = grain.experimental.ThreadPrefetchIterDataset(
+            batches, prefetch_buffer_size=prefetch
+        )
+    return iter(batches)
+
+
+def _allow_worker_processes() -> None:
+    """Let grain start workers from a program that does not parse absl flags."""
+    from absl import flags
+
+    if not flags.FLAGS.is_parsed():
+        flags.FLAGS.mark_as_parsed()
