@@ -13,7 +13,7 @@ from __future__ import annotations
 import logging
 import os
 import threading
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
@@ -102,7 +102,7 @@ class _GuardedSource:
     def __len__(self) -> int:
         return len(self._source)
 
-    def __getitem__(self, index: int) -> Sample | None:
+    def __getitem__(self, index: int) -> Any:
         return self._skip_bad(self._source.__getitem__, int(index))
 
 
@@ -110,7 +110,7 @@ class _GuardedTransform:
     def __init__(self, transform: Transform, skip_bad: _SkipBad):
         self._transform, self._skip_bad = transform, skip_bad
 
-    def __call__(self, sample: Sample, rng: np.random.Generator) -> Sample | None:
+    def __call__(self, sample: Any, rng: np.random.Generator) -> Any:
         return self._skip_bad(self._transform, sample, rng)
 
 
@@ -120,7 +120,7 @@ class _Collate:
     def __init__(self, groups: int | None):
         self._groups = groups
 
-    def __call__(self, samples: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
         batch = {}
         for key, first in samples[0].items():
             values = [sample[key] for sample in samples]

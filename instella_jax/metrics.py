@@ -1,0 +1,249 @@
+"""What a run says of itself: metrics files, the progress line, images per second.
+
+Nothing here touches the device: callers pass numbers that they have fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+logger = logging.getLogger(__name__)
+
+# Shown first and in this order; whatever else a step reports goes to the files.
+_ON_THE_LINE = ("loss", "bit_accuracy", "psnr")
+
+
+class MetricsWriter:
+    """Scalars as JSON lines in `workdir/metrics.jsonl`, and with pictures as TensorBoard events.
+
+    A line is one JSON object: {"step": 100, "train/loss": 0.31, ...}; a value that is not finite
+    is null there. Only one process of a run should be `enabled`; in the others every method does
+    nothing.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        start_step: int = 0,
+        enabled: bool = True,
+        tensorboard: bool = True,
+    ):
+        """Open the files for appending.
+
+        Args:
+          workdir: Made if it is not there.
+          start_step: The step a resumed run continues from. What a killed run wrote of later
+            steps is removed, since those steps come again.
+          enabled: False in every process but the first.
+          tensorboard: Also write TensorBoard event files, in `workdir/tensorboard`.
+        """
+        self._file: TextIO | None = None
+        self._events: Any = None
+        if not enabled:
+            return
+        path = Path(workdir) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_after(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            from tensorboardX import SummaryWriter
+
+            self._events = SummaryWriter(
+                str(path.parent / "tensorboard"),
+                purge_step=start_step + 1 if start_step else None,
+            )
+
+    def scalars(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
+        """Write numbers (Python, numpy or fetched jax scalars) under `prefix/name`."""
+        if self._file is None:
+            return
+        named = {f"{prefix}/{k}" if prefix else k: float(v) for k, v in values.items()}
+        plain = {name: v if math.isfinite(v) else None for name, v in named.items()}
+        self._file.write(json.dumps({"step": int(step), **plain}, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            for name, value in named.items():
+                self._events.add_scalar(name, value, int(step))
+
+    def image(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Write a picture, uint8 [H, W, 3], to TensorBoard."""
+        if self._events is not None:
+            self._events.add_image(name, picture, int(step), dataformats="HWC")
+
+    def text(self, step: int, name: str, text: str) -> None:
+        """Write a text, shown as it is (not as Markdown), to TensorBoard."""
+        if self._events is not None:
+            indented = "\n".join("    " + line for line in text.splitlines())
+            self._events.add_text(name, indented, int(step))
+
+    def close(self) -> None:
+        """Flush and close; writing afterwards does nothing."""
+        if self._file is not None:
+            self._file.close()
+        if self._events is not None:
+            self._events.close()
+        self._file = self._events = None
+
+    def __enter__(self) -> MetricsWriter:
+        """Return self."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the lines of `workdir/metrics.jsonl`; [] without one. A cut last line is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s has a line that is not JSON; left out.", path)
+    return rows
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep only the whole lines of steps up to `step`."""
+    if not path.exists():
+        return
+    rows = read_metrics(path.parent)
+    kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+    if kept != path.read_text(encoding="utf-8"):
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch.write_text(kept, encoding="utf-8")
+        os.replace(scratch, path)
+
+
+class Throughput:
+    """Steps per second over the recent past, with pauses (compiling, evaluation) left out."""
+
+    def __init__(self, window: float = 30.0, clock: Callable[[], float] = time.perf_counter):
+        """Begin without a measurement.
+
+        Args:
+          window: Seconds of running that the rate is taken over.
+          clock: Returns seconds.
+        """
+        self._window, self._clock = window, clock
+        self._marks: list[tuple[float, int]] = []
+        self._paused = 0.0
+        self._pause_start: float | None = None
+
+    def update(self, step: int) -> None:
+        """Note that `step` is done. The first call only starts the measurement."""
+        now = self._clock() - self._paused
+        self._marks.append((now, step))
+        while len(self._marks) > 2 and now - self._marks[1][0] >= self._window:
+            del self._marks[0]
+
+    def pause(self) -> None:
+        """Stop the clock; does nothing when it stands already."""
+        if self._pause_start is None:
+            self._pause_start = self._clock()
+
+    def resume(self) -> None:
+        """Let the clock run on."""
+        if self._pause_start is not None:
+            self._paused += self._clock() - self._pause_start
+            self._pause_start = None
+
+    @property
+    def steps_per_second(self) -> float | None:
+        """Steps per second, > 0, or None before two updates."""
+        if len(self._marks) < 2:
+            return None
+        (start, first), (end, last) = self._marks[0], self._marks[-1]
+        return (last - first) / (end - start) if end > start and last > first else None
+
+
+def progress_line(
+    step: int,
+    total: int,
+    metrics: Mapping[str, Any],
+    steps_per_second: float | None = None,
+    batch_size: int = 1,
+) -> str:
+    """Return e.g. "step 120/400  loss 0.3121  bit accuracy 0.874  103 images/s  ETA 1:02".
+
+    Args:
+      step: Steps done.
+      total: Steps in all.
+      metrics: Numbers by name; loss, bit_accuracy and psnr are shown where they are there.
+      steps_per_second: The rate, when it is known.
+      batch_size: Images per step.
+    """
+    parts = [f"step {step:>{len(str(total))}}/{total}"]
+    for name in _ON_THE_LINE:
+        if name in metrics:
+            parts.append(f"{name.replace('_', ' ')} {float(metrics[name]):.4f}")
+    if steps_per_second:
+        parts.append(f"{steps_per_second * batch_size:.3g} images/s")
+        parts.append(f"ETA {_duration((total - step) / steps_per_second)}")
+    return "  ".join(parts)
+
+
+def _duration(seconds: float) -> str:
+    minutes, seconds = divmod(round(max(seconds, 0.0)), 60)
+    hours, minutes = divmod(minutes, 60)
+    days, hours = divmod(hours, 24)
+    if days:
+        return f"{days}d {hours:02d}:{minutes:02d}:{seconds:02d}"
+    return f"{hours}:{minutes:02d}:{seconds:02d}" if hours else f"{minutes}:{seconds:02d}"
+
+
+class Progress:
+    """One rewritten line on a terminal; elsewhere a plain line at a time.
+
+    Lines that must stay go through `message`, which takes care of the rewritten one.
+    """
+
+    def __init__(self, stream: TextIO | None = None, *, enabled: bool = True):
+        """Write to `stream` (standard output when None); say nothing when not `enabled`."""
+        self._stream = sys.stdout if stream is None else stream
+        self._enabled = enabled
+        self._rewrites = self._stream.isatty()
+        self._open = False
+
+    def update(self, line: str) -> None:
+        """Show `line`: over the last one on a terminal, as a new line elsewhere."""
+        if not self._enabled:
+            return
+        if self._rewrites:
+            columns = os.get_terminal_size(self._stream.fileno()).columns or 80
+            # A line that wraps can no longer be rewritten.
+            self._stream.write("\r\x1b[K" + line[: columns - 1])
+            self._open = True
+        else:
+            self._stream.write(line + "\n")
+        self._stream.flush()
+
+    def message(self, text: str) -> None:
+        """Print a line that stays."""
+        if not self._enabled:
+            return
+        self._stream.write(("\r\x1b[K" if self._open else "") + text + "\n")
+        self._open = False
+        self._stream.flush()
+
+    def close(self) -> None:
+        """End the rewritten line, leaving it to be read."""
+        if self._open:
+            self._stream.write("\n")
+            self._stream.flush()
+        self._open = False
