@@ -1,0 +1,71 @@
+"""Package metadata, dependencies and extras of instella-jax."""
+
+import re
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+ROOT = Path(__file__).parent
+README = ROOT / "README.md"
+VERSION = re.search(
+    r'^__version__ = "(.+)"$', (ROOT / "instella_jax/__init__.py").read_text(), re.MULTILINE
+)
+assert VERSION is not None
+
+# The lower bounds are what is tested on Python 3.11 (jax 0.10.2 is the last for it), the upper ones
+# the next release line that may break: jax 0.12 is tested on Python 3.12.
+REQUIRES = [
+    "absl-py>=2.1",
+    "clu>=0.0.12",
+    "flax>=0.12.8,<0.13",
+    "grain>=0.2.18,<0.3",
+    "jax>=0.10.2,<0.13",
+    "ml-collections>=1.1",
+    "numpy>=2.0",
+    "optax>=0.2.8,<0.3",
+    "orbax-checkpoint>=0.12.8,<1",
+    "pillow>=11.3",
+    "safetensors>=0.5",
+    "tensorboardX>=2.6.4",
+    "tensorflow-datasets>=4.9.9",
+    "tokenizers>=0.22",
+    "transformers>=5,<6",
+]
+
+EXTRAS = {
+    "cuda": ["jax[cuda13]"],
+    # jax 0.12.0.1 asks for a ROCm plugin of the same number, which was never published.
+    "rocm": ["jax[rocm7-local]!=0.12.0.1"],
+    "tpu": ["jax[tpu]"],
+    "app": ["gradio>=6,<7"],
+    "torch": ["torch>=2.10"],
+    "test": [
+        "pyright[nodejs]>=1.1.400",
+        "pytest>=8.4",
+        "pytest-xdist>=3.6",
+        "ruff>=0.14",
+    ],
+}
+
+setup(
+    name="instella-jax",
+    version=VERSION.group(1),
+    description="1D binary-latent image tokenizer and text-to-image generators in JAX",
+    long_description=README.read_text(encoding="utf-8") if README.exists() else "",
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE", "NOTICE"],
+    classifiers=[
+        "Intended Audience :: Science/Research",
+        "Programming Language :: Python :: 3.11",
+        "Programming Language :: Python :: 3.12",
+        "Topic :: Scientific/Engineering :: Artificial Intelligence",
+    ],
+    python_requires=">=3.11",
+    packages=find_packages(include=["instella_jax", "instella_jax.*"]),
+    package_data={"instella_jax": ["assets/**/*"]},
+    zip_safe=False,
+    install_requires=REQUIRES,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["instella-jax = instella_jax.cli:main"]},
+)
