@@ -20,6 +20,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
+from instella_jax.data.english import is_countable, plural
 from instella_jax.data.sprites import ASSET, BACKGROUNDS, CORE, SPRITE_SIDE
 
 RENAMED = {
@@ -30,18 +31,28 @@ RENAMED = {
     "sailboat": "boat",
     "crescent moon": "moon",
     "wrapped gift": "gift",
+    "grey heart": "gray heart",
     "black large square": "black square",
     "white large square": "white square",
 }
-# Their words would be confused with those for places and relations, or they hold letters.
+# Their words would be confused with those for places, relations, numbers and sizes, or with states.
 UNWANTED = re.compile(
     r"\b(left|right|leftwards|rightwards|up|down|upwards|downwards|top|above|below|middle"
     r"|button|arrow|arrows|japanese|keycap|input|clock|thirty|small|medium|large|medium-small"
-    r"|background|corner|center|centre|two|three|one|no|not|and|index|mark|sign|symbol)\b"
+    r"|background|corner|center|centre|two|three|one|no|not|and|index|mark|sign|symbol"
+    r"|away|done|off|mode|locked|unlocked|muted|volume|voltage|foggy|dizzy|savoring|exhaling"
+    r"|vomiting|gesturing|increasing|decreasing|struck|zzz|ok|oncoming|showing|departure|arrival"
+    r"|high|low|poo|bowling|bikini|briefs|kaaba|suit|fleur-de-lis)\b"
 )
-PEOPLE = re.compile(r"^(man|woman|men|women|mx|mrs) |\b(feeding|holding|boy|girl)\b")
-ZODIAC = "aries taurus gemini cancer leo virgo libra scorpio sagittarius capricorn aquarius".split()
-ZODIAC += "pisces ophiuchus".split()
+# Activities are not things; these words are things all the same.
+ACTIVITY = re.compile(r"(?<!\bw)(?<!\br)(?<!l)ing$")
+BUILDINGS = ("building",)
+# Of people only those that need no "man", "woman" or "person" in front.
+PEOPLE = re.compile(
+    r"^(man|woman|men|women|people|person|mx|mrs|deaf|old|older|pregnant) "
+    r"|\b(feeding|holding|boy|girl|women|merman|merperson)\b"
+)
+SYMBOL_NOUNS = ("circle", "square", "star", "asterisk", "loop", "menorah", "cross", "yang", "badge")
 # In units of 255: mean difference of two sprites on gray below which they count as the same.
 SAME_PICTURE = 9.0
 # A sprite is hidden where under this share of it differs from the background by this distance.
@@ -57,12 +68,14 @@ def _plain_name(label: str, group: str, labels: set[str]) -> str | None:
         return None  # the whole animal; its face reads better when small and takes the name
     if group == "animals-nature" and name.endswith(" face"):
         return name.removesuffix(" face")
-    name = RENAMED.get(name, name.removeprefix("person "))
+    name = RENAMED.get(name, name)
     if not re.fullmatch(r"[a-z]+(?:[ -][a-z]+)*", name) or len(name.split()) > 3:
         return None
-    if UNWANTED.search(name) or name in ZODIAC:
+    if UNWANTED.search(name) or (ACTIVITY.search(name) and not name.endswith(BUILDINGS)):
         return None
     if group == "people-body" and PEOPLE.search(name):
+        return None
+    if group == "symbols" and not name.endswith(SYMBOL_NOUNS):
         return None
     return name
 
@@ -81,6 +94,7 @@ class Twemoji:
     """SVG text by code points out of @twemoji/svg."""
 
     def __init__(self, modules: Path):
+        """Remembers where the package lies under node_modules."""
         self.folder = modules / "@twemoji" / "svg"
 
     def svg(self, code: str) -> str | None:
@@ -96,6 +110,7 @@ class FluentFlat:
     """SVG text by code points out of @iconify-json/fluent-emoji-flat."""
 
     def __init__(self, modules: Path):
+        """Reads the package's icons under node_modules."""
         folder = modules / "@iconify-json" / "fluent-emoji-flat"
         self.names = json.loads((folder / "chars.json").read_text())
         data = json.loads((folder / "icons.json").read_text())
@@ -138,9 +153,16 @@ def build(modules: Path, quality: int) -> tuple[dict, dict[str, bytes]]:
     labels = {entry["label"].lower() for entry in emoji}
     concepts, files, seen, kept = [], {}, set(), []
     # The core first, so that nothing that looks alike can take its place.
-    named = [(e, groups.get(str(e.get("group")), "")) for e in emoji]
-    named = [(e, g, _plain_name(e["label"], g, labels)) for e, g in named]
-    named = sorted((n for n in named if n[2]), key=lambda n: n[2] not in CORE)
+    named = []
+    for entry in emoji:
+        group = groups.get(str(entry.get("group")), "")
+        name = _plain_name(entry["label"], group, labels)
+        if name:
+            named.append((entry, group, name))
+    # "houses" is also how captions call two of "house".
+    plurals = {plural(name) for _, _, name in named if is_countable(name)}
+    named = [n for n in named if n[2] not in plurals or n[2] in CORE]
+    named.sort(key=lambda n: n[2] not in CORE)
     for entry, group, name in named:
         code = entry["hexcode"].lower()
         drawings = {style: maker.svg(code) for style, maker in makers.items()}
@@ -183,7 +205,7 @@ def _distinct(grey: dict[str, np.ndarray], kept: list[dict[str, np.ndarray]]) ->
 
 def main() -> None:
     """Parses the command line and writes the archive."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Builds the sprite archive.")
     parser.add_argument("--modules", type=Path, required=True, help="npm's node_modules folder")
     parser.add_argument("--out", type=Path, default=ASSET, help="the archive to write")
     parser.add_argument("--quality", type=int, default=88, help="WebP quality, 0 to 100")

@@ -7,6 +7,9 @@ and any other word is seen to be none. For models of other scenes give the same 
 as in their config, a vocabulary that holds their words, and another folder:
 
     python tools/train_bpe.py --concepts all --vocab-size 6000 --out my_text
+
+The library numbers equally frequent letters differently from run to run: a trained model belongs to
+the very file it was trained with.
 """
 
 import argparse
@@ -75,7 +78,7 @@ def train(texts: list[str], vocab_size: int) -> Tokenizer:
 
 def main() -> None:
     """Parses the command line and writes tokenizer.json."""
-    parser = argparse.ArgumentParser(description=__doc__.split("\n")[0])
+    parser = argparse.ArgumentParser(description="Trains the text tokenizer of the demo.")
     parser.add_argument("--concepts", default="core", help="core or all")
     parser.add_argument("--scenes", type=int, default=20_000, help="how many captions to read")
     parser.add_argument("--vocab-size", type=int, default=512, help="the most tokens allowed")

@@ -1,10 +1,10 @@
 """Captions: a small grammar that says only what is true of a scene.
 
-    caption    = things | things GROUND | "a" colour "background with" things
-    things     = "a cat" | "two cats" | "a cat" PLACE | "a cat" RELATION "a dog" | ...
-    PLACE      = "at the top left" | "in the top left corner" | "in the middle" | ...
-    RELATION   = "to the left of" | "left of" | "above" | ...
-    GROUND     = "on a blue background" | "on blue"
+caption    = things | things GROUND | "a" colour "background with" things
+things     = "a cat" | "two cats" | "a cat" PLACE | "a cat" RELATION "a dog" | ...
+PLACE      = "at the top left" | "in the top left corner" | "in the middle" | ...
+RELATION   = "to the left of" | "left of" | "above" | ...
+GROUND     = "on a blue background" | "on blue"
 """
 
 from collections.abc import Callable, Sequence
@@ -63,7 +63,7 @@ def listed(stream: Stream, scene: Scene) -> str:
 
 def sized(stream: Stream, scene: Scene) -> str | None:
     """ "a large cat": of a single object."""
-    if len(scene.objects) > 1 or not catalogue()[scene.objects[0].name].countable:
+    if len(scene.objects) != 1 or not catalogue()[scene.objects[0].name].countable:
         return None
     size = "large" if scene.objects[0].large else "small"
     return f"a {size} {scene.objects[0].name}"

@@ -5,7 +5,8 @@ from typing import Any
 import numpy as np
 
 from instella_jax.data import captions, sprites
-from instella_jax.data.scenes import Scene, Stream, World, scene_at
+from instella_jax.data.scene_maker import World, scene_at
+from instella_jax.data.scenes import Scene, Stream
 from instella_jax.errors import UserError
 
 SPLITS = ("train", "heldout")
@@ -57,7 +58,9 @@ class EmojiScenes:
           UserError: an argument is none of these.
         """
         if size < 16 or size % 8:
-            raise UserError(f"image_size of emoji scenes is {size}: expected a multiple of 8, >= 16")
+            raise UserError(
+                f"image_size of emoji scenes is {size}: expected a multiple of 8, >= 16"
+            )
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r}: expected one of {SPLITS}")
         if places not in ("snapped", "free"):

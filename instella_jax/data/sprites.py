@@ -7,13 +7,13 @@
 import functools
 import io
 import json
-import re
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
 
+from instella_jax.data import english
 from instella_jax.errors import UserError
 
 ASSET = Path(__file__).resolve().parent.parent / "assets" / "sprites" / "sprites.zip"
@@ -48,14 +48,6 @@ CORE = _COLOURED + (
     *("balloon", "crown", "gift"),
 )
 
-_PREPOSITIONS = re.compile(r" (?:with|without|of|in|on|behind|from|under|at|for|wearing) ")
-_PLURALS = {"fish": "fish", "sheep": "sheep", "deer": "deer", "bison": "bison", "ox": "oxen"}
-_PLURALS |= {"man": "men", "woman": "women", "child": "children", "person": "people"}
-_PLURALS |= {"mouse": "mice", "goose": "geese", "tooth": "teeth", "foot": "feet", "leaf": "leaves"}
-_PLURALS |= {"wolf": "wolves", "knife": "knives", "loaf": "loaves", "shrimp": "shrimp"}
-_SINGULAR_IN_S = re.compile(r"(?:ss|us|is)$|^(?:lens|gas)$")
-_AN_EXCEPTIONS = re.compile(r"^(?:uni|eu|one|us|ut|uk)")
-
 
 @dataclass(frozen=True)
 class Concept:
@@ -77,32 +69,18 @@ class Concept:
 
     @functools.cached_property
     def countable(self) -> bool:
-        """Whether "a name" and "two names" are English ("grapes" is not)."""
-        head = _PREPOSITIONS.split(self.name, maxsplit=1)[0].split()[-1]
-        return not head.endswith("s") or bool(_SINGULAR_IN_S.search(head))
+        """Whether there can be two of it in words; see `english.is_countable`."""
+        return english.is_countable(self.name)
 
     @functools.cached_property
     def singular(self) -> str:
-        """The name with its article: "a cat", "an apple", "grapes"."""
-        if not self.countable:
-            return self.name
-        vowel = self.name[0] in "aeiou" and not _AN_EXCEPTIONS.match(self.name)
-        return f"{'an' if vowel or self.name.startswith('hour') else 'a'} {self.name}"
+        """The name with its article: "a cat", "an apple", "scissors"."""
+        return english.with_article(self.name)
 
     @functools.cached_property
     def plural(self) -> str:
-        """The name in the plural: "cats", "butterflies", "hearts with arrow"."""
-        head = _PREPOSITIONS.split(self.name, maxsplit=1)[0]
-        *before, noun = head.split()
-        if noun in _PLURALS:
-            noun = _PLURALS[noun]
-        elif re.search(r"(?:s|x|z|ch|sh|[^o]to)$", noun):
-            noun += "es"
-        elif re.search(r"[^aeiou]y$", noun):
-            noun = noun[:-1] + "ies"
-        else:
-            noun += "s"
-        return " ".join([*before, noun]) + self.name[len(head) :]
+        """The name in the plural: "cats", "butterflies"."""
+        return english.plural(self.name)
 
 
 @functools.cache
@@ -154,6 +132,13 @@ def select(concepts: str | tuple[str, ...]) -> tuple[str, ...]:
             "catalogue(), such as 'cat' or 'red heart', and at least one"
         )
     return tuple(concepts)
+
+
+@functools.cache
+def visible_backgrounds(name: str, style: str) -> tuple[str, ...]:
+    """The backgrounds on which an object can be seen."""
+    hidden = catalogue()[name].hidden[style]
+    return tuple(background for background in BACKGROUNDS if background not in hidden)
 
 
 @functools.lru_cache(maxsize=4096)
