@@ -49,7 +49,7 @@ class TextEncoder(Protocol):
     """What the loader needs of a text tokenizer."""
 
     def encode(
-        self, texts: list[str], *, max_length: int, pad_to: int
+        self, texts: list[str], /, max_length: int, pad_to: int
     ) -> tuple[np.ndarray, np.ndarray]:
         """Return ids int32 [B, L] and mask bool [B, L], L = pad_to."""
         ...

@@ -1,0 +1,256 @@
+"""A folder of the user's own pictures with captions, as a data source.
+
+Captions are in `metadata.jsonl` at the top of the folder, one JSON object a line with "file_name"
+(relative to the folder) and "text" (a caption, or a list of captions); or, without that file, in
+one `.txt` beside each picture, of the same name. Subfolders are read too.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+import zlib
+from collections.abc import Sequence
+from pathlib import Path, PurePosixPath
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from instella_jax.data.loader import BadSample
+from instella_jax.errors import UserError
+
+if TYPE_CHECKING:
+    from PIL import Image
+
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
+# What Pillow may take a file for, whatever its name says: no format that runs another program.
+_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
+SPLITS = ("all", "train", "heldout")
+
+
+class FolderSource:
+    """Pictures as they are, with their captions; random access, in the order of their names.
+
+    `source[i]` is {"image": uint8 [h, w, 3], "texts": tuple of str}; give the loader a transform
+    (`data.transforms`) that brings them to one size and picks a caption. It raises `BadSample` for
+    a picture that cannot be read, which the loader skips.
+    """
+
+    def __init__(
+        self,
+        path: str | os.PathLike[str],
+        *,
+        split: str = "all",
+        heldout: float = 0.02,
+        captions: bool = True,
+        decode_side: int | None = None,
+        max_pixels: int | None = None,
+    ):
+        """List the pictures; none is opened yet.
+
+        Args:
+          path: The folder.
+          split: "train" or "heldout", disjoint parts decided by the file names, or "all".
+          heldout: Part of the pictures held out, in (0, 1); at least one picture is.
+          captions: Pictures need a caption; False: captions are not looked for, "texts" is ("",).
+          decode_side: Large JPEGs may be decoded at a fraction of their size, as long as neither
+            side falls below this many pixels: several times faster. None: at full size.
+          max_pixels: Larger pictures are refused unread. Default: Pillow's limit, 89 million.
+
+        Raises:
+          UserError: no such folder, no pictures, no captions, or a broken metadata.jsonl.
+        """
+        if split not in SPLITS:
+            raise UserError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}.")
+        self._root = Path(path).expanduser()
+        self._decode_side, self._max_pixels = decode_side, max_pixels
+        self._captions = captions
+        if not self._root.is_dir():
+            raise UserError(f"{self._root} is not a folder; give a folder of pictures.")
+        metadata = self._root / "metadata.jsonl"
+        if metadata.is_file():
+            entries = _read_metadata(metadata)
+        else:
+            entries = _scan(self._root)
+        if not entries:
+            where = metadata if metadata.is_file() else self._root
+            raise UserError(
+                f"{where} has no pictures; expected files ending in {', '.join(SUFFIXES)}."
+            )
+        if captions:
+            entries = self._captioned(entries)
+        self._entries = _part(entries, split, heldout)
+
+    def _captioned(
+        self, entries: list[tuple[str, tuple[str, ...] | str]]
+    ) -> list[tuple[str, tuple[str, ...] | str]]:
+        """Leave out pictures without a caption, or refuse a folder without any."""
+        found = [entry for entry in entries if entry[1]]
+        if not found:
+            raise UserError(
+                f"{self._root} has no captions; expected metadata.jsonl with file_name and text, "
+                "or a .txt file beside each picture."
+            )
+        if len(found) < len(entries):
+            missing = next(name for name, text in entries if not text)
+            logger.warning(
+                "%d of %d pictures have no caption and are left out, the first is %s",
+                len(entries) - len(found),
+                len(entries),
+                missing,
+            )
+        return found
+
+    def __len__(self) -> int:
+        """Return the number of pictures, broken ones included."""
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        """Name the folder; grain stores this to recognise the source."""
+        return f"FolderSource({str(self._root)!r}, {len(self)} pictures)"
+
+    def name(self, index: int) -> str:
+        """Return the file name of a picture, relative to the folder."""
+        return self._entries[index][0]
+
+    def __getitem__(self, index: int) -> dict[str, Any]:
+        """Read one picture and its captions.
+
+        Raises:
+          BadSample: the picture or its caption cannot be read.
+        """
+        name, text = self._entries[index]
+        image = read_picture(
+            self._root / name, decode_side=self._decode_side, max_pixels=self._max_pixels
+        )
+        if not self._captions:
+            text = ("",)
+        return {
+            "image": image,
+            "texts": _read_caption(self._root / text) if isinstance(text, str) else text,
+        }
+
+
+def _scan(root: Path) -> list[tuple[str, tuple[str, ...] | str]]:
+    """List (picture, its caption file or "") by name, both relative to `root`."""
+    entries: list[tuple[str, tuple[str, ...] | str]] = []
+    for folder, folders, files in os.walk(root):
+        folders[:] = sorted(name for name in folders if not name.startswith("."))
+        present = set(files)
+        where = PurePosixPath(Path(folder).relative_to(root).as_posix())
+        for name in files:
+            if name.startswith(".") or not name.lower().endswith(SUFFIXES):
+                continue
+            caption = os.path.splitext(name)[0] + ".txt"
+            entries.append((str(where / name), str(where / caption) if caption in present else ""))
+    return sorted(entries)
+
+
+def _read_metadata(path: Path) -> list[tuple[str, tuple[str, ...] | str]]:
+    """List (picture, its captions), in the order of the lines."""
+    entries: list[tuple[str, tuple[str, ...] | str]] = []
+    try:
+        with path.open(encoding="utf-8-sig") as lines:
+            for number, line in enumerate(lines, 1):
+                if line.strip():
+                    entries.append(_parse(line, f"{path}, line {number}"))
+    except UnicodeDecodeError:
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
+    return entries
+
+
+def _parse(line: str, where: str) -> tuple[str, tuple[str, ...]]:
+    try:
+        row = json.loads(line)
+    except json.JSONDecodeError as error:
+        raise UserError(f"{where}: not JSON ({error.msg}); expected one object a line.") from None
+    name = row.get("file_name") if isinstance(row, dict) else None
+    if not isinstance(name, str) or not name:
+        raise UserError(f'{where}: expected an object with "file_name", the name of a picture.')
+    if os.path.isabs(name) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
+        raise UserError(f"{where}: {name!r} leads out of the folder; keep the pictures inside it.")
+    text = row.get("text") or ()
+    texts = (text,) if isinstance(text, str) else text
+    if not isinstance(texts, Sequence) or not all(isinstance(item, str) for item in texts):
+        raise UserError(f'{where}: "text" is not a caption or a list of captions.')
+    return name, tuple(item.strip() for item in texts if item.strip())
+
+
+def _part(entries: list[Any], split: str, heldout: float) -> list[Any]:
+    """Return the entries of a split; all captions of a picture are in the same one."""
+    names = {name for name, _ in entries}
+    if split == "all" or len(names) < 2:
+        return entries
+    count = min(max(1, round(heldout * len(names))), len(names) - 1)
+    ranked = sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))
+    kept_out = set(ranked[:count])
+    return [entry for entry in entries if (entry[0] in kept_out) == (split == "heldout")]
+
+
+def _read_caption(path: Path) -> tuple[str]:
+    try:
+        text = " ".join(path.read_text(encoding="utf-8-sig").split())
+    except (OSError, UnicodeDecodeError) as error:
+        raise BadSample(f"caption {path}: {error}") from None
+    if not text:
+        raise BadSample(f"caption {path} is empty")
+    return (text,)
+
+
+def read_picture(
+    path: str | os.PathLike[str], *, decode_side: int | None = None, max_pixels: int | None = None
+) -> np.ndarray:
+    """Read any picture as a person sees it: turned upright, transparency on white, in RGB.
+
+    Args:
+      path: The file. Of an animation, the first picture is taken.
+      decode_side: See `FolderSource`.
+      max_pixels: See `FolderSource`.
+
+    Returns:
+      uint8 [h, w, 3].
+
+    Raises:
+      BadSample: the file is missing, broken, cut short, too large, or not a picture.
+    """
+    from PIL import Image, ImageOps
+
+    limit = max_pixels or Image.MAX_IMAGE_PIXELS or math.inf
+    try:
+        with Image.open(path, formats=_FORMATS) as image:
+            if image.width * image.height > limit:
+                raise BadSample(
+                    f"{path} is refused: {image.width}x{image.height} is over {limit} pixels"
+                )
+            if decode_side is not None:
+                image.draft(None, (decode_side, decode_side))
+            image.load()
+            return _to_rgb(ImageOps.exif_transpose(image))
+    except BadSample:
+        raise
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
+        raise BadSample(f"{path} is refused: {error}") from None
+    except Exception as error:  # Pillow's decoders raise all kinds on broken files
+        raise BadSample(f"{path} cannot be read: {error or type(error).__name__}") from None
+
+
+def _to_rgb(image: Image.Image) -> np.ndarray:
+    """Return uint8 [h, w, 3], whatever the mode."""
+    from PIL import Image
+
+    if image.mode.startswith("I") or image.mode == "F":
+        grey = np.asarray(image)
+        top = 1.0 if image.mode == "F" else 65535
+        if not (grey.min() >= 0 and grey.max() <= top):
+            raise ValueError(f"values outside [0, {top}] in a picture of mode {image.mode}")
+        # Pillow's own conversion would clip 16-bit values at 255.
+        return np.repeat(np.round(grey[..., None] * (255 / top)).astype(np.uint8), 3, axis=-1)
+    if image.has_transparency_data:
+        layer = image.convert("RGBA")
+        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
+        image = Image.alpha_composite(white, layer)
+    return np.asarray(image.convert("RGB"))
