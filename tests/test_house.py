@@ -1,0 +1,81 @@
+"""Rules of the house that no other test would notice: imports, metadata, licences."""
+
+import json
+import re
+import subprocess
+import sys
+import tomllib
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import instella_jax
+
+ROOT = Path(__file__).resolve().parents[1]
+HEAVY = ("tensorflow", "torch", "gradio")
+
+
+def python(code):
+    """Run code in a fresh interpreter and return what it prints as JSON."""
+    result = subprocess.run(
+        [sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=False
+    )
+    assert result.returncode == 0, result.stderr
+    return json.loads(result.stdout.splitlines()[-1])
+
+
+def test_importing_the_package_takes_under_a_second():
+    code = """
+import json, sys, time
+start = time.process_time()
+import instella_jax
+print(json.dumps([time.process_time() - start, sorted(sys.modules)]))
+"""
+    seconds, modules = python(code)
+    assert seconds < 1
+    assert not {*HEAVY, "orbax", "grain", "transformers", "tensorflow_datasets"} & set(modules)
+
+
+def test_every_module_imports_without_tensorflow_and_torch():
+    code = """
+import importlib, json, pkgutil, sys
+import instella_jax
+names = [m.name for m in pkgutil.walk_packages(instella_jax.__path__, "instella_jax.")]
+for name in names:
+    importlib.import_module(name)
+print(json.dumps([names, sorted(sys.modules)]))
+"""
+    names, modules = python(code)
+    assert "instella_jax.data.loader" in names
+    assert not set(HEAVY) & set(modules)
+
+
+def test_pyproject_holds_tool_settings_only():
+    settings = tomllib.loads((ROOT / "pyproject.toml").read_text())
+    assert set(settings) == {"build-system", "tool"}
+
+
+def test_the_licence_is_whole():
+    text = (ROOT / "LICENSE").read_text()
+    assert "Apache License" in text and "END OF TERMS AND CONDITIONS" in text
+
+
+def test_the_installed_metadata_is_that_of_the_sources():
+    try:
+        installed = metadata.distribution("instella-jax")
+    except metadata.PackageNotFoundError:
+        pytest.skip("instella-jax is not installed here")
+    assert installed.version == instella_jax.__version__
+    extras = set(installed.metadata.get_all("Provides-Extra") or ())
+    assert extras >= {"cuda", "rocm", "tpu", "app", "torch", "test"}
+    scripts = {entry.name: entry.value for entry in installed.entry_points}
+    assert scripts["instella-jax"] == "instella_jax.cli:main"
+
+
+def test_the_changelog_knows_the_version():
+    assert re.search(
+        rf"^## {re.escape(instella_jax.__version__)}\b",
+        (ROOT / "CHANGELOG.md").read_text(),
+        re.MULTILINE,
+    )
