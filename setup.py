@@ -33,7 +33,7 @@ REQUIRES = [
 ]
 
 EXTRAS = {
-    "cuda": ["jax[cuda13]"],
+    "cuda": ["jax[cuda12]"],
     # jax 0.12.0.1 asks for a ROCm plugin of the same number, which was never published.
     "rocm": ["jax[rocm7-local]!=0.12.0.1"],
     "tpu": ["jax[tpu]"],
