@@ -1,0 +1,248 @@
+"""Blocks shared by every network.
+
+Axes: B batch, T sequence, H heads, Dh head width, D width. Kernels carry logical axis names
+("embed", "heads", "mlp", "layers"), which `sharding.py` maps to the mesh.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+NORM_EPSILON = 1e-6
+
+REMAT_POLICIES = {
+    "none": None,
+    "full": jax.checkpoint_policies.nothing_saveable,
+    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Execution:
+    """How a network is computed, apart from what it computes.
+
+    Attributes:
+      param_dtype: type in which parameters are initialised and kept.
+      dtype: type of the computation (norms and softmax stay in float32).
+      output_dtype: type of the network's result.
+      unroll: whether the depth is unrolled instead of scanned; the parameters are the same.
+      remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
+      attention: `jax.nn.dot_product_attention` implementation: "xla", "cudnn" or None (its own
+        choice).
+    """
+
+    param_dtype: str = "float32"
+    dtype: str = "float32"
+    output_dtype: str = "float32"
+    unroll: bool = False
+    remat: str = "none"
+    attention: str | None = None
+
+
+def torch_uniform(fan_in: int) -> Callable:
+    """Returns an initialiser uniform in +-1/sqrt(fan_in), the reference framework's default."""
+    bound = 1.0 / math.sqrt(fan_in)
+
+    def init(key, shape, dtype=jnp.float32):
+        return jax.random.uniform(key, shape, dtype, -bound, bound)
+
+    return init
+
+
+def matmul(
+    lhs: jax.Array,
+    rhs: jax.Array,
+    dimension_numbers: Any,
+    precision: Any = None,
+    preferred_element_type: Any = None,
+) -> jax.Array:
+    """Contracts the last axis of `lhs` with the first of `rhs`, as one two-dimensional product.
+
+    XLA's CPU matrix product is clearly faster on [B * T, D] than on [B, T, D].
+    """
+    del dimension_numbers  # nn.Dense always asks for last axis times first
+    flat = lhs.reshape(-1, lhs.shape[-1])
+    out = jax.lax.dot_general(
+        flat,
+        rhs,
+        (((1,), (0,)), ((), ())),
+        precision=precision,
+        preferred_element_type=preferred_element_type,
+    )
+    return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
+
+
+def linear(
+    features: int,
+    fan_in: int,
+    axes: tuple[str | None, str | None],
+    run: Execution,
+    *,
+    use_bias: bool = False,
+    xavier: bool = False,
+    name: str | None = None,
+) -> nn.Dense:
+    """Returns a dense layer [..., fan_in] -> [..., features] with logical axes on its kernel.
+
+    Args:
+      features: output width.
+      fan_in: input width, which sets the range of the initial values.
+      axes: logical names of the kernel's two axes.
+      run: types of parameters and computation.
+      use_bias: whether there is a bias.
+      xavier: Xavier-uniform kernel and zero bias, instead of uniform +-1/sqrt(fan_in) for both.
+      name: linen name.
+    """
+    kernel_init = nn.initializers.xavier_uniform() if xavier else torch_uniform(fan_in)
+    bias_init = nn.initializers.zeros_init() if xavier else torch_uniform(fan_in)
+    return nn.Dense(
+        features,
+        use_bias=use_bias,
+        dtype=run.dtype,
+        param_dtype=run.param_dtype,
+        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
+        bias_init=nn.with_logical_partitioning(bias_init, axes[1:]),
+        dot_general=matmul,
+        name=name,
+    )
+
+
+def rms_norm(run: Execution, name: str | None = None) -> nn.RMSNorm:
+    """Returns an RMSNorm over the last axis, computed in float32, with a learned scale."""
+    return nn.RMSNorm(
+        epsilon=NORM_EPSILON,
+        dtype=run.dtype,
+        param_dtype=run.param_dtype,
+        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), (None,)),
+        name=name,
+    )
+
+
+def layer_norm(x: jax.Array, epsilon: float = NORM_EPSILON) -> jax.Array:
+    """Normalises the last axis without parameters, in float32, and returns the type of `x`."""
+    x32 = x.astype(jnp.float32)
+    centred = x32 - x32.mean(-1, keepdims=True)
+    variance = jnp.square(centred).mean(-1, keepdims=True)
+    return (centred * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+
+
+def rope_tables(
+    ids: np.ndarray, dims: Sequence[int], theta: float = 10_000.0
+) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of rotary positions over several axes (SPEC section 1).
+
+    Args:
+      ids: [T, A] positions on each axis, not necessarily whole.
+      dims: the share of the head width that each of the A axes takes, even numbers.
+      theta: base of the frequencies.
+
+    Returns:
+      cos, sin: [T, sum(dims)] float32. Each angle stands twice in a row; the rotation itself is
+      by halves, see `rotate`. The published weights were trained with this pair of conventions.
+    """
+    angles = []
+    for axis, size in enumerate(dims):
+        frequencies = theta ** (-2.0 * np.arange(size // 2) / size)
+        angles.append(np.repeat(ids[:, axis, None].astype(np.float64) * frequencies, 2, axis=-1))
+    angle = np.concatenate(angles, axis=-1)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+    """Applies rotary positions by halves to x [B, T, H, Dh]; cos and sin are [T, Dh]."""
+    first, second = jnp.split(x, 2, axis=-1)
+    turned = jnp.concatenate([-second, first], axis=-1)
+    cos, sin = cos[:, None, :].astype(x.dtype), sin[:, None, :].astype(x.dtype)
+    return x * cos + turned * sin
+
+
+def attend(
+    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, run: Execution
+) -> jax.Array:
+    """Softmax attention with logits over sqrt(Dh).
+
+    Args:
+      q: [B, T, H, Dh].
+      k: [B, S, H, Dh].
+      v: [B, S, H, Dh].
+      mask: bool, broadcastable to [B, H, T, S], True where a query sees a key. A query that sees
+        nothing attends to all keys alike.
+      run: names the implementation.
+
+    Returns:
+      [B, T, H * Dh].
+    """
+    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=run.attention)
+    return out.reshape(*out.shape[:2], -1)
+
+
+def constrain(x: jax.Array) -> jax.Array:
+    """Keeps activations [B, T, D] sharded over the batch alone, where a mesh is set."""
+    return nn.with_logical_constraint(x, ("batch", "sequence", "width"))
+
+
+class SwiGLU(nn.Module):
+    """down(silu(gate(x)) * up(x)), no biases: [B, T, D] -> [B, T, D]."""
+
+    hidden: int
+    run: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer."""
+        width = x.shape[-1]
+        gate = linear(self.hidden, width, ("embed", "mlp"), self.run, name="gate")(x)
+        up = linear(self.hidden, width, ("embed", "mlp"), self.run, name="up")(x)
+        return linear(width, self.hidden, ("mlp", "embed"), self.run, name="down")(
+            nn.silu(gate) * up
+        )
+
+
+class GeluMLP(nn.Module):
+    """Linear to 4D, GELU (tanh), Linear back, with biases: [B, T, D] -> [B, T, D]."""
+
+    run: Execution
+    xavier: bool = False
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Applies the layer."""
+        width = x.shape[-1]
+        options = dict(use_bias=True, xavier=self.xavier)
+        x = linear(4 * width, width, ("embed", "mlp"), self.run, name="up", **options)(x)
+        x = nn.gelu(x, approximate=True)
+        return linear(width, 4 * width, ("mlp", "embed"), self.run, name="down", **options)(x)
+
+
+def repeat(
+    block: type[nn.Module],
+    num_layers: int,
+    run: Execution,
+    *,
+    in_axes: Any = nn.broadcast,
+    methods: Any = None,
+) -> Callable[..., nn.Module]:
+    """Stacks `num_layers` copies of a block whose call takes and returns (carry, output).
+
+    Parameters get a leading "layers" axis whether the depth is scanned or unrolled, so a
+    checkpoint of one serves the other.
+    """
+    if run.remat != "none":
+        # In a scan XLA cannot merge the recomputation with the first computation.
+        block = nn.remat(block, prevent_cse=run.unroll, policy=REMAT_POLICIES[run.remat])
+    return nn.scan(
+        block,
+        variable_axes={"params": 0},
+        split_rngs={"params": True},
+        in_axes=in_axes,
+        length=num_layers,
+        unroll=num_layers if run.unroll else 1,
+        metadata_params={nn.PARTITION_NAME: "layers"},
+        methods=methods,
+    )

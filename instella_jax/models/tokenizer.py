@@ -1,0 +1,413 @@
+"""The 1D binary tokenizer: an image <-> N tokens of K bits (SPEC section 1 of the paper's system).
+
+Axes: B batch, N latent tokens, K bits, D width, P patch; an image grid has `rows` x `columns`
+patches. Images are [B, height, width, 3] in [-1, 1].
+"""
+
+import dataclasses
+import math
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instella_jax.errors import UserError
+from instella_jax.models.layers import (
+    Execution,
+    SwiGLU,
+    attend,
+    constrain,
+    linear,
+    repeat,
+    rms_norm,
+    rope_tables,
+    rotate,
+    torch_uniform,
+)
+
+
+@dataclasses.dataclass(frozen=True)
+class TokenizerConfig:
+    """Sizes of the tokenizer; the defaults are the published ones.
+
+    Attributes:
+      patch_size: P, side of a patch in pixels.
+      num_tokens: N.
+      bits: K, bits per token.
+      encoder_layers: blocks in the encoder.
+      encoder_heads: heads in each of them.
+      encoder_head_dim: width of a head; D_enc = heads * head width.
+      decoder_layers: blocks in the decoder.
+      decoder_heads: heads in each of them.
+      decoder_head_dim: width of a head; D_dec = heads * head width.
+      rope_axes: shares of the head width for (token index, row, column).
+      rope_theta: base of the rotary frequencies.
+      downsample_after: encoder blocks after which the grid is halved.
+      upsample_after: decoder blocks after which the grid is doubled.
+      scale: side in pixels that the row and column coordinates span, whatever the resolution;
+        None for plain patch indices.
+      latent_grid: whether latent tokens also stand on a square grid over the image, in place of
+        the published (index, 0, 0). Small models learn faster with it.
+    """
+
+    patch_size: int = 16
+    num_tokens: int = 128
+    bits: int = 64
+    encoder_layers: int = 12
+    encoder_heads: int = 12
+    encoder_head_dim: int = 64
+    decoder_layers: int = 16
+    decoder_heads: int = 16
+    decoder_head_dim: int = 64
+    rope_axes: tuple[int, int, int] = (8, 28, 28)
+    rope_theta: float = 10_000.0
+    downsample_after: tuple[int, ...] = (7,)
+    upsample_after: tuple[int, ...] = (7,)
+    scale: int | None = 1024
+    latent_grid: bool = False
+
+    @property
+    def encoder_width(self) -> int:
+        """D of the encoder."""
+        return self.encoder_heads * self.encoder_head_dim
+
+    @property
+    def decoder_width(self) -> int:
+        """D of the decoder."""
+        return self.decoder_heads * self.decoder_head_dim
+
+    @property
+    def multiple(self) -> int:
+        """Image sides must be multiples of this many pixels."""
+        levels = max(len(self.downsample_after), len(self.upsample_after))
+        return self.patch_size * 2**levels
+
+    def grid(self, height: int, width: int) -> tuple[int, int]:
+        """Returns (rows, columns) of patches of an image.
+
+        Raises:
+          UserError: if the sides are not multiples of `multiple`.
+        """
+        if height <= 0 or width <= 0 or height % self.multiple or width % self.multiple:
+            raise UserError(
+                f"image size {height}x{width} does not fit this tokenizer: both sides must be "
+                f"positive multiples of {self.multiple} pixels"
+            )
+        return height // self.patch_size, width // self.patch_size
+
+
+def position_ids(
+    config: TokenizerConfig, rows: int, columns: int, scale: int | None
+) -> np.ndarray:
+    """Ids (token, row, column) of [latent tokens ; image patches]: [N + rows * columns, 3].
+
+    With a scale s, rows and columns span [0, s - 1] at every resolution.
+    """
+
+    def axis(count: int) -> np.ndarray:
+        index = np.arange(count, dtype=np.float32)
+        if scale is None:
+            return index
+        return index / np.float32(max(count - 1, 1)) * np.float32(scale - 1)
+
+    latent = np.zeros((config.num_tokens, 3), np.float32)
+    latent[:, 0] = np.arange(config.num_tokens)
+    if config.latent_grid:
+        side = math.ceil(math.sqrt(config.num_tokens))
+        place = (np.arange(config.num_tokens)[:, None] // (side, 1)) % side + 0.5
+        latent[:, 1:] = place / side * [rows, columns] - 0.5
+        if scale is not None:
+            span = np.maximum([rows - 1, columns - 1], 1)
+            latent[:, 1:] *= (scale - 1) / span
+    image = np.zeros((rows, columns, 3), np.float32)
+    image[..., 1] = axis(rows)[:, None]
+    image[..., 2] = axis(columns)[None, :]
+    return np.concatenate([latent, image.reshape(-1, 3)])
+
+
+class Attention(nn.Module):
+    """Self-attention with per-head RMSNorm of q and k, then rotary positions; no biases."""
+
+    num_heads: int
+    head_dim: int
+    run: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
+        """Maps x [B, T, D] with rotary tables [T, Dh] to [B, T, D]."""
+        width = x.shape[-1]
+
+        def heads(name):
+            y = linear(self.num_heads * self.head_dim, width, ("embed", "heads"), self.run, name=name)(x)
+            return y.reshape(*y.shape[:2], self.num_heads, self.head_dim)
+
+        q = rotate(rms_norm(self.run, "q_norm")(heads("q")), cos, sin)
+        k = rotate(rms_norm(self.run, "k_norm")(heads("k")), cos, sin)
+        mixed = attend(q, k, heads("v"), None, self.run)
+        return linear(width, mixed.shape[-1], ("heads", "embed"), self.run, name="o")(mixed)
+
+
+class Block(nn.Module):
+    """Pre-norm transformer block, written for `layers.repeat`: (carry, output)."""
+
+    num_heads: int
+    head_dim: int
+    run: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, None]:
+        """Maps x [B, T, D] to [B, T, D]."""
+        x = constrain(x)
+        h = rms_norm(self.run, "attention_norm")(x)
+        x += Attention(self.num_heads, self.head_dim, self.run, name="attention")(h, cos, sin)
+        h = rms_norm(self.run, "mlp_norm")(x)
+        x += SwiGLU(4 * x.shape[-1], self.run, name="mlp")(h)
+        return x, None
+
+
+def convolution(features: int, fan_in: int, run: Execution, *, kernel, stride, padding, name):
+    """Returns a convolution over [B, h, w, C] whose kernel is sharded like a dense one."""
+    axes = (None, None, None, "embed")
+    return nn.Conv(
+        features,
+        (kernel, kernel),
+        strides=stride,
+        padding=padding,
+        dtype=run.dtype,
+        param_dtype=run.param_dtype,
+        kernel_init=nn.with_logical_partitioning(torch_uniform(fan_in), axes),
+        bias_init=nn.with_logical_partitioning(torch_uniform(fan_in), (None,)),
+        name=name,
+    )
+
+
+class Downsample(nn.Module):
+    """Halves the grid: 3x3 convolution of stride 2 plus the 2x2 average."""
+
+    run: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, rows, columns, D] to [B, rows / 2, columns / 2, D]."""
+        width = x.shape[-1]
+        conv = convolution(
+            width, 9 * width, self.run, kernel=3, stride=2, padding=1, name="conv"
+        )(x)
+        return conv + nn.avg_pool(x, (2, 2), (2, 2))
+
+
+class Upsample(nn.Module):
+    """Doubles the grid: 3x3 convolution and pixel shuffle, plus nearest neighbours."""
+
+    run: Execution
+
+    @nn.compact
+    def __call__(self, x: jax.Array) -> jax.Array:
+        """Maps [B, rows, columns, D] to [B, 2 rows, 2 columns, D]."""
+        batch, rows, columns, width = x.shape
+        conv = convolution(
+            4 * width, 9 * width, self.run, kernel=3, stride=1, padding=1, name="conv"
+        )(x)
+        shuffled = conv.reshape(batch, rows, columns, width, 2, 2).transpose(0, 1, 4, 2, 5, 3)
+        shuffled = shuffled.reshape(batch, 2 * rows, 2 * columns, width)
+        return shuffled + x.repeat(2, axis=1).repeat(2, axis=2)
+
+
+class Trunk(nn.Module):
+    """Blocks over [latent tokens ; image patches], with a change of grid between segments."""
+
+    config: TokenizerConfig
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    resample_after: tuple[int, ...]
+    resample: type[nn.Module]
+    run: Execution
+
+    @nn.compact
+    def __call__(
+        self, latent: jax.Array, image: jax.Array, scale: int | None
+    ) -> tuple[jax.Array, jax.Array]:
+        """Runs all blocks.
+
+        Args:
+          latent: [B, N, D].
+          image: [B, rows, columns, D].
+          scale: span of the coordinates on the first grid, None for plain indices.
+
+        Returns:
+          latent [B, N, D] and image [B, rows', columns', D] after the last block.
+        """
+        batch, tokens, width = latent.shape
+        ends = [*(i + 1 for i in sorted(self.resample_after)), self.num_layers]
+        start = 0
+        for segment, end in enumerate(ends):
+            if segment:
+                image = self.resample(self.run, name=f"resample_{segment - 1}")(image)
+                if scale is not None:
+                    scale = scale // 2 if self.resample is Downsample else scale * 2
+            if end > start:
+                rows, columns = image.shape[1:3]
+                ids = position_ids(self.config, rows, columns, scale)
+                cos, sin = map(
+                    jnp.asarray, rope_tables(ids, self.config.rope_axes, self.config.rope_theta)
+                )
+                x = jnp.concatenate([latent, image.reshape(batch, -1, width)], axis=1)
+                blocks = repeat(Block, end - start, self.run)
+                x, _ = blocks(self.num_heads, self.head_dim, self.run, name=f"blocks_{segment}")(
+                    x, cos, sin
+                )
+                latent, image = x[:, :tokens], x[:, tokens:].reshape(batch, rows, columns, width)
+            start = end
+        return latent, image
+
+
+class Encoder(nn.Module):
+    """Image -> latent positions [B, N, D_enc]."""
+
+    config: TokenizerConfig
+    run: Execution
+
+    @nn.compact
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Maps images [B, height, width, 3] in [-1, 1] to [B, N, D_enc]."""
+        c, run = self.config, self.run
+        c.grid(*images.shape[1:3])
+        width = c.encoder_width
+        patches = convolution(
+            width, 3 * c.patch_size**2, run,
+            kernel=c.patch_size, stride=c.patch_size, padding="VALID", name="patch_embed",
+        )(images)  # fmt: skip
+        latent = self.param(
+            "latent_tokens",
+            nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed")),
+            (c.num_tokens, width),
+            run.param_dtype,
+        )
+        latent = jnp.broadcast_to(latent.astype(run.dtype), (images.shape[0], *latent.shape))
+        trunk = Trunk(
+            c, c.encoder_layers, c.encoder_heads, c.encoder_head_dim, c.downsample_after,
+            Downsample, run, name="trunk",
+        )  # fmt: skip
+        scale = None if c.scale is None else c.scale // c.patch_size
+        latent, _ = trunk(latent, patches, scale)
+        latent = rms_norm(run, "out_norm")(latent)
+        return linear(width, width, ("embed", None), run, use_bias=True, name="out")(latent)
+
+
+class Decoder(nn.Module):
+    """Latent vectors [B, N, D_enc] -> image of any grid."""
+
+    config: TokenizerConfig
+    run: Execution
+
+    @nn.compact
+    def __call__(self, latent: jax.Array, height: int, width: int) -> jax.Array:
+        """Maps [B, N, D_enc] to an image [B, height, width, 3], nominally in [-1, 1]."""
+        c, run = self.config, self.run
+        rows, columns = c.grid(height, width)
+        batch, _, encoder_width = latent.shape
+        latent = rms_norm(run, "in_norm")(latent)
+        latent = linear(
+            c.decoder_width, encoder_width, ("embed", None), run, use_bias=True, name="in"
+        )(latent)
+        shrink = 2 * len(c.upsample_after) or 1
+        mask = self.param(
+            "mask_token",
+            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",)),
+            (c.decoder_width,),
+            run.param_dtype,
+        )
+        grid = (batch, rows // shrink, columns // shrink, c.decoder_width)
+        scale = None if c.scale is None else c.scale // c.patch_size // shrink
+        trunk = Trunk(
+            c, c.decoder_layers, c.decoder_heads, c.decoder_head_dim, c.upsample_after,
+            Upsample, run, name="trunk",
+        )  # fmt: skip
+        _, image = trunk(latent, jnp.broadcast_to(mask.astype(run.dtype), grid), scale)
+        image = rms_norm(run, "out_norm")(image)
+        pixels = linear(
+            3 * c.patch_size**2, c.decoder_width, ("embed", None), run, use_bias=True, name="pixels"
+        )(image)
+        pixels = pixels.reshape(batch, rows, columns, c.patch_size, c.patch_size, 3)
+        return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, 3)
+
+
+class BinaryTokenizer(nn.Module):
+    """Encoder, quantizer and decoder.
+
+    `encode` gives the logits of the bits; `sample_code` or `hard_code` makes bits of them;
+    `decode` draws the image of a code.
+    """
+
+    config: TokenizerConfig
+    run: Execution = Execution()
+
+    def setup(self):
+        """Builds the parts."""
+        c = self.config
+        self.encoder = Encoder(c, self.run)
+        self.to_bits = linear(
+            c.bits, c.encoder_width, ("embed", None), self.run, use_bias=True
+        )
+        self.embed = self.param(
+            "embed",
+            nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed")),
+            (c.bits, c.encoder_width),
+            self.run.param_dtype,
+        )
+        self.decoder = Decoder(c, self.run)
+
+    def __call__(self, images: jax.Array) -> jax.Array:
+        """Reconstructs images [B, height, width, 3] through their hard code."""
+        code = hard_code(self.encode(images))
+        return self.decode(code, *images.shape[1:3])
+
+    def encode(self, images: jax.Array) -> jax.Array:
+        """Maps images [B, height, width, 3] in [-1, 1] to logits of the bits [B, N, K].
+
+        Raises:
+          UserError: if the sides are not multiples of `config.multiple`.
+        """
+        logits = self.to_bits(self.encoder(images.astype(self.run.dtype)))
+        return logits.astype(self.run.output_dtype)
+
+    def decode(self, code: jax.Array, height: int, width: int) -> jax.Array:
+        """Maps a code [B, N, K] of 0 and 1 to an image [B, height, width, 3], about [-1, 1].
+
+        Any size may be asked for, whatever the size of the image that was encoded.
+
+        Raises:
+          UserError: if the sides are not multiples of `config.multiple`.
+        """
+        latent = jnp.dot(code.astype(self.run.dtype), self.embed.astype(self.run.dtype))
+        return self.decoder(latent, height, width).astype(self.run.output_dtype)
+
+
+def hard_code(logits: jax.Array) -> jax.Array:
+    """Bits of the code at evaluation, 1[sigmoid(logit) > 0.5]: [B, N, K] float of 0 and 1."""
+    return (jax.nn.sigmoid(logits) > 0.5).astype(logits.dtype)
+
+
+def sample_code(logits: jax.Array, key: jax.Array, temperature: jax.Array | float) -> jax.Array:
+    """Draws the bits of the code in training, with straight-through gradients.
+
+    Args:
+      logits: [B, N, K].
+      key: a random key.
+      temperature: the draw is Bernoulli(sigmoid(logits / temperature)); the gradient is that of
+        sigmoid(logits).
+
+    Returns:
+      [B, N, K] of 0 and 1.
+    """
+    soft = jax.nn.sigmoid(logits)
+    drawn = jax.random.bernoulli(key, jax.nn.sigmoid(logits / temperature)).astype(logits.dtype)
+    return drawn + soft - jax.lax.stop_gradient(soft)
+
+
+def code_loss(logits: jax.Array) -> jax.Array:
+    """Mean of p(1 - p), p = sigmoid(logits): small when every bit is sure of itself."""
+    p = jax.nn.sigmoid(logits)
+    return jnp.mean(p * (1.0 - p))
