@@ -1,5 +1,6 @@
 """The loader: order, exact resume, process slices, bad samples, grouping."""
 
+import json
 import logging
 
 import numpy as np
@@ -118,7 +119,7 @@ def test_resume_equals_uninterrupted(threads, prefetch):
         take(first, stop)
         resumed = build()
         next(resumed)
-        resumed.set_state(first.get_state())
+        resumed.set_state(json.loads(json.dumps(first.get_state())))
         assert_same(take(resumed, 15 - stop), whole[stop:])
 
 
