@@ -139,8 +139,6 @@ TEMPLATES: tuple[tuple[Template, int], ...] = (
     (related_three, 10),
     (arranged, 12),
 )
-# Templates that say where every object is, the best first.
-_COMPLETE = (placed, related, arranged, related_three, listed)
 _WHEEL = tuple(template for template, weight in TEMPLATES for _ in range(weight))
 
 
@@ -170,11 +168,15 @@ def caption(stream: Stream, scene: Scene, *, name_style: bool = False) -> str:
     return text
 
 
-def full_caption(stream: Stream, scene: Scene, *, name_style: bool = False) -> str:
-    """A caption that names every object with its count, the background and, if it can, places."""
-    template = related if len(scene.counts) == 2 and stream.chance(60) else placed
-    text = template(stream, scene)
-    for fallback in _COMPLETE:
-        text = text or fallback(stream, scene)
+def full_caption(stream: Stream, scene: Scene, *, name_style: bool = False) -> str | None:
+    """A caption that names all objects, their number, where they are, and the background.
+
+    Returns:
+      None where the grammar cannot say where everything is.
+    """
+    templates = (related, placed) if stream.chance(60) else (placed, related)
+    text = templates[0](stream, scene) or templates[1](stream, scene)
+    if text is None:
+        return None
     text = f"{text} on {_article(scene.background)} background"
     return f"{text} {_STYLE_WORDS[scene.style]}" if name_style else text

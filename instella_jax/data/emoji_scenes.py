@@ -112,12 +112,16 @@ def heldout_prompts(
 ) -> list[tuple[str, Scene]]:
     """Prompts for evaluation, each of a held-out combination, with the facts they describe.
 
-    Each names all objects, their number and the background, and most say where the objects are.
+    Each names all objects, their number and place, and the background.
     """
-    source = EmojiScenes(64, seed, "heldout", concepts, styles, "snapped", max_objects, n)
-    prompts = []
-    for index in range(n):
+    source = EmojiScenes(64, seed, "heldout", concepts, styles, "snapped", max_objects)
+    prompts: list[tuple[str, Scene]] = []
+    for index in range(len(source)):
+        if len(prompts) >= n:
+            break
         scene = source.facts(index)
         stream = Stream(seed, "prompt", index)
-        prompts.append((captions.full_caption(stream, scene, name_style=len(styles) > 1), scene))
+        text = captions.full_caption(stream, scene, name_style=len(styles) > 1)
+        if text is not None:
+            prompts.append((text, scene))
     return prompts

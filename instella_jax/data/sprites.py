@@ -152,8 +152,8 @@ def _rgba(name: str, style: str) -> np.ndarray:
 
 
 @functools.cache
-def _resize_matrix(source: int, target: int) -> np.ndarray:
-    """Weights [target, source] of an antialiased linear resize."""
+def resize_matrix(source: int, target: int) -> np.ndarray:
+    """Weights [target, source] of an antialiased linear resize; do not write to it."""
     scale = max(source / target, 1.0)
     centres = (np.arange(target) + 0.5) * source / target
     distance = np.abs(np.arange(source) + 0.5 - centres[:, None]) / scale
@@ -164,7 +164,7 @@ def _resize_matrix(source: int, target: int) -> np.ndarray:
 @functools.lru_cache(maxsize=4096)
 def sprite(name: str, style: str, side: int) -> np.ndarray:
     """A sprite resized to [side, side, 4], premultiplied float32 in [0, 1]; do not write to it."""
-    matrix = _resize_matrix(SPRITE_SIDE, side)
+    matrix = resize_matrix(SPRITE_SIDE, side)
     rows = np.tensordot(matrix, _rgba(name, style), axes=1)
     pixels = np.clip(np.moveaxis(np.tensordot(matrix, rows, axes=(1, 1)), 0, 1), 0, 1)
     pixels.flags.writeable = False
