@@ -190,7 +190,8 @@ def make_loader(
 
     `get_state()` gives the position after the batch last returned, whatever has been prefetched;
     `set_state()` goes there. A state fits the same source, seed, batch size, workers and
-    process_count that made it.
+    process_count that made it. `close()` stops the threads and worker processes; call it in the
+    end.
 
     Args:
       source: Random access samples. With workers > 0 it must pickle.
