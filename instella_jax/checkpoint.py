@@ -1,0 +1,173 @@
+"""Checkpoints of a run: the only user of orbax.
+
+A checkpoint holds the train state, the position in the data and nothing else; `config.json` of the
+workdir says what run it belongs to.
+"""
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from flax import traverse_util
+from ml_collections import ConfigDict
+
+from instella_jax.errors import UserError
+from instella_jax.train_state import TrainState
+
+logger = logging.getLogger(__name__)
+
+# What may change between the runs of one workdir: how long, how often, where, what is drawn.
+_FREE = ("train.steps", "train.log_every", "train.eval_every", "train.save_every",
+         "train.image_every", "train.keep", "train.max_skipped", "mesh", "sample", "eval", "run",
+         "data.workers", "init_from")  # fmt: skip
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, written in the background."""
+
+    def __init__(self, workdir: str | os.PathLike[str], keep: int = 3):
+        """Opens `workdir/checkpoints`, made if needed; at most `keep` checkpoints stay."""
+        path = Path(workdir).absolute() / "checkpoints"
+        self._manager = ocp.CheckpointManager(
+            path,
+            options=ocp.CheckpointManagerOptions(max_to_keep=keep, create=True),
+            item_names=("state", "data"),
+        )
+
+    def save(self, state: TrainState, data: Any, step: int) -> None:
+        """Saves the state and the loader's position after `step` steps, unless that is there."""
+        import grain
+
+        if step in self._manager.all_steps():
+            return
+        self._manager.save(
+            step,
+            args=ocp.args.Composite(
+                state=ocp.args.StandardSave(state),
+                data=grain.checkpoint.CheckpointSave(data),
+            ),
+        )
+
+    def restore(self, like: TrainState, data: Any) -> TrainState | None:
+        """Restores the newest checkpoint.
+
+        Args:
+          like: a state, or a tree of ShapeDtypeStructs with the shardings wanted.
+          data: the loader, set to the position that belongs to the state.
+
+        Returns:
+          The state, or None where there is no checkpoint.
+
+        Raises:
+          UserError: the checkpoint does not fit the state.
+        """
+        import grain
+
+        step = self._manager.latest_step()
+        if step is None:
+            return None
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        try:
+            restored = self._manager.restore(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardRestore(like),
+                    data=grain.checkpoint.CheckpointRestore(data),
+                ),
+            )
+        except (ValueError, KeyError, OSError) as error:
+            line = " ".join(str(error).split())[:300]
+            raise UserError(
+                f"checkpoint {step} of {self._manager.directory} cannot be restored: {line}; "
+                "remove that folder to go on from the one before it"
+            ) from error
+        return restored["state"]
+
+    @property
+    def latest_step(self) -> int | None:
+        """Step of the newest whole checkpoint."""
+        return self._manager.latest_step()
+
+    def wait(self) -> None:
+        """Waits until everything is on disk."""
+        self._manager.wait_until_finished()
+
+    def close(self) -> None:
+        """Waits and closes."""
+        self._manager.close()
+
+
+def restore_average(workdir: str | os.PathLike[str], like: Any) -> tuple[int, Any]:
+    """Restores only the averaged parameters of a workdir's newest checkpoint.
+
+    Args:
+      workdir: of a training run.
+      like: tree of ShapeDtypeStructs of the parameters, with shardings.
+
+    Returns:
+      The step and the parameters.
+
+    Raises:
+      UserError: the workdir has no checkpoint, or one of another model.
+    """
+    path = Path(workdir).absolute() / "checkpoints"
+    if not path.is_dir():
+        raise UserError(f"workdir {workdir} has no checkpoints: train there first")
+    with ocp.CheckpointManager(path, item_names=("state",)) as manager:
+        step = manager.latest_step()
+        if step is None:
+            raise UserError(f"workdir {workdir} has no complete checkpoint: train there first")
+        restore = ocp.args.PyTreeRestore(
+            {"ema": like},
+            restore_args={"ema": ocp.checkpoint_utils.construct_restore_args(like)},
+            partial_restore=True,
+        )
+        try:
+            restored = manager.restore(step, args=ocp.args.Composite(state=restore))
+        except (ValueError, KeyError) as error:
+            line = " ".join(str(error).split())[:200]
+            raise UserError(f"workdir {workdir} holds another model: {line}") from error
+    return step, restored["state"]["ema"]
+
+
+def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+    """Makes the workdir and notes the config in it, or checks that it is the same run's.
+
+    Raises:
+      UserError: the workdir cannot be written, or belongs to another config.
+    """
+    workdir = Path(workdir)
+    path = workdir / "config.json"
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        ours = json.loads(config.to_json())
+        if path.exists():
+            _compare(workdir, json.loads(path.read_text(encoding="utf-8")), ours)
+        scratch = workdir / f".config.json.{os.getpid()}"
+        scratch.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
+        os.replace(scratch, path)
+    except OSError as error:
+        raise UserError(
+            f"workdir {workdir} cannot be written ({error.strerror}); choose another --workdir"
+        ) from None
+    except ValueError:
+        raise UserError(
+            f"{path} is not valid JSON; choose another --workdir or remove that file"
+        ) from None
+
+
+def _compare(workdir: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    old, new = (traverse_util.flatten_dict(c, sep=".") for c in (theirs, ours))
+    for key in sorted(set(old) | set(new)):
+        free = any(key == name or key.startswith(name + ".") for name in _FREE)
+        if not free and old.get(key) != new.get(key):
+            raise UserError(
+                f"workdir {workdir} belongs to a run with {key}={old.get(key)!r}, this one has "
+                f"{new.get(key)!r}; choose another --workdir"
+            )

@@ -1,0 +1,86 @@
+"""Sections that the configs of all stages share, and how a config is read from the command line.
+
+`configs/*.py` start from `base(stage, variant)` and set what is their own. Every key has a reader.
+"""
+
+from ml_collections import ConfigDict
+
+from instella_jax.errors import UserError
+
+VARIANTS = {"": 64, "instella_512": 512, "instella_1024": 1024}
+
+
+def base(stage: str, variant: str) -> ConfigDict:
+    """Returns the sections that every stage has.
+
+    Args:
+      stage: "tokenizer" or "diffusion".
+      variant: "" for the demo, "instella_512" or "instella_1024" for the published recipe.
+
+    Raises:
+      UserError: the variant is unknown.
+    """
+    if variant not in VARIANTS:
+        names = ", ".join(name for name in VARIANTS if name)
+        raise UserError(f"unknown variant {variant!r}: expected none (the demo), {names}")
+    published = bool(variant)
+    return ConfigDict(
+        dict(
+            stage=stage,
+            seed=0,
+            # Devices on each axis; -1 is "the rest".
+            mesh=dict(data=-1, fsdp=1, tensor=1),
+            # How networks are computed; see models.layers.Execution.
+            run=dict(
+                param_dtype="float32",
+                dtype="bfloat16" if published else "float32",
+                output_dtype="float32",
+                unroll=not published,
+                remat="full" if published else "none",
+                attention="",
+            ),
+            data=data(VARIANTS[variant], "folder" if published else "scenes"),
+            optimizer=dict(
+                learning_rate=1e-4,
+                warmup_steps=1_000,
+                schedule="constant",
+                final_fraction=0.1,
+                b1=0.9,
+                b2=0.999,
+                eps=1e-8,
+                weight_decay=0.0,
+                clip=1.0,
+            ),
+            train=dict(
+                steps=100_000,
+                batch_size=4_096 if published else 64,
+                accumulate=1,
+                # Steps in one call of the compiled function: spares small models the dispatch.
+                steps_per_call=1,
+                ema_decay=0.9999,
+                # A gradient norm over this skips the step; 0 turns it off.
+                spike_norm=0.0,
+                # Skipped steps in a row that end the run.
+                max_skipped=100,
+                log_every=100,
+                eval_every=2_500,
+                save_every=2_500,
+                image_every=2_500,
+                keep=10,
+            ),
+            eval=dict(batch_size=64, batches=8, pictures=16),
+        )
+    )
+
+
+def data(image_size: int, kind: str) -> dict:
+    """Returns the data section: what is read and at what size (pixels, square)."""
+    return dict(
+        kind=kind,
+        image_size=image_size,
+        seed=0,
+        # Processes that prepare data; 0 for threads of this one.
+        workers=0 if kind == "scenes" else 8,
+        scenes=dict(concepts="core", styles=("twemoji",), places="snapped", max_objects=3),
+        folder=dict(path="", heldout=0.02, min_keep=0.8, flip=0.5),
+    )

@@ -1,0 +1,94 @@
+"""Trains, evaluates or samples a stage: `python -m instella_jax.main --config=configs/...`."""
+
+import logging
+import os
+import sys
+from pathlib import Path
+
+from absl import app, flags
+from absl import logging as absl_logging
+from ml_collections import config_flags
+
+from instella_jax.errors import UserError
+
+MODES = ("train", "eval", "sample")
+
+_CONFIG = config_flags.DEFINE_config_file(
+    "config",
+    None,
+    "Config file, with a variant after a colon where wanted "
+    "(configs/t2i_diffusion.py:instella_512). --config.KEY=VALUE changes a key.",
+    lock_config=True,
+)
+_WORKDIR = flags.DEFINE_string(
+    "workdir", None, "Where the run lives. Default: runs/<config>[-<variant>]."
+)
+_MODE = flags.DEFINE_enum(
+    "mode", "train", MODES, "train; eval: held-out metrics; sample: draw prompts as PNG."
+)
+
+
+def default_workdir(config: str) -> Path:
+    """Returns runs/<config name>[-<variant>] of a --config argument."""
+    path, _, variant = config.partition(":")
+    name = Path(path).stem
+    return Path("runs") / (f"{name}-{variant}" if variant else name)
+
+
+def config_argument() -> str:
+    """Returns the value of --config as it was given."""
+    return flags.FLAGS["config"].config_filename
+
+
+def dispatch(argv: list[str]) -> None:
+    """Runs the mode that the flags ask for."""
+    if len(argv) > 1:
+        raise UserError(f"unexpected argument {argv[1]!r}: values are given as --flag=value")
+    if _CONFIG.value is None:
+        raise UserError("--config is missing: for example --config=configs/t2i_diffusion.py")
+    # Before jax starts, which reads the cache folder once.
+    from instella_jax import platform
+
+    platform.start()
+    workdir = _WORKDIR.value or default_workdir(config_argument())
+    if _MODE.value == "train":
+        from instella_jax.train import train
+
+        train(_CONFIG.value, workdir)
+    elif _MODE.value == "eval":
+        from instella_jax.evaluation.run import evaluate_workdir
+
+        evaluate_workdir(_CONFIG.value, _WORKDIR.value)
+    else:
+        from instella_jax.draw import draw
+
+        draw(_CONFIG.value, _WORKDIR.value)
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses flags; any mistake in them becomes one sentence."""
+    try:
+        return app.parse_flags_with_usage(argv)
+    except UserError:
+        raise
+    except FileNotFoundError as error:
+        raise UserError(f"config file {error.filename} does not exist") from None
+    except (AttributeError, KeyError, TypeError, ValueError) as error:
+        raise UserError(" ".join(str(error).strip("\"'").split())) from None
+
+
+def main() -> None:
+    """Command-line entry: a user's mistake is one sentence on stderr and exit status 2."""
+    logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
+    flags.FLAGS.set_default("verbosity", absl_logging.WARNING)
+    try:
+        app.run(dispatch, flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except BrokenPipeError:
+        os._exit(1)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,160 @@
+"""Model folders: what is shipped, imported, exported and trained on top of.
+
+A folder holds `config.json` (sizes of each part), `<part>.safetensors` for the parts "tokenizer",
+"generator" and "text", and `tokenizer.json` of the text encoder where there is one.
+"""
+
+import dataclasses
+import json
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from instella_jax.errors import UserError
+from instella_jax.models.layers import REMAT_POLICIES, Execution
+from instella_jax.models.tokenizer import TokenizerConfig
+
+ASSETS = Path(__file__).parent / "assets"
+PARTS = ("tokenizer", "generator", "text")
+
+
+def execution(config: Mapping[str, Any]) -> Execution:
+    """Reads a config's `run` section.
+
+    Raises:
+      UserError: the remat policy is unknown.
+    """
+    if config["remat"] not in REMAT_POLICIES:
+        raise UserError(
+            f"run.remat is {config['remat']!r}: expected one of {sorted(REMAT_POLICIES)}"
+        )
+    return Execution(**{**config, "attention": config["attention"] or None})
+
+
+def build(kind: type, values: Mapping[str, Any], what: str) -> Any:
+    """Makes a dataclass of sizes out of JSON or config values, lists becoming tuples.
+
+    Raises:
+      UserError: a name is missing or unknown.
+    """
+    names = {field.name for field in dataclasses.fields(kind)}
+    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    if unknown := sorted(set(values) - names):
+        raise UserError(f"{what} has unknown sizes {unknown}: expected {sorted(names)}")
+    if missing := sorted(required - set(values)):
+        raise UserError(f"{what} lacks the sizes {missing}")
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
+    return kind(**plain)
+
+
+def tokenizer_config(values: Mapping[str, Any]) -> TokenizerConfig:
+    """Reads the sizes of a tokenizer."""
+    return build(TokenizerConfig, values, "tokenizer")
+
+
+def flatten(params: Any) -> dict[str, np.ndarray]:
+    """Names each leaf by its path, "encoder/trunk/...": host arrays."""
+    return {k: np.asarray(v) for k, v in flatten_dict(jax.device_get(params), sep="/").items()}
+
+
+def save(
+    folder: str | os.PathLike[str],
+    description: Mapping[str, Any],
+    parts: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    text_tokenizer: Path | None = None,
+) -> None:
+    """Writes a model folder; `config.json` comes last, so that a cut-off folder is no model.
+
+    Args:
+      folder: made if it is not there.
+      description: sizes of the parts, written to `config.json`.
+      parts: parameters by the name of the part.
+      dtype: type to store in, None for the parameters' own.
+      text_tokenizer: a `tokenizer.json` to take along.
+    """
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, params in parts.items():
+        arrays = {
+            name: np.ascontiguousarray(a if dtype is None else a.astype(dtype))
+            for name, a in flatten(params).items()
+        }
+        _replace(folder / f"{part}.safetensors", lambda path, a=arrays: save_file(a, path))
+    if text_tokenizer is not None:
+        text = text_tokenizer.read_bytes()
+        _replace(folder / "tokenizer.json", lambda path: path.write_bytes(text))
+    text = json.dumps(dict(description), indent=1) + "\n"
+    _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Any) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    write(scratch)
+    os.replace(scratch, path)
+
+
+def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads `config.json` of a model folder.
+
+    Raises:
+      UserError: the folder is not a model folder.
+    """
+    path = Path(folder) / "config.json"
+    try:
+        description = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(f"no model at {folder}: cannot read {path} ({error.strerror})") from None
+    except ValueError as error:
+        raise UserError(f"{path} is not valid JSON ({error})") from None
+    if not isinstance(description, dict) or not set(description) & set(PARTS):
+        raise UserError(f"{path} is not the config of a model: expected one of the keys {PARTS}")
+    return description
+
+
+def load_part(folder: str | os.PathLike[str], part: str, like: Any = None) -> Any:
+    """Reads the parameters of a part, host arrays in the type they were stored in.
+
+    Args:
+      folder: a model folder.
+      part: one of `PARTS`.
+      like: abstract parameters that shapes and names must agree with.
+
+    Raises:
+      UserError: the file is missing, damaged, or does not fit.
+    """
+    from safetensors import SafetensorError
+    from safetensors.numpy import load_file
+
+    path = Path(folder) / f"{part}.safetensors"
+    if not path.is_file():
+        raise UserError(f"model folder {folder} has no {part}: {path.name} is missing")
+    try:
+        arrays = load_file(path)
+    except (SafetensorError, OSError, ValueError) as error:
+        raise UserError(f"{path} is damaged or no safetensors file ({error})") from None
+    if like is not None:
+        _check(path, {k: v.shape for k, v in arrays.items()}, like)
+    return unflatten_dict(arrays, sep="/")
+
+
+def _check(path: Path, shapes: Mapping[str, tuple], like: Any) -> None:
+    wanted = {k: tuple(v.shape) for k, v in flatten_dict(like, sep="/").items()}
+    for name in sorted(set(wanted) | set(shapes)):
+        if name not in shapes:
+            raise UserError(f"{path} lacks the tensor {name!r} of shape {list(wanted[name])}")
+        if name not in wanted:
+            raise UserError(f"{path} has an unknown tensor {name!r}")
+        if tuple(shapes[name]) != wanted[name]:
+            raise UserError(
+                f"{path}: tensor {name!r} has shape {list(shapes[name])}, "
+                f"expected {list(wanted[name])}"
+            )

@@ -1,0 +1,117 @@
+"""The device mesh and the one table that maps logical axes to it.
+
+Nobody else knows device axes: networks name logical axes on their parameters and activations.
+"""
+
+import contextlib
+import math
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from typing import Any
+
+import flax.linen as nn
+import jax
+from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import PartitionSpec as P
+
+from instella_jax.errors import UserError
+
+AXES = ("data", "fsdp", "tensor")
+
+# fsdp shards parameters and batch alike; tensor splits heads and MLP hidden units.
+RULES = (
+    ("batch", ("data", "fsdp")),
+    ("embed", "fsdp"),
+    ("heads", "tensor"),
+    ("mlp", "tensor"),
+    ("layers", None),
+    ("sequence", None),
+    ("width", None),
+)
+
+
+def make_mesh(sizes: Mapping[str, int], devices: Sequence[jax.Device] | None = None) -> Mesh:
+    """Builds the (data, fsdp, tensor) mesh.
+
+    Args:
+      sizes: size of each axis; one may be -1, "the rest of the devices".
+      devices: default: all of them.
+
+    Raises:
+      UserError: the sizes do not multiply to the number of devices.
+    """
+    devices = list(devices) if devices is not None else jax.devices()
+    shape = [int(sizes[axis]) for axis in AXES]
+    fixed = math.prod(size for size in shape if size != -1)
+    fits = shape.count(-1) <= 1 and all(size == -1 or size > 0 for size in shape)
+    if fits and -1 in shape and len(devices) % fixed == 0:
+        shape[shape.index(-1)] = len(devices) // fixed
+    if -1 in shape or not fits or math.prod(shape) != len(devices):
+        wanted = ", ".join(f"{axis}={int(sizes[axis])}" for axis in AXES)
+        divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
+        raise UserError(
+            f"mesh {wanted} does not fit {len(devices)} device(s): the sizes must multiply to "
+            f"{len(devices)} (one may be -1 for the rest); each must be one of {divisors}"
+        )
+    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+
+
+@contextlib.contextmanager
+def use(mesh: Mesh) -> Iterator[None]:
+    """Sets the mesh and the rules for everything that is traced inside."""
+    with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
+        yield
+
+
+def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
+    """Sharding of a batch over data and fsdp, its batch axis being number `leading`."""
+    return NamedSharding(mesh, P(*(None,) * leading, ("data", "fsdp")))
+
+
+def replicated(mesh: Mesh) -> NamedSharding:
+    """The same value on every device."""
+    return NamedSharding(mesh, P())
+
+
+def batch_parts(mesh: Mesh) -> int:
+    """Into how many parts a batch is split."""
+    return mesh.shape["data"] * mesh.shape["fsdp"]
+
+
+def place(tree: Any, sharding: NamedSharding) -> Any:
+    """Makes global arrays of this process's rows of a batch (all of them, with one process)."""
+    return jax.tree.map(
+        lambda x: jax.make_array_from_process_local_data(sharding, x), tree
+    )
+
+
+def values(boxed: Any) -> Any:
+    """Takes the logical axes off a tree; unlike `nn.unbox`, it constrains nothing."""
+    return jax.tree.map(
+        lambda x: x.value if isinstance(x, nn.Partitioned) else x,
+        boxed,
+        is_leaf=lambda x: isinstance(x, nn.Partitioned),
+    )
+
+
+def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
+    """Shardings of a tree of (boxed) abstract parameters by their logical axes.
+
+    An axis that its mesh axis does not divide stays whole.
+    """
+    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
+
+    def fit(leaf: Any, spec: P) -> NamedSharding:
+        parts = []
+        for size, axis in zip(leaf.shape, tuple(spec), strict=False):
+            names = (axis,) if isinstance(axis, str) else tuple(axis or ())
+            parts.append(axis if size % math.prod(mesh.shape[n] for n in names) == 0 else None)
+        return NamedSharding(mesh, P(*parts))
+
+    return jax.tree.map(fit, values(boxed), specs)
+
+
+def sharded_init(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -> Any:
+    """Runs `init(key)`, a tree with logical axes, each leaf made directly where it will live."""
+    shardings = tree_shardings(jax.eval_shape(init, key), mesh)
+    with jax.set_mesh(mesh):
+        return jax.jit(lambda k: values(init(k)), out_shardings=shardings)(key)

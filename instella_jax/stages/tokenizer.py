@@ -1,0 +1,136 @@
+"""Training of the binary tokenizer: smooth-L1 reconstruction through sampled bits.
+
+Axes: B batch, N latent tokens, K bits.
+"""
+
+import dataclasses
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import optax
+from ml_collections import ConfigDict
+
+from instella_jax.data.sources import make_split
+from instella_jax.model_folder import execution, tokenizer_config
+from instella_jax.models.tokenizer import BinaryTokenizer, code_loss, hard_code, sample_code
+
+Params = Any
+
+
+def to_float(images: jax.Array) -> jax.Array:
+    """Maps uint8 pictures to float32 in [-1, 1]."""
+    return images.astype(jnp.float32) / 127.5 - 1.0
+
+
+def to_uint8(images: jax.Array) -> jax.Array:
+    """Maps pictures in [-1, 1], clipped, to uint8."""
+    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+
+
+def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
+    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]: [B, h, w, 3] twice -> [B]."""
+    mse = jnp.mean(jnp.square(a - b), axis=(1, 2, 3))
+    return 10.0 * jnp.log10(4.0 / jnp.maximum(mse, 1e-10))
+
+
+class TokenizerStage:
+    """The tokenizer alone; see `stages.Stage`."""
+
+    def __init__(self, config: ConfigDict):
+        """Builds the network.
+
+        Args:
+          config: a config whose stage is "tokenizer".
+        """
+        self.config = config
+        self.sizes = tokenizer_config(config.model)
+        self.network = BinaryTokenizer(self.sizes, execution(config.run))
+        self.sizes.grid(config.data.image_size, config.data.image_size)
+
+    def init(self, key: jax.Array) -> Params:
+        """Parameters {"tokenizer": ...} with logical axes."""
+        size = self.config.data.image_size
+        image = jnp.zeros((1, size, size, 3))
+        return {"tokenizer": self.network.init(key, image)["params"]}
+
+    def frozen(self) -> Params:
+        """Nothing."""
+        return {}
+
+    def loader(self, split: str, **options: Any) -> Any:
+        """Batches with "image"."""
+        return make_split(self.config.data, split, captions=False, **options)
+
+    def temperature(self, step: jax.Array) -> jax.Array:
+        """Temperature of the Bernoulli draw: linear from `start` to `end`, then constant."""
+        t = self.config.loss.temperature
+        return jnp.float32(optax.linear_schedule(t.start, t.end, t.steps)(step))
+
+    def _decode(self, params: Params, code: jax.Array, like: jax.Array) -> jax.Array:
+        variables = {"params": params["tokenizer"]}
+        return self.network.apply(variables, code, *like.shape[1:3], method="decode")
+
+    def _encode(self, params: Params, images: jax.Array) -> jax.Array:
+        return self.network.apply({"params": params["tokenizer"]}, images, method="encode")
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Smooth-L1 (beta 1) plus the weighted code loss; images uint8 [B, h, w, 3]."""
+        del frozen
+        images = to_float(batch["image"])
+        logits = self._encode(params, images)
+        code = sample_code(logits, key, self.temperature(step))
+        decoded = self._decode(params, code, images)
+        pixel = jnp.mean(optax.huber_loss(decoded, images, delta=1.0))
+        certainty = code_loss(logits)
+        total = pixel + self.config.loss.code_weight * certainty
+        return total, {
+            "pixel": pixel,
+            "code_loss": certainty,
+            "psnr": psnr(decoded, images).mean(),
+        }
+
+    def evaluate(
+        self, params: Params, frozen: Params, batch: Any, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """PSNR in dB and smooth-L1 through hard bits, and how evenly the bits are used."""
+        del frozen, key
+        images = to_float(batch["image"])
+        code = hard_code(self._encode(params, images))
+        decoded = jnp.clip(self._decode(params, code, images), -1.0, 1.0)
+        return {
+            "loss": jnp.mean(optax.huber_loss(decoded, images, delta=1.0)),
+            "psnr": psnr(decoded, images).mean(),
+            "bits_on": code.mean(),
+        }
+
+    def pictures(
+        self, params: Params, frozen: Params, count: int
+    ) -> tuple[list[np.ndarray], list[str]]:
+        """Held-out pictures, each followed by its reconstruction."""
+        del frozen
+        batch = next(self.loader("heldout", batch_size=count, drop_remainder=False))
+        images = batch["image"]
+
+        @jax.jit
+        def reconstruct(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
+            x = to_float(images)
+            decoded = self._decode(params, hard_code(self._encode(params, x)), x)
+            return to_uint8(decoded), psnr(jnp.clip(decoded, -1, 1), x)
+
+        drawn, quality = jax.device_get(reconstruct(params, images))
+        pictures, captions = [], []
+        for image, copy, decibel in zip(images, drawn, quality, strict=True):
+            pictures += [image, copy]
+            captions += ["original", f"{decibel:.1f} dB"]
+        return pictures, captions
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes of the tokenizer and the picture size it was trained at."""
+        return {
+            "tokenizer": dataclasses.asdict(self.sizes),
+            "image_size": self.config.data.image_size,
+        }

@@ -1,0 +1,288 @@
+"""The only training loop."""
+
+import contextlib
+import logging
+import os
+import signal
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from ml_collections import ConfigDict
+
+from instella_jax import model_folder, sharding
+from instella_jax.checkpoint import Checkpoints, claim_workdir
+from instella_jax.errors import UserError
+from instella_jax.grids import save_grid
+from instella_jax.metrics import MetricsWriter, Progress, Throughput, progress_line
+from instella_jax.stages import Stage, make_stage
+from instella_jax.train_state import TrainState, init_state, make_optimizer, make_step
+
+logger = logging.getLogger(__name__)
+
+Params = Any
+
+
+def arrays(batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    """What of a batch goes to the device."""
+    return {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
+
+
+def check_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+    """Checks what must divide what.
+
+    Raises:
+      UserError: naming the numbers.
+    """
+    train = config.train
+    parts = sharding.batch_parts(mesh) * train.accumulate
+    if train.batch_size % parts:
+        raise UserError(
+            f"train.batch_size={train.batch_size} does not split into {parts} parts "
+            f"(data x fsdp devices x train.accumulate): use a multiple of {parts}"
+        )
+    every = ("steps", "log_every", "eval_every", "save_every", "image_every")
+    for name in every:
+        if train[name] % train.steps_per_call:
+            raise UserError(
+                f"train.{name}={train[name]} is not a multiple of "
+                f"train.steps_per_call={train.steps_per_call}"
+            )
+
+
+def load_frozen(stage: Stage, mesh: jax.sharding.Mesh) -> Params:
+    """Puts the stage's frozen parameters on the mesh."""
+    boxed = stage.frozen()
+    return jax.device_put(sharding.values(boxed), sharding.tree_shardings(boxed, mesh))
+
+
+def initial_state(
+    stage: Stage, config: ConfigDict, mesh: jax.sharding.Mesh
+) -> tuple[TrainState, Any]:
+    """Returns the state before step 0, sharded, and the optimizer."""
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+
+    def init(key: jax.Array) -> TrainState:
+        init_key, run_key = jax.random.split(key)
+        return init_state(stage.init(init_key), optimizer, run_key)
+
+    return sharding.sharded_init(init, jax.random.key(config.seed), mesh), optimizer
+
+
+def evaluate(stage: Stage, params: Params, frozen: Params, config: ConfigDict, mesh) -> dict:
+    """Means of the stage's held-out metrics over `eval.batches` batches."""
+    function = jax.jit(stage.evaluate)
+    loader = stage.loader("heldout", batch_size=config.eval.batch_size)
+    totals: list[dict[str, jax.Array]] = []
+    with contextlib.closing(loader):
+        for index, batch in zip(range(config.eval.batches), loader, strict=False):
+            rows = sharding.place(arrays(batch), sharding.batch_sharding(mesh))
+            key = jax.random.fold_in(jax.random.key(config.seed), index)
+            totals.append(function(params, frozen, rows, key))
+    if not totals:
+        raise UserError(
+            f"the held-out data do not fill one batch of eval.batch_size={config.eval.batch_size}"
+        )
+    fetched = jax.device_get(totals)
+    return {name: float(np.mean([t[name] for t in fetched])) for name in fetched[0]}
+
+
+class _Stop:
+    """Turns SIGTERM and the first Ctrl-C into a request that the loop reads between steps."""
+
+    def __init__(self) -> None:
+        self.requested = False
+
+    @contextlib.contextmanager
+    def listening(self) -> Iterator[None]:
+        def ask(signum: int, _: Any) -> None:
+            if self.requested and signum == signal.SIGINT:
+                raise KeyboardInterrupt
+            self.requested = True
+
+        old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
+        try:
+            yield
+        finally:
+            for number, handler in old.items():
+                signal.signal(number, handler)
+
+
+def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, float]:
+    """Trains a stage, from the newest checkpoint of the workdir where there is one.
+
+    Leaves checkpoints, `metrics.jsonl`, TensorBoard files, pictures in `samples/` and, at the
+    end, the averaged parameters as a model folder `model/`. SIGTERM saves a checkpoint and
+    returns.
+
+    Args:
+      config: see `configs/`.
+      workdir: where the run lives.
+
+    Returns:
+      Held-out metrics at the end; {} when stopped before it.
+
+    Raises:
+      UserError: something in config, workdir or data does not fit.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    check_sizes(config, mesh)
+    claim_workdir(workdir, config)
+    stage = make_stage(config)
+    with sharding.use(mesh):
+        return _Run(config, Path(workdir), stage, mesh).go()
+
+
+class _Run:
+    """One run of the loop: what its parts share."""
+
+    def __init__(self, config: ConfigDict, workdir: Path, stage: Stage, mesh: jax.sharding.Mesh):
+        self.config, self.workdir, self.stage, self.mesh = config, workdir, stage, mesh
+        self.first = jax.process_index() == 0
+        self.progress = Progress(enabled=self.first)
+        self.checkpoints = Checkpoints(workdir, config.train.keep)
+        self.frozen = load_frozen(stage, mesh)
+        self.state, optimizer = initial_state(stage, config, mesh)
+        self.loader = stage.loader(
+            "train",
+            batch_size=config.train.batch_size // jax.process_count(),
+            steps_per_call=config.train.steps_per_call,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        self.step_function = jax.jit(
+            make_step(stage, optimizer, config), donate_argnums=0
+        )
+        self.rate = Throughput()
+
+    def go(self) -> dict[str, float]:
+        """Restores, trains, evaluates."""
+        if self.first:
+            print_overview(self.state.params)
+        restored = self.checkpoints.restore(self.state, self.loader)
+        if restored is not None:
+            self.state = restored
+        start = int(self.state.step)
+        stop = _Stop()
+        with (
+            MetricsWriter(self.workdir, start_step=start, enabled=self.first) as self.writer,
+            contextlib.closing(self.loader),
+            stop.listening(),
+        ):
+            try:
+                if start:
+                    self.progress.message(f"continuing from step {start}")
+                elif self.config.train.steps:
+                    self.report(0)
+                finished = self.loop(start, stop)
+                step = int(self.state.step)
+                self.checkpoints.save(self.state, self.loader, step)
+                if not finished:
+                    self.progress.message(f"stopped at step {step}; run again to continue")
+                    return {}
+                result = self.report(step)
+                self.draw(step)
+                self.write_model(step)
+                return result
+            finally:
+                self.progress.close()
+                self.checkpoints.close()
+
+    def loop(self, start: int, stop: _Stop) -> bool:
+        """Runs steps until the end (True) or a request to stop (False)."""
+        train = self.config.train
+        rows = sharding.batch_sharding(self.mesh, leading=1)
+        pending: tuple[int, Any] | None = None
+        for step in range(start, train.steps, train.steps_per_call):
+            if stop.requested:
+                return False
+            batch = sharding.place(arrays(next(self.loader)), rows)
+            self.state, metrics = self.step_function(self.state, self.frozen, batch)
+            # The device works on this step while the host reads the one before it.
+            if pending is not None:
+                self.log(*pending)
+            done = step + train.steps_per_call
+            pending = (done, metrics)
+            if done < train.steps:
+                self.occasionally(done)
+        if pending is not None:
+            self.log(*pending)
+        return True
+
+    def occasionally(self, step: int) -> None:
+        """Saves, evaluates and draws at their intervals."""
+        train = self.config.train
+
+        def due(every: int) -> bool:
+            return every > 0 and step % every == 0
+
+        if due(train.save_every):
+            self.checkpoints.save(self.state, self.loader, step)
+        if due(train.eval_every):
+            self.report(step)
+        if due(train.image_every):
+            self.draw(step)
+
+    def log(self, step: int, metrics: Any) -> None:
+        """Fetches the metrics of a finished step, checks and shows them."""
+        fetched = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        self.rate.update(step)
+        in_a_row = int(fetched.pop("skipped_in_a_row"))
+        if in_a_row >= self.config.train.max_skipped:
+            raise UserError(
+                f"{in_a_row} steps in a row up to step {step} had no finite loss and gradient; "
+                "lower optimizer.learning_rate or check the data"
+            )
+        if step % self.config.train.log_every == 0:
+            speed = self.rate.steps_per_second
+            size = self.config.train.batch_size
+            if speed:
+                fetched["images_per_second"] = speed * size
+            self.writer.scalars(step, fetched, prefix="train")
+            total = self.config.train.steps
+            self.progress.update(progress_line(step, total, fetched, speed, size))
+
+    def report(self, step: int) -> dict[str, float]:
+        """Evaluates the average on held-out data, prints and writes the result."""
+        self.rate.pause()
+        metrics = evaluate(self.stage, self.state.ema, self.frozen, self.config, self.mesh)
+        self.writer.scalars(step, metrics, prefix="heldout")
+        text = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in metrics.items())
+        self.progress.message(f"held out at step {step}: {text}")
+        self.rate.resume()
+        return metrics
+
+    def draw(self, step: int) -> None:
+        """Draws a captioned grid with the average."""
+        count = self.config.eval.pictures
+        if not count:
+            return
+        self.rate.pause()
+        pictures, captions = self.stage.pictures(self.state.ema, self.frozen, count)
+        if self.first:
+            path = self.workdir / "samples" / f"{step:08d}.png"
+            grid = save_grid(path, np.stack(pictures), captions)
+            self.writer.image(step, "samples", grid)
+            self.progress.message(f"pictures at step {step}: {path}")
+        self.rate.resume()
+
+    def write_model(self, step: int) -> None:
+        """Writes the average as a model folder."""
+        if not self.first:
+            return
+        folder = self.workdir / "model"
+        description = {**self.stage.describe(), "step": step}
+        text = getattr(self.stage, "text_tokenizer_file", None)
+        model_folder.save(
+            folder, description, self.state.ema, dtype="bfloat16", text_tokenizer=text
+        )
+        self.progress.message(f"model: {folder}")
+
+
+def print_overview(params: Params) -> None:
+    """Prints name, shape and size of every parameter."""
+    from clu import parameter_overview
+
+    print(parameter_overview.get_parameter_overview(params, include_stats=False), flush=True)

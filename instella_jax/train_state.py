@@ -1,0 +1,163 @@
+"""What a training run carries from step to step, and one step of it.
+
+Axes: G steps per call, A accumulation, B batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+from ml_collections import ConfigDict
+
+from instella_jax.errors import UserError
+from instella_jax.stages import Stage
+
+Params = Any
+Metrics = dict[str, jax.Array]
+
+
+@flax.struct.dataclass
+class TrainState:
+    """Everything that a checkpoint of the device side holds.
+
+    Attributes:
+      step: int32, optimizer steps tried so far, the skipped ones included.
+      skipped: int32, steps skipped in a row up to now because something was not finite.
+      params: trainable parameters.
+      ema: their exponential moving average.
+      opt_state: of the optimizer.
+      key: random key of the run; step s draws from fold_in(key, s).
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+    """Linear warm-up, then constant or a cosine down to `final_fraction` of the peak at `steps`.
+
+    Raises:
+      UserError: the schedule's name is unknown.
+    """
+    if config.schedule == "constant":
+        return optax.warmup_constant_schedule(0.0, config.learning_rate, config.warmup_steps)
+    if config.schedule == "cosine":
+        return optax.warmup_cosine_decay_schedule(
+            0.0,
+            config.learning_rate,
+            config.warmup_steps,
+            max(steps, config.warmup_steps + 1),
+            end_value=config.learning_rate * config.final_fraction,
+        )
+    raise UserError(
+        f"optimizer.schedule is {config.schedule!r}: expected 'constant' or 'cosine'"
+    )
+
+
+def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+    """AdamW after a clip of the global gradient norm."""
+    return optax.chain(
+        optax.clip_by_global_norm(config.clip),
+        optax.adamw(
+            make_schedule(config, steps),
+            b1=config.b1,
+            b2=config.b2,
+            eps=config.eps,
+            weight_decay=config.weight_decay,
+        ),
+    )
+
+
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+    """The state before the first step, with the logical axes of `params` where they are boxed."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        key=key,
+    )
+
+
+def gradients(
+    stage: Stage, accumulate: int, params: Params, frozen: Params, batch: Any, key: jax.Array, step
+) -> tuple[Params, Metrics]:
+    """Mean gradients and metrics over `accumulate` parts of a batch [B, ...], one at a time."""
+
+    def part(params: Params, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        loss, metrics = stage.loss(params, frozen, batch, key, step)
+        return loss, {"loss": loss, **metrics}
+
+    grad = jax.grad(part, has_aux=True)
+    if accumulate == 1:
+        return grad(params, batch, key)
+    # Strided parts keep each device's rows on that device.
+    parts = jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
+        batch,
+    )
+
+    def add(total: Any, item: Any) -> tuple[Any, None]:
+        index, batch = item
+        new = grad(params, batch, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, new), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, params, first, key)
+    )
+    total, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))
+    return jax.tree.map(lambda x: x / accumulate, total)
+
+
+def make_step(
+    stage: Stage, optimizer: optax.GradientTransformation, config: ConfigDict
+) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
+    """Returns `step(state, frozen, batches) -> (state, metrics)` over batches [G, B, ...].
+
+    A step whose loss or gradient norm is not finite, or whose norm exceeds `train.spike_norm`
+    where that is positive, changes neither parameters, optimizer nor average; it is counted in
+    the metric "skipped". Metrics are means over the G steps.
+    """
+    train = config.train
+    limit = train.spike_norm if train.spike_norm > 0 else float("inf")
+
+    def one(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, metrics = gradients(
+            stage, train.accumulate, state.params, frozen, batch, key, state.step
+        )
+        norm = optax.global_norm(grads)
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (norm <= limit)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # A short warm-up of the average keeps the initial values out of it.
+        decay = jnp.minimum(train.ema_decay, (1 + state.step) / (10 + state.step))
+        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        new = (params, ema, opt_state)
+        old = (state.params, state.ema, state.opt_state)
+        params, ema, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        state = state.replace(
+            step=state.step + 1,
+            skipped=jnp.where(good, 0, state.skipped + 1),
+            params=params,
+            ema=ema,
+            opt_state=opt_state,
+        )
+        return state, {**metrics, "grad_norm": norm, "skipped": 1.0 - good}
+
+    def step(state: TrainState, frozen: Params, batches: Any) -> tuple[TrainState, Metrics]:
+        state, metrics = jax.lax.scan(lambda s, b: one(s, frozen, b), state, batches)
+        return state, {**jax.tree.map(jnp.mean, metrics), "skipped_in_a_row": state.skipped}
+
+    return step
