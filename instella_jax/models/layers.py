@@ -6,7 +6,7 @@ Axes: B batch, T sequence, H heads, Dh head width, D width. Kernels carry logica
 
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -226,23 +226,30 @@ def repeat(
     run: Execution,
     *,
     in_axes: Any = nn.broadcast,
-    methods: Any = None,
-) -> Callable[..., nn.Module]:
+    methods: Mapping[str, Any] | None = None,
+) -> Callable[..., Any]:
     """Stacks `num_layers` copies of a block whose call takes and returns (carry, output).
 
     Parameters get a leading "layers" axis whether the depth is scanned or unrolled, so a
     checkpoint of one serves the other.
+
+    Args:
+      block: the class of the block.
+      num_layers: how many copies.
+      run: whether to unroll, and what to recompute in the backward pass.
+      in_axes: for each argument of the call after the carry, the axis that runs over the layers,
+        or `nn.broadcast`.
+      methods: `in_axes` by name, where methods besides the call are stacked too.
     """
     if run.remat != "none":
         # In a scan XLA cannot merge the recomputation with the first computation.
         block = nn.remat(block, prevent_cse=run.unroll, policy=REMAT_POLICIES[run.remat])
-    return nn.scan(
-        block,
+    options: dict[str, Any] = dict(
         variable_axes={"params": 0},
         split_rngs={"params": True},
-        in_axes=in_axes,
         length=num_layers,
         unroll=num_layers if run.unroll else 1,
         metadata_params={nn.PARTITION_NAME: "layers"},
-        methods=methods,
     )
+    each = {name: {**options, "in_axes": axes} for name, axes in (methods or {}).items()}
+    return nn.scan(block, methods=each or {"__call__": {**options, "in_axes": in_axes}})

@@ -1,0 +1,63 @@
+"""Attention of image tokens to the prompt and to each other, shared by both generators.
+
+Axes: B batch, T image positions, L text length, H heads, Dh head width, D width = H * Dh.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from instella_jax.models.layers import Execution, attend, linear, rms_norm
+
+KeysValues = tuple[jax.Array, jax.Array]
+
+
+class JointAttention(nn.Module):
+    """Queries from the image; keys and values from [text ; image]; q and k normed per head."""
+
+    num_heads: int
+    head_dim: int
+    text_width: int
+    run: Execution
+    xavier: bool = False
+
+    def setup(self):
+        """Builds the projections."""
+        width = self.num_heads * self.head_dim
+
+        def project() -> nn.Dense:
+            return linear(width, width, ("embed", "heads"), self.run, xavier=self.xavier)
+
+        self.q, self.k, self.v = project(), project(), project()
+        self.o = linear(width, width, ("heads", "embed"), self.run, xavier=self.xavier)
+        self.q_norm, self.k_norm = rms_norm(self.run), rms_norm(self.run)
+        self.text = linear(
+            width, self.text_width, (None, "embed"), self.run, use_bias=True, xavier=self.xavier
+        )
+
+    def _heads(self, x: jax.Array) -> jax.Array:
+        return x.reshape(*x.shape[:2], self.num_heads, self.head_dim)
+
+    def keys_values(self, h: jax.Array) -> KeysValues:
+        """Keys and values [B, T, H, Dh] of positions h [B, T, D]."""
+        return self.k_norm(self._heads(self.k(h))), self._heads(self.v(h))
+
+    def text_keys_values(self, features: jax.Array) -> KeysValues:
+        """Keys and values [B, L, H, Dh] of one layer's text features [B, L, Dt]."""
+        return self.keys_values(self.text(features.astype(self.run.dtype)))
+
+    def look(self, h: jax.Array, keys_values: KeysValues, visible: jax.Array) -> jax.Array:
+        """Attends from h [B, T, D] to given keys and values [B, S, H, Dh]: [B, T, D].
+
+        `visible` is bool, broadcastable to [B, 1, T, S].
+        """
+        q = self.q_norm(self._heads(self.q(h)))
+        return self.o(attend(q, *keys_values, visible, self.run))
+
+    def __call__(self, h: jax.Array, text: KeysValues, visible: jax.Array) -> jax.Array:
+        """Attends from h [B, T, D] to [text ; h]: [B, T, D]; `visible` has L + T columns."""
+        k, v = (
+            jnp.concatenate([of_text, of_image], axis=1)
+            for of_text, of_image in zip(text, self.keys_values(h), strict=True)
+        )
+        return self.look(h, (k, v), visible)

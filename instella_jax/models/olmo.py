@@ -1,0 +1,132 @@
+"""OLMo, the language model whose hidden states describe the prompt (SPEC section 2).
+
+Axes: B batch, L text length, H heads, D width.
+"""
+
+import dataclasses
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instella_jax.models.layers import (
+    Execution,
+    SwiGLU,
+    attend,
+    constrain,
+    layer_norm,
+    linear,
+    repeat,
+    rotate,
+)
+
+NORM_EPSILON = 1e-5
+
+
+@dataclasses.dataclass(frozen=True)
+class OlmoConfig:
+    """Sizes of the language model; the defaults are those of AMD-OLMo-1B.
+
+    Attributes:
+      vocab_size: rows of the embedding.
+      hidden_size: D.
+      intermediate_size: hidden width of the MLP.
+      num_hidden_layers: blocks.
+      num_attention_heads: query heads; they divide D.
+      num_key_value_heads: key and value heads; they divide the query heads.
+      rope_theta: base of the rotary frequencies.
+      clip_qkv: bound on queries, keys and values after their projection, None for no bound.
+    """
+
+    vocab_size: int = 50_304
+    hidden_size: int = 2048
+    intermediate_size: int = 8192
+    num_hidden_layers: int = 16
+    num_attention_heads: int = 16
+    num_key_value_heads: int = 16
+    rope_theta: float = 10_000.0
+    clip_qkv: float | None = None
+
+    @property
+    def head_dim(self) -> int:
+        """Width of a head."""
+        return self.hidden_size // self.num_attention_heads
+
+
+def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
+    """Cosines and sines of positions 0..length-1: two arrays [length, head_dim], float32.
+
+    Here each half of the head carries all frequencies, unlike `layers.rope_tables`.
+    """
+    frequencies = theta ** (-np.arange(0, head_dim, 2) / head_dim)
+    angle = np.tile(np.arange(length)[:, None] * frequencies, 2)
+    return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
+
+
+class Block(nn.Module):
+    """Pre-norm decoder block, written for `layers.repeat`: its output is the hidden state."""
+
+    config: OlmoConfig
+    run: Execution
+
+    @nn.compact
+    def __call__(
+        self, x: jax.Array, cos: jax.Array, sin: jax.Array, visible: jax.Array
+    ) -> tuple[jax.Array, jax.Array]:
+        """Maps x [B, L, D]; tables are [L, Dh], `visible` is [B, 1, L, L]."""
+        c, run = self.config, self.run
+        x = constrain(x)
+        h = layer_norm(x, NORM_EPSILON)
+
+        def heads(name: str, count: int) -> jax.Array:
+            axes = ("embed", "heads")
+            y = linear(count * c.head_dim, c.hidden_size, axes, run, name=name)(h)
+            if c.clip_qkv is not None:
+                y = jnp.clip(y, -c.clip_qkv, c.clip_qkv)
+            return y.reshape(*y.shape[:2], count, c.head_dim)
+
+        q = rotate(heads("q", c.num_attention_heads), cos, sin)
+        k = rotate(heads("k", c.num_key_value_heads), cos, sin)
+        mixed = attend(q, k, heads("v", c.num_key_value_heads), visible, run)
+        x += linear(c.hidden_size, mixed.shape[-1], ("heads", "embed"), run, name="o")(mixed)
+        x += SwiGLU(c.intermediate_size, run, name="mlp")(layer_norm(x, NORM_EPSILON))
+        return x, x
+
+
+class Olmo(nn.Module):
+    """The language model without its head."""
+
+    config: OlmoConfig
+    run: Execution = Execution()
+
+    @nn.compact
+    def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
+        """Returns the hidden states of a batch of prompts.
+
+        Args:
+          ids: [B, L] token ids. Positions count from the start of the row, padding included.
+          mask: [B, L], non-zero at real tokens. A padding position that sees no real token
+            attends to all positions alike.
+
+        Returns:
+          [layers + 1, B, L, D]: the embedding, then the state after each block, the last of
+          them after the final norm. Block i of a generator reads number i + 1.
+        """
+        c, run = self.config, self.run
+        embedding = self.param(
+            "embed",
+            nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed")),
+            (c.vocab_size, c.hidden_size),
+            run.param_dtype,
+        )
+        x = jnp.take(embedding, ids, axis=0).astype(run.dtype)
+        length = ids.shape[1]
+        cos, sin = map(jnp.asarray, rotary_tables(length, c.head_dim, c.rope_theta))
+        causal = jnp.tril(jnp.ones((length, length), bool))
+        visible = causal & mask.astype(bool)[:, None, None, :]
+        _, states = repeat(Block, c.num_hidden_layers, run)(c, run, name="blocks")(
+            x, cos, sin, visible
+        )
+        last = layer_norm(states[-1:], NORM_EPSILON)
+        return jnp.concatenate([x[None], states[:-1], last]).astype(run.output_dtype)
