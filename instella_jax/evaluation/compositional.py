@@ -19,8 +19,8 @@ from instella_jax.data.scenes import GRID, LARGE, SMALL, Placed, Scene, relation
 SIDE = 48
 # More than a scene can hold, so that surplus objects are seen too.
 MOST_OBJECTS = 5
-# The share of a sprite's difference from the background that must be there to call it found.
-FOUND = 0.4
+# How strong a sprite must stand out from the background, against 1 as drawn, to be called found.
+FOUND = 0.5
 # Softness of a background's colour, in units of 255.
 COLOUR_WIDTH = 20.0
 # How far, in fractions of the side, an object may be from where it should be.
@@ -139,21 +139,25 @@ def read(image: np.ndarray, style: str, concepts: tuple[str, ...] = sprites.CORE
         for units in (SMALL, LARGE):
             side = units * SIDE // GRID
             templates, energy = _templates(concepts, style, side, background)
-            gain = 2 * _patches(rest, side) @ templates.T - energy
-            # The ratio, so that one sprite that fits wins over a larger one that covers two.
-            score = np.where(gain > FOUND * energy, gain * np.minimum(gain / energy, 1), 0.0)
+            # A faint copy counts too: the energy explained at the best strength up to 1.
+            match = _patches(rest, side) @ templates.T
+            strength = np.clip(match / energy, 0, 1)
+            score = np.where(
+                match > FOUND * energy, strength * (2 * match - strength * energy), 0.0
+            )
             score = score * _free(found, side)[:, None]
             place, number = np.unravel_index(score.argmax(), score.shape)
             if score[place, number] > best:
-                best, where = score[place, number], (side, int(place), int(number))
+                best = score[place, number]
+                where = side, int(place), int(number), strength[place, number]
         if where is None:
             break
-        side, place, number = where
+        side, place, number, faint = where
         steps = SIDE - side + 1
         top, left = divmod(place, steps)
         found.append(Placed(concepts[number], left / SIDE, top / SIDE, side / SIDE))
         template = _templates(concepts, style, side, background)[0][number]
-        rest[top : top + side, left : left + side] -= template.reshape(side, side, 3)
+        rest[top : top + side, left : left + side] -= faint * template.reshape(side, side, 3)
     return Scene(background, style, tuple(found))
 
 
