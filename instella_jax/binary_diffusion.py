@@ -10,6 +10,8 @@ import jax
 import jax.numpy as jnp
 import optax
 
+from instella_jax.errors import UserError
+
 Target = Literal["epsilon", "x"]
 TARGETS = ("epsilon", "x")
 PROTOCOLS = (1, 2)
@@ -40,13 +42,38 @@ def add_noise(bits: jax.Array, t: jax.Array, uniforms: jax.Array) -> jax.Array:
     return (uniforms < mix(bits, t[:, None, None])).astype(bits.dtype)
 
 
-def sample_times(key: jax.Array, count: int, distribution: str = "logit_normal") -> jax.Array:
-    """Draws times [count]: the sigmoid of a standard normal ("logit_normal"), or "uniform"."""
+def check_target(target: str) -> None:
+    """Refuses a target that is not one of `TARGETS`.
+
+    Raises:
+      UserError: it is not.
+    """
+    if target not in TARGETS:
+        raise UserError(f"loss.target is {target!r}: expected one of {TARGETS}")
+
+
+def times_at(quantiles: jax.Array, distribution: str = "logit_normal") -> jax.Array:
+    """Times [B] at quantiles [B] of their distribution, "logit_normal" or "uniform".
+
+    Raises:
+      UserError: the distribution is unknown.
+    """
+    if distribution not in TIME_DISTRIBUTIONS:
+        raise UserError(f"loss.times is {distribution!r}: expected one of {TIME_DISTRIBUTIONS}")
     if distribution == "uniform":
-        return jax.random.uniform(key, (count,))
-    if distribution == "logit_normal":
-        return jax.nn.sigmoid(jax.random.normal(key, (count,)))
-    raise ValueError(f"distribution {distribution!r} is not one of {TIME_DISTRIBUTIONS}")
+        return quantiles
+    return jax.nn.sigmoid(jax.scipy.special.ndtri(quantiles))
+
+
+def sample_times(key: jax.Array, count: int, distribution: str = "logit_normal") -> jax.Array:
+    """Draws times [count] of a distribution that `times_at` knows."""
+    tiny = jnp.finfo(jnp.float32).tiny
+    return times_at(jax.random.uniform(key, (count,), minval=tiny), distribution)
+
+
+def spread_times(count: int, distribution: str = "logit_normal") -> jax.Array:
+    """Times [count] spread evenly over a distribution, for evaluation with less noise."""
+    return times_at((jnp.arange(count) + 0.5) / count, distribution)
 
 
 def clean_logits(output: jax.Array, z: jax.Array, target: Target = "epsilon") -> jax.Array:
@@ -62,14 +89,14 @@ def flip_logits(output: jax.Array, z: jax.Array, target: Target = "epsilon") -> 
     return output if target == "epsilon" else jnp.where(z > 0.5, -output, output)
 
 
-def bit_loss(logits: jax.Array, bits: jax.Array) -> jax.Array:
+def loss(logits: jax.Array, bits: jax.Array) -> jax.Array:
     """Mean binary cross-entropy of logits [B, N, K] with bits [B, N, K], in nats per bit."""
     return optax.sigmoid_binary_cross_entropy(logits, bits).mean()
 
 
 def bit_accuracy(logits: jax.Array, bits: jax.Array) -> jax.Array:
-    """Percent of bits [B, N, K] that the sign of logits [B, N, K] tells right."""
-    return 100.0 * jnp.mean((logits > 0) == (bits > 0.5))
+    """Share (0 to 1) of bits [B, N, K] that the sign of logits [B, N, K] tells right."""
+    return jnp.mean((logits > 0) == (bits > 0.5))
 
 
 def time(step: Scalar, steps: Scalar, rho: Scalar = 1.0) -> jax.Array:

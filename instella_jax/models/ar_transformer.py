@@ -1,0 +1,217 @@
+"""The autoregressive generator: bits of earlier tokens and prompt -> logits (SPEC section 4).
+
+Axes: B batch, N latent tokens, K bits, L text length, H heads, Dh head width, D = H * Dh.
+"""
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+
+from instella_jax.models.joint_attention import JointAttention, KeysValues
+from instella_jax.models.layers import (
+    Execution,
+    GeluMLP,
+    constrain,
+    linear,
+    repeat,
+    rms_norm,
+)
+
+
+class Block(nn.Module):
+    """One block, written for `layers.repeat`; its text input is scanned over the layers."""
+
+    num_heads: int
+    head_dim: int
+    num_tokens: int
+    text_width: int
+    run: Execution
+
+    def setup(self):
+        """Builds the parts."""
+        width = self.num_heads * self.head_dim
+        self.attention_norm, self.mlp_norm = rms_norm(self.run), rms_norm(self.run)
+        self.attention = JointAttention(self.num_heads, self.head_dim, self.text_width, self.run)
+        # The published weights have one position more than there are tokens.
+        self.pos_emb = self.param(
+            "pos_emb",
+            nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, "embed")),
+            (self.num_tokens + 1, width),
+            self.run.param_dtype,
+        )
+        self.mlp = GeluMLP(self.run)
+
+    def __call__(
+        self, x: jax.Array, text: jax.Array | KeysValues, visible: jax.Array
+    ) -> tuple[jax.Array, None]:
+        """Maps x [B, T, D], all positions at once.
+
+        Args:
+          x: [B, T, D].
+          text: this layer's features [B, L, Dt], or keys and values made of them.
+          visible: bool [B, 1, T, L + T].
+        """
+        if not isinstance(text, tuple):
+            text = self.attention.text_keys_values(text)
+        x = constrain(x)
+        h = self.attention_norm(x) + self.pos_emb[: x.shape[1]].astype(x.dtype)
+        x += self.attention(h, text, visible)
+        return x + self.mlp(self.mlp_norm(x)), None
+
+    def step(
+        self, x: jax.Array, cache: KeysValues, index: jax.Array, visible: jax.Array
+    ) -> tuple[jax.Array, KeysValues]:
+        """Maps x [B, 1, D] at position `index`, the positions before it being in the cache.
+
+        Args:
+          x: [B, 1, D].
+          cache: this layer's keys and values of [text ; image], [B, L + N, H, Dh] each.
+          index: scalar position.
+          visible: bool [B, 1, 1, L + N].
+
+        Returns:
+          x [B, 1, D], and the keys and values [B, 1, H, Dh] of this position.
+        """
+        position = jax.lax.dynamic_slice_in_dim(self.pos_emb, index, 1).astype(x.dtype)
+        h = self.attention_norm(x) + position
+        new = self.attention.keys_values(h)
+        slot = cache[0].shape[1] - self.num_tokens + index
+        k, v = (
+            jax.lax.dynamic_update_slice_in_dim(old, own, slot, axis=1)
+            for old, own in zip(cache, new, strict=True)
+        )
+        x += self.attention.look(h, (k, v), visible)
+        return x + self.mlp(self.mlp_norm(x)), new
+
+    def text_kv(self, carry: None, features: jax.Array) -> tuple[None, KeysValues]:
+        """Keys and values of one layer's text features [B, L, Dt]."""
+        return carry, self.attention.text_keys_values(features)
+
+
+class ArTransformer(nn.Module):
+    """The network: position i predicts the bits of token i, each independently.
+
+    Attributes:
+      num_layers: blocks, one for each layer of text features.
+      num_heads: H.
+      head_dim: Dh.
+      num_tokens: N.
+      bits: K.
+      text_width: Dt, width of the text features.
+      run: how it is computed.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    num_tokens: int
+    bits: int
+    text_width: int
+    run: Execution = Execution()
+
+    def setup(self):
+        """Builds the parts."""
+        width, run = self.num_heads * self.head_dim, self.run
+        self.bits_in = linear(width, self.bits, (None, "embed"), run, use_bias=True)
+        self.split_token = self.param(
+            "split_token",
+            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",)),
+            (width,),
+            run.param_dtype,
+        )
+        blocks = repeat(
+            Block,
+            self.num_layers,
+            run,
+            methods={
+                "__call__": (0, nn.broadcast),
+                "step": (0, nn.broadcast, nn.broadcast),
+                "text_kv": 0,
+            },
+        )
+        self.blocks = blocks(self.num_heads, self.head_dim, self.num_tokens, self.text_width, run)
+        self.out_norm = rms_norm(run)
+        self.bits_out = linear(self.bits, width, ("embed", None), run, use_bias=True)
+
+    def __call__(
+        self, z: jax.Array, text: jax.Array | KeysValues, text_mask: jax.Array
+    ) -> jax.Array:
+        """Predicts all tokens, each from those before it.
+
+        Args:
+          z: bits of the first T - 1 tokens, [B, T - 1, K] of 0 and 1; N - 1 of them in training.
+          text: features [layers, B, L, Dt], or the keys and values that `text_kv` made of them.
+          text_mask: [B, L], non-zero at real tokens. Where a row has none (the empty prompt),
+            that image attends to itself alone.
+
+        Returns:
+          logits [B, T, K] of the bits of the first T tokens.
+        """
+        batch, length = z.shape[0], z.shape[1] + 1
+        x = jnp.concatenate([self._split(batch), self.bits_in(z.astype(self.run.dtype))], axis=1)
+        causal = jnp.broadcast_to(
+            jnp.tril(jnp.ones((length, length), bool)), (batch, 1, length, length)
+        )
+        of_text = text_mask.astype(bool)[:, None, None, :]
+        of_text = jnp.broadcast_to(of_text, (batch, 1, length, text_mask.shape[1]))
+        x, _ = self.blocks(x, text, jnp.concatenate([of_text, causal], axis=-1))
+        return self._logits(x)
+
+    def _split(self, batch: int) -> jax.Array:
+        split = self.split_token.astype(self.run.dtype)
+        return jnp.broadcast_to(split, (batch, 1, split.shape[0]))
+
+    def _logits(self, x: jax.Array) -> jax.Array:
+        return self.bits_out(self.out_norm(x)).astype(self.run.output_dtype)
+
+    def text_kv(self, features: jax.Array) -> KeysValues:
+        """Keys and values of a prompt for all layers.
+
+        Args:
+          features: [layers, B, L, Dt].
+
+        Returns:
+          k, v: [layers, B, L, H, Dh] each.
+        """
+        _, keys_values = self.blocks.text_kv(None, features)
+        return keys_values
+
+    def start_cache(self, text: jax.Array | KeysValues) -> KeysValues:
+        """Makes the cache of a decoding: the prompt's keys and values, then room for N tokens.
+
+        Args:
+          text: features [layers, B, L, Dt], or the keys and values that `text_kv` made of them.
+
+        Returns:
+          k, v: [layers, B, L + N, H, Dh] each.
+        """
+        k, v = text if isinstance(text, tuple) else self.text_kv(text)
+        room = ((0, 0), (0, 0), (0, self.num_tokens), (0, 0), (0, 0))
+        return jnp.pad(k, room), jnp.pad(v, room)
+
+    def step(
+        self, previous: jax.Array, index: jax.Array, cache: KeysValues, text_mask: jax.Array
+    ) -> tuple[jax.Array, KeysValues]:
+        """Predicts one token from the cache of those before it.
+
+        Args:
+          previous: bits of token `index` - 1, [B, K]; not looked at where `index` is 0.
+          index: scalar, which token.
+          cache: from `start_cache` or the previous step.
+          text_mask: [B, L].
+
+        Returns:
+          logits [B, K] of the bits of token `index`, and the cache for the next one.
+        """
+        batch, length = text_mask.shape
+        embedded = self.bits_in(previous.astype(self.run.dtype))[:, None]
+        x = jnp.where(index == 0, self._split(batch), embedded)
+        seen = jnp.arange(self.num_tokens) <= index
+        seen = jnp.broadcast_to(seen, (batch, self.num_tokens))
+        visible = jnp.concatenate([text_mask.astype(bool), seen], axis=1)[:, None, None, :]
+        x, new = self.blocks.step(x, cache, index, visible)
+        k, v = (
+            jax.lax.dynamic_update_slice_in_dim(old, own, length + index, axis=2)
+            for old, own in zip(cache, new, strict=True)
+        )
+        return self._logits(x)[:, 0], (k, v)

@@ -1,0 +1,155 @@
+"""The sampling loops: prompts' features -> codes, each loop one jitted call.
+
+Axes: B images, N latent tokens, K bits, S steps, L text length, Dt text width. Text inputs have
+2B rows: B conditional ones, then B unconditional ones (the empty or a negative prompt).
+"""
+
+import functools
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instella_jax import binary_diffusion
+from instella_jax.binary_diffusion import Scalar, Target
+from instella_jax.models.ar_transformer import ArTransformer
+from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.models.joint_attention import KeysValues
+
+
+def image_keys(seeds: jax.Array) -> jax.Array:
+    """Keys [B] of images from their seeds [B], each seed giving always the same key."""
+    return jax.vmap(jax.random.key)(seeds)
+
+
+def draw(keys: jax.Array, index: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
+    """Uniforms [B, *shape] of draw number `index`, each image's from its own key [B]."""
+    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, index), shape))(keys)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "protocol", "target"))
+def sample_diffusion(
+    network: DiffusionTransformer,
+    params: Any,
+    text: jax.Array | KeysValues,
+    text_mask: jax.Array,
+    keys: jax.Array,
+    *,
+    steps: jax.Array | int = 20,
+    guidance: Scalar = 7.5,
+    temperature: Scalar = 1.0,
+    rho: Scalar = 1.0,
+    protocol: int = 1,
+    target: Target = "epsilon",
+    uniforms: jax.Array | None = None,
+) -> jax.Array:
+    """Samples codes from the diffusion generator (SPEC section 3).
+
+    An image depends on the parameters, its prompt, its key and the options alone, not on the
+    others of its batch. Only `network`, `protocol`, `target` and shapes recompile.
+
+    Args:
+      network: the generator.
+      params: its parameters.
+      text: features [layers, 2B, L, Dt], or keys and values that `network.text_kv` made of them.
+      text_mask: [2B, L], non-zero at real tokens.
+      keys: [B] random keys, one per image.
+      steps: S, at least 1.
+      guidance: g, 0 for none; see `binary_diffusion.guided`.
+      temperature: of the guided logits; 0 thresholds them.
+      rho: exponent of the schedule of times.
+      protocol: 1 or 2, see `binary_diffusion.step_probability`.
+      target: what the network was trained to tell.
+      uniforms: [S, B, N, K], draws to use in place of the keys': the first makes the initial
+        bits, number i ends step i - 1.
+
+    Returns:
+      bits [B, N, K], float32 of 0 and 1.
+    """
+    variables = {"params": params}
+    if not isinstance(text, tuple):
+        text = network.apply(variables, text, method="text_kv")
+    shape = (network.num_tokens, network.bits)
+    steps = jnp.asarray(steps, jnp.int32)
+
+    def uniform(index: jax.Array | int) -> jax.Array:
+        if uniforms is None:
+            return draw(keys, index, shape)
+        # The last step asks for a draw past the end and does not use it.
+        return jax.lax.dynamic_index_in_dim(uniforms, index, keepdims=False)
+
+    def step(index: jax.Array, z: jax.Array) -> jax.Array:
+        t, t_next = (binary_diffusion.time(i, steps, rho) for i in (index, index + 1))
+        both = jnp.concatenate([z, z])
+        times = jnp.broadcast_to(t, both.shape[:1])
+        output = network.apply(variables, both, times, text, text_mask)
+        flip = binary_diffusion.flip_logits(output, both, target)
+        conditional, unconditional = jnp.split(flip, 2)
+        return binary_diffusion.sampling_step(
+            conditional,
+            unconditional,
+            z,
+            t,
+            t_next,
+            guidance,
+            temperature,
+            index + 1 == steps,
+            uniform(index + 1),
+            protocol,
+        )
+
+    start = (uniform(0) < 0.5).astype(jnp.float32)
+    return jax.lax.fori_loop(0, steps, step, start)
+
+
+@functools.partial(jax.jit, static_argnames=("network",))
+def sample_ar(
+    network: ArTransformer,
+    params: Any,
+    text: jax.Array | KeysValues,
+    text_mask: jax.Array,
+    keys: jax.Array,
+    *,
+    guidance: Scalar = 9.0,
+    temperature: Scalar = 0.5,
+    uniforms: jax.Array | None = None,
+) -> jax.Array:
+    """Samples codes from the autoregressive generator, with a cache (SPEC section 4).
+
+    An image depends on the parameters, its prompt, its key and the options alone, not on the
+    others of its batch. Only `network` and shapes recompile.
+
+    Args:
+      network: the generator.
+      params: its parameters.
+      text: features [layers, 2B, L, Dt], or keys and values that `network.text_kv` made of them.
+      text_mask: [2B, L], non-zero at real tokens.
+      keys: [B] random keys, one per image.
+      guidance: g, 0 for none; see `binary_diffusion.guided`.
+      temperature: of the guided logits; 0 thresholds them.
+      uniforms: [B, N, K], draws to use in place of the keys'.
+
+    Returns:
+      bits [B, N, K], float32 of 0 and 1.
+    """
+    variables = {"params": params}
+    cache = network.apply(variables, text, method="start_cache")
+
+    def step(
+        carry: tuple[KeysValues, jax.Array], index: jax.Array
+    ) -> tuple[tuple[KeysValues, jax.Array], jax.Array]:
+        cache, bits = carry
+        logits, cache = network.apply(
+            variables, jnp.concatenate([bits, bits]), index, cache, text_mask, method="step"
+        )
+        logits = binary_diffusion.guided(*jnp.split(logits, 2), guidance, temperature)
+        if uniforms is None:
+            uniform = draw(keys, index, (network.bits,))
+        else:
+            uniform = jax.lax.dynamic_index_in_dim(uniforms, index, axis=1, keepdims=False)
+        bits = (uniform < jax.nn.sigmoid(logits)).astype(jnp.float32)
+        return (cache, bits), bits
+
+    first = jnp.zeros((keys.shape[0], network.bits))
+    _, bits = jax.lax.scan(step, (cache, first), jnp.arange(network.num_tokens))
+    return bits.swapaxes(0, 1)
