@@ -79,9 +79,7 @@ def batch_parts(mesh: Mesh) -> int:
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
     """Makes global arrays of this process's rows of a batch (all of them, with one process)."""
-    return jax.tree.map(
-        lambda x: jax.make_array_from_process_local_data(sharding, x), tree
-    )
+    return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
 def values(boxed: Any) -> Any:

@@ -152,9 +152,7 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
-        self.step_function = jax.jit(
-            make_step(stage, optimizer, config), donate_argnums=0
-        )
+        self.step_function = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
         self.rate = Throughput()
 
     def go(self) -> dict[str, float]:

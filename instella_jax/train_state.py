@@ -56,9 +56,7 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
             max(steps, config.warmup_steps + 1),
             end_value=config.learning_rate * config.final_fraction,
         )
-    raise UserError(
-        f"optimizer.schedule is {config.schedule!r}: expected 'constant' or 'cosine'"
-    )
+    raise UserError(f"optimizer.schedule is {config.schedule!r}: expected 'constant' or 'cosine'")
 
 
 def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:

@@ -97,9 +97,7 @@ class TokenizerConfig:
         return height // self.patch_size, width // self.patch_size
 
 
-def position_ids(
-    config: TokenizerConfig, rows: int, columns: int, scale: int | None
-) -> np.ndarray:
+def position_ids(config: TokenizerConfig, rows: int, columns: int, scale: int | None) -> np.ndarray:
     """Ids (token, row, column) of [latent tokens ; image patches]: [N + rows * columns, 3].
 
     With a scale s, rows and columns span [0, s - 1] at every resolution.
@@ -139,7 +137,9 @@ class Attention(nn.Module):
         width = x.shape[-1]
 
         def heads(name):
-            y = linear(self.num_heads * self.head_dim, width, ("embed", "heads"), self.run, name=name)(x)
+            y = linear(
+                self.num_heads * self.head_dim, width, ("embed", "heads"), self.run, name=name
+            )(x)
             return y.reshape(*y.shape[:2], self.num_heads, self.head_dim)
 
         q = rotate(rms_norm(self.run, "q_norm")(heads("q")), cos, sin)
@@ -166,19 +166,38 @@ class Block(nn.Module):
         return x, None
 
 
-def convolution(features: int, fan_in: int, run: Execution, *, kernel, stride, padding, name):
-    """Returns a convolution over [B, h, w, C] whose kernel is sharded like a dense one."""
+def to_patches(images: jax.Array, side: int) -> jax.Array:
+    """Cuts images [B, height, width, 3] into [B, rows, columns, side * side * 3].
+
+    A patch is laid out (row, column, channel), as the decoder's output is.
+    """
+    batch, height, width, channels = images.shape
+    rows, columns = height // side, width // side
+    patches = images.reshape(batch, rows, side, columns, side, channels)
+    return patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
+
+
+def from_patches(patches: jax.Array, side: int) -> jax.Array:
+    """Puts patches [B, rows, columns, side * side * 3] together again, see `to_patches`."""
+    batch, rows, columns, _ = patches.shape
+    pixels = patches.reshape(batch, rows, columns, side, side, 3)
+    return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * side, columns * side, 3)
+
+
+def convolution(features: int, width: int, run: Execution, stride: int) -> nn.Conv:
+    """Returns a 3x3 convolution [B, h, w, width] -> features, sharded like a dense layer."""
     axes = (None, None, None, "embed")
+    fan_in = 9 * width
     return nn.Conv(
         features,
-        (kernel, kernel),
+        (3, 3),
         strides=stride,
-        padding=padding,
+        padding=1,
         dtype=run.dtype,
         param_dtype=run.param_dtype,
         kernel_init=nn.with_logical_partitioning(torch_uniform(fan_in), axes),
         bias_init=nn.with_logical_partitioning(torch_uniform(fan_in), (None,)),
-        name=name,
+        name="conv",
     )
 
 
@@ -191,9 +210,7 @@ class Downsample(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, rows, columns, D] to [B, rows / 2, columns / 2, D]."""
         width = x.shape[-1]
-        conv = convolution(
-            width, 9 * width, self.run, kernel=3, stride=2, padding=1, name="conv"
-        )(x)
+        conv = convolution(width, width, self.run, stride=2)(x)
         return conv + nn.avg_pool(x, (2, 2), (2, 2))
 
 
@@ -206,9 +223,7 @@ class Upsample(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Maps [B, rows, columns, D] to [B, 2 rows, 2 columns, D]."""
         batch, rows, columns, width = x.shape
-        conv = convolution(
-            4 * width, 9 * width, self.run, kernel=3, stride=1, padding=1, name="conv"
-        )(x)
+        conv = convolution(4 * width, width, self.run, stride=1)(x)
         shuffled = conv.reshape(batch, rows, columns, width, 2, 2).transpose(0, 1, 4, 2, 5, 3)
         shuffled = shuffled.reshape(batch, 2 * rows, 2 * columns, width)
         return shuffled + x.repeat(2, axis=1).repeat(2, axis=2)
@@ -275,10 +290,9 @@ class Encoder(nn.Module):
         c, run = self.config, self.run
         c.grid(*images.shape[1:3])
         width = c.encoder_width
-        patches = convolution(
-            width, 3 * c.patch_size**2, run,
-            kernel=c.patch_size, stride=c.patch_size, padding="VALID", name="patch_embed",
-        )(images)  # fmt: skip
+        patches = linear(
+            width, 3 * c.patch_size**2, (None, "embed"), run, use_bias=True, name="patch_embed"
+        )(to_patches(images, c.patch_size))
         latent = self.param(
             "latent_tokens",
             nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed")),
@@ -330,8 +344,7 @@ class Decoder(nn.Module):
         pixels = linear(
             3 * c.patch_size**2, c.decoder_width, ("embed", None), run, use_bias=True, name="pixels"
         )(image)
-        pixels = pixels.reshape(batch, rows, columns, c.patch_size, c.patch_size, 3)
-        return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(batch, height, width, 3)
+        return from_patches(pixels, c.patch_size)
 
 
 class BinaryTokenizer(nn.Module):
@@ -348,9 +361,7 @@ class BinaryTokenizer(nn.Module):
         """Builds the parts."""
         c = self.config
         self.encoder = Encoder(c, self.run)
-        self.to_bits = linear(
-            c.bits, c.encoder_width, ("embed", None), self.run, use_bias=True
-        )
+        self.to_bits = linear(c.bits, c.encoder_width, ("embed", None), self.run, use_bias=True)
         self.embed = self.param(
             "embed",
             nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed")),

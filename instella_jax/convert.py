@@ -1,0 +1,401 @@
+"""The published checkpoints' tensors <-> this project's parameters.
+
+A reference state dict has one tensor per block; here blocks are stacked along a leading layers
+axis. Every tensor is accounted for, in both directions.
+"""
+
+import dataclasses
+import math
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import flax.linen as nn
+import jax
+import jax.numpy as jnp
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from instella_jax.errors import UserError
+from instella_jax.models.ar_transformer import ArTransformer
+from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.models.olmo import Olmo, OlmoConfig
+from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
+
+Tensors = Mapping[str, np.ndarray]
+Network = BinaryTokenizer | DiffusionTransformer | ArTransformer | Olmo
+
+
+def _from_patch_convolution(x: np.ndarray) -> np.ndarray:
+    """[D, 3, P, P] -> [P * P * 3, D]: a patch is laid out (row, column, channel)."""
+    return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
+
+
+def _to_patch_convolution(x: np.ndarray) -> np.ndarray:
+    """[P * P * 3, D] -> [D, 3, P, P]."""
+    side = math.isqrt(x.shape[0] // 3)
+    return x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
+
+
+# How a reference tensor is turned into ours, and back.
+FORMS: dict[str, tuple[Callable, Callable]] = {
+    "same": (lambda x: x, lambda x: x),
+    "linear": (lambda x: x.T, lambda x: x.T),
+    "conv": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),
+    "patch": (_from_patch_convolution, _to_patch_convolution),
+    "lead1": (lambda x: x.reshape(x.shape[1:]), lambda x: x[None]),
+    "lead2": (lambda x: x.reshape(x.shape[2:]), lambda x: x[None, None]),
+}
+
+
+@dataclasses.dataclass(frozen=True)
+class Entry:
+    """One reference tensor.
+
+    Attributes:
+      name: its name in the state dict.
+      path: our parameter, "encoder/out/kernel".
+      form: how it is turned, a key of `FORMS`.
+      layer: its place on our parameter's layers axis, None where there is none.
+    """
+
+    name: str
+    path: str
+    form: str = "same"
+    layer: int | None = None
+
+
+def _linear(name: str, path: str, layer: int | None = None, *, bias: bool) -> Iterator[Entry]:
+    yield Entry(f"{name}.weight", f"{path}/kernel", "linear", layer)
+    if bias:
+        yield Entry(f"{name}.bias", f"{path}/bias", "same", layer)
+
+
+def _conv(name: str, path: str, form: str = "conv") -> Iterator[Entry]:
+    yield Entry(f"{name}.weight", f"{path}/kernel", form)
+    yield Entry(f"{name}.bias", f"{path}/bias")
+
+
+def _attention(name: str, path: str, layer: int, *, norms: bool = True) -> Iterator[Entry]:
+    for part in "qkvo":
+        yield from _linear(f"{name}.{part}_proj", f"{path}/{part}", layer, bias=False)
+    if norms:
+        yield Entry(f"{name}.norm_q.weight", f"{path}/q_norm/scale", layer=layer)
+        yield Entry(f"{name}.norm_k.weight", f"{path}/k_norm/scale", layer=layer)
+
+
+def _swiglu(name: str, path: str, layer: int) -> Iterator[Entry]:
+    for part in ("gate", "up", "down"):
+        yield from _linear(f"{name}.{part}_proj", f"{path}/{part}", layer, bias=False)
+
+
+def _gelu_mlp(name: str, path: str, layer: int) -> Iterator[Entry]:
+    yield from _linear(f"{name}.net.0.proj", f"{path}/up", layer, bias=True)
+    yield from _linear(f"{name}.net.2", f"{path}/down", layer, bias=True)
+
+
+def _norms(name: str, path: str, layer: int) -> Iterator[Entry]:
+    yield Entry(f"{name}.input_layernorm.weight", f"{path}/attention_norm/scale", layer=layer)
+    yield Entry(f"{name}.post_attention_layernorm.weight", f"{path}/mlp_norm/scale", layer=layer)
+
+
+def _trunk(
+    side: str, num_layers: int, resample_after: tuple[int, ...], resample: str
+) -> Iterator[Entry]:
+    """Blocks of the encoder or decoder: ours restart their numbering at each change of grid."""
+    changes = sorted(resample_after)
+    for number in range(len(changes)):
+        conv = f"{side}/trunk/resample_{number}/conv"
+        yield from _conv(f"{side}.{resample}_layers.{number}.conv", conv)
+    for index in range(num_layers):
+        segment = sum(index > change for change in changes)
+        layer = index - (changes[segment - 1] + 1 if segment else 0)
+        name, path = f"{side}.transformer_blocks.{index}", f"{side}/trunk/blocks_{segment}"
+        yield from _norms(name, path, layer)
+        yield from _attention(f"{name}.attn", f"{path}/attention", layer)
+        yield from _swiglu(f"{name}.mlp", f"{path}/mlp", layer)
+
+
+def _tokenizer(config: TokenizerConfig) -> Iterator[Entry]:
+    yield from _conv("encoder.patch_embedder", "encoder/patch_embed", "patch")
+    yield Entry("encoder.latent_tokens", "encoder/latent_tokens", "lead1")
+    yield from _trunk("encoder", config.encoder_layers, config.downsample_after, "down")
+    yield Entry("encoder.norm_out.weight", "encoder/out_norm/scale")
+    yield from _linear("encoder.proj_out", "encoder/out", bias=True)
+    yield from _linear("quantizer.proj.0", "to_bits", bias=True)
+    yield Entry("quantizer.embed", "embed")
+    yield Entry("decoder.input_layer.0.weight", "decoder/in_norm/scale")
+    yield from _linear("decoder.input_layer.1", "decoder/in", bias=True)
+    yield Entry("decoder.mask_tokens", "decoder/mask_token", "lead2")
+    yield from _trunk("decoder", config.decoder_layers, config.upsample_after, "up")
+    yield Entry("decoder.norm_out.weight", "decoder/out_norm/scale")
+    yield from _linear("to_pixel", "decoder/pixels", bias=True)
+
+
+def _generator_block(index: int) -> Iterator[Entry]:
+    name = f"transformer_blocks.{index}"
+    yield Entry(f"{name}.pos_emb", "blocks/pos_emb", "lead1", index)
+    yield from _linear(f"{name}.proj_cond", "blocks/attention/text", index, bias=True)
+    yield from _attention(f"{name}.attn", "blocks/attention", index)
+
+
+def _diffusion(network: DiffusionTransformer) -> Iterator[Entry]:
+    yield from _linear("x_embedder", "bits_in", bias=True)
+    yield from _linear("time_embed.linear_1", "time_in", bias=True)
+    yield from _linear("time_embed.linear_2", "time_out", bias=True)
+    for index in range(network.num_layers):
+        name = f"transformer_blocks.{index}"
+        yield from _generator_block(index)
+        yield from _linear(f"{name}.norm1.linear", "blocks/modulation", index, bias=True)
+        yield from _gelu_mlp(f"{name}.ff", "blocks/mlp", index)
+    yield from _linear("norm_out.linear", "modulation", bias=True)
+    yield from _linear("proj_out", "bits_out", bias=True)
+
+
+def _ar(network: ArTransformer) -> Iterator[Entry]:
+    yield from _linear("x_embedder", "bits_in", bias=True)
+    yield Entry("split_token", "split_token", "lead2")
+    for index in range(network.num_layers):
+        name = f"transformer_blocks.{index}"
+        yield from _generator_block(index)
+        yield from _norms(name, "blocks", index)
+        yield from _gelu_mlp(f"{name}.mlp", "blocks/mlp", index)
+    yield Entry("norm_out.weight", "out_norm/scale")
+    yield from _linear("proj_out", "bits_out", bias=True)
+
+
+def _olmo(config: OlmoConfig) -> Iterator[Entry]:
+    yield Entry("model.embed_tokens.weight", "embed")
+    for index in range(config.num_hidden_layers):
+        name = f"model.layers.{index}"
+        yield from _attention(f"{name}.self_attn", "blocks", index, norms=False)
+        yield from _swiglu(f"{name}.mlp", "blocks/mlp", index)
+
+
+def entries(network: Network) -> list[Entry]:
+    """Lists the reference tensors that make up the parameters of a network."""
+    if isinstance(network, BinaryTokenizer):
+        return list(_tokenizer(network.config))
+    if isinstance(network, DiffusionTransformer):
+        return list(_diffusion(network))
+    if isinstance(network, ArTransformer):
+        return list(_ar(network))
+    return list(_olmo(network.config))
+
+
+def unused_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    """Shapes of the tensors that the reference carries and never uses: `time_embed` of the AR."""
+    if not isinstance(network, ArTransformer):
+        return {}
+    width = network.num_heads * network.head_dim
+    return {
+        "time_embed.linear_1.weight": (width, 1),
+        "time_embed.linear_1.bias": (width,),
+        "time_embed.linear_2.weight": (width, width),
+        "time_embed.linear_2.bias": (width,),
+    }
+
+
+def copies(network: Network) -> dict[str, str]:
+    """Names of tensors that repeat another one, and its name: OLMo's tied head."""
+    if isinstance(network, Olmo):
+        return {"lm_head.weight": "model.embed_tokens.weight"}
+    return {}
+
+
+def abstract_params(network: Network) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a network's parameters by path, "encoder/out/kernel"; nothing is allocated."""
+    if isinstance(network, BinaryTokenizer):
+        side = network.config.multiple
+        inputs = (jnp.zeros((1, side, side, 3)),)
+    elif isinstance(network, Olmo):
+        inputs = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
+    else:
+        z = jnp.zeros((1, network.num_tokens, network.bits))
+        text = jnp.zeros((network.num_layers, 1, 1, network.text_width))
+        mask = jnp.ones((1, 1), jnp.int32)
+        ar = isinstance(network, ArTransformer)
+        inputs = (z[:, 1:], text, mask) if ar else (z, jnp.zeros(1), text, mask)
+    variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
+    return flatten_dict(nn.unbox(variables)["params"], sep="/")
+
+
+def reference_shapes(network: Network) -> dict[str, tuple[int, ...]]:
+    """Shapes of the reference tensors by name."""
+    ours = abstract_params(network)
+    shapes = {}
+    for entry in entries(network):
+        shape = ours[entry.path].shape[entry.layer is not None :]
+        # A broadcast scalar has the shape and takes no memory.
+        shapes[entry.name] = FORMS[entry.form][1](np.broadcast_to(np.int8(0), shape)).shape
+    return shapes
+
+
+def to_params(network: Network, tensors: Tensors, what: str = "checkpoint") -> dict[str, Any]:
+    """Makes parameters of a reference state dict.
+
+    Each tensor is read once, so that a mapping which loads on demand needs memory for the result
+    and one tensor.
+
+    Args:
+      network: what the parameters are for.
+      tensors: reference tensors by name. `copies` and `unused_shapes` may be there or not.
+      what: the file's name, for messages.
+
+    Returns:
+      Nested parameters in the tensors' own types.
+
+    Raises:
+      UserError: a tensor is missing, unknown, of the wrong shape, not a float, or not finite; the
+        message names it.
+    """
+    shapes = reference_shapes(network)
+    optional = {**unused_shapes(network), **{n: shapes[o] for n, o in copies(network).items()}}
+    if missing := [name for name in shapes if name not in tensors]:
+        raise UserError(f"{what}: {_listed(missing)} missing; {_HINT}")
+    if unknown := [name for name in tensors if name not in shapes and name not in optional]:
+        raise UserError(f"{what}: {_listed(unknown)} unknown; {_HINT}")
+    ours = abstract_params(network)
+    params: dict[str, np.ndarray] = {}
+    for entry in entries(network):
+        value = FORMS[entry.form][0](_checked(tensors, entry.name, shapes[entry.name], what))
+        if entry.layer is None:
+            params[entry.path] = np.ascontiguousarray(value)
+            continue
+        stack = params.setdefault(entry.path, np.empty(ours[entry.path].shape, value.dtype))
+        if stack.dtype != value.dtype:
+            raise UserError(
+                f"{what}: tensor {entry.name!r} is {value.dtype}, in other blocks {stack.dtype}; "
+                "expected the same type in every block"
+            )
+        stack[entry.layer] = value
+    for name in (name for name in optional if name in tensors):
+        value = _checked(tensors, name, optional[name], what)
+        original = copies(network).get(name)
+        if original and not np.array_equal(value, tensors[original]):
+            raise UserError(
+                f"{what}: tensor {name!r} differs from {original!r}; expected a copy of it"
+            )
+    return unflatten_dict(params, sep="/")
+
+
+_HINT = "check that the file is complete and that the sizes given are those of this model"
+
+
+def _listed(names: list[str]) -> str:
+    more = f" and {len(names) - 3} more" if len(names) > 3 else ""
+    plural = "tensors" if len(names) > 1 else "tensor"
+    return f"{plural} {', '.join(map(repr, names[:3]))}{more}"
+
+
+def _checked(tensors: Tensors, name: str, shape: tuple[int, ...], what: str) -> np.ndarray:
+    value = np.asarray(tensors[name])
+    if value.shape != shape:
+        raise UserError(
+            f"{what}: tensor {name!r} has shape {value.shape}, expected {shape}; {_HINT}"
+        )
+    if not jnp.issubdtype(value.dtype, jnp.floating):
+        raise UserError(f"{what}: tensor {name!r} is {value.dtype}, expected floats")
+    if not np.isfinite(value).all():
+        raise UserError(f"{what}: tensor {name!r} holds NaN or infinite values")
+    return value
+
+
+def from_params(
+    network: Network, params: Mapping[str, Any], unused: Tensors | None = None
+) -> Iterator[tuple[str, np.ndarray]]:
+    """Turns parameters back into reference tensors, one at a time.
+
+    Args:
+      network: what the parameters are for.
+      params: nested parameters.
+      unused: the tensors of `unused_shapes` that came with the checkpoint; zeros where not given.
+
+    Yields:
+      (name, tensor) for everything that the reference expects, copies and unused included.
+
+    Raises:
+      UserError: a parameter is missing, unknown, or of the wrong shape; the message names it.
+    """
+    ours = {path: leaf.shape for path, leaf in abstract_params(network).items()}
+    given = flatten_dict(dict(params), sep="/")
+    for path in ours.keys() | given.keys():
+        if path not in given or path not in ours or given[path].shape != ours[path]:
+            found = given[path].shape if path in given else "nothing"
+            raise UserError(
+                f"parameter {path!r}: found {found}, expected {ours.get(path, 'nothing')}"
+            )
+    repeated = {original: name for name, original in copies(network).items()}
+    dtype = np.dtype(jnp.float32)
+    for entry in entries(network):
+        value = np.asarray(given[entry.path])
+        value = value if entry.layer is None else value[entry.layer]
+        value = np.ascontiguousarray(FORMS[entry.form][1](value))
+        dtype = value.dtype
+        yield entry.name, value
+        if entry.name in repeated:
+            yield repeated[entry.name], value
+    for name, shape in unused_shapes(network).items():
+        yield name, (unused or {}).get(name, np.zeros(shape, dtype))
+
+
+def tokenizer_config(bae: Mapping[str, Any], scale: int | None = 1024) -> TokenizerConfig:
+    """Reads the reference's names of the tokenizer's sizes.
+
+    Args:
+      bae: `num_latent_tkns`, `codebook_size`, ... as in the reference's configuration.
+      scale: the resolution scale, which is not part of it; None turns it off.
+    """
+    return TokenizerConfig(
+        patch_size=bae["patch_size"],
+        num_tokens=bae["num_latent_tkns"],
+        bits=bae["codebook_size"],
+        encoder_layers=bae["encoder_layers"],
+        encoder_heads=bae["encoder_num_heads"],
+        encoder_head_dim=bae["encoder_head_dim"],
+        decoder_layers=bae["decoder_layers"],
+        decoder_heads=bae["decoder_num_heads"],
+        decoder_head_dim=bae["decoder_head_dim"],
+        rope_axes=tuple(bae["axes_dims_rope"]),
+        rope_theta=bae.get("theta", 10_000.0),
+        downsample_after=tuple(bae["downsample_idx"]),
+        upsample_after=tuple(bae["upsample_idx"]),
+        scale=scale,
+    )
+
+
+def generator_sizes(generator: Mapping[str, Any], bae: Mapping[str, Any]) -> dict[str, int]:
+    """Reads the reference's names of a generator's sizes: arguments of both generators here."""
+    return {
+        "num_layers": generator["num_layers"],
+        "num_heads": generator["num_attention_heads"],
+        "head_dim": generator["attention_head_dim"],
+        "num_tokens": bae["num_latent_tkns"],
+        "bits": bae["codebook_size"],
+        "text_width": generator["text_cond_dim"],
+    }
+
+
+def olmo_config(text: Mapping[str, Any]) -> OlmoConfig:
+    """Reads an OLMo's `config.json`.
+
+    Raises:
+      UserError: the heads do not divide what they share.
+    """
+    rope = text.get("rope_parameters") or text.get("rope_scaling") or {}
+    heads = text["num_attention_heads"]
+    config = OlmoConfig(
+        vocab_size=text["vocab_size"],
+        hidden_size=text["hidden_size"],
+        intermediate_size=text["intermediate_size"],
+        num_hidden_layers=text["num_hidden_layers"],
+        num_attention_heads=heads,
+        num_key_value_heads=text.get("num_key_value_heads") or heads,
+        rope_theta=float(text.get("rope_theta") or rope.get("rope_theta") or 10_000.0),
+        clip_qkv=text.get("clip_qkv"),
+    )
+    if config.hidden_size % (2 * heads) or heads % config.num_key_value_heads:
+        raise UserError(
+            f"text encoder: {heads} heads of {config.hidden_size} with "
+            f"{config.num_key_value_heads} key and value heads do not divide evenly"
+        )
+    return config
