@@ -41,27 +41,26 @@ def get_config(variant: str = "") -> ConfigDict:
         c.optimizer.update(b2=0.95, warmup_steps=10_000)
         return c
     c.model.update(
-        patch_size=8,
         num_tokens=16,
         bits=32,
-        encoder_layers=3,
+        encoder_layers=2,
         encoder_heads=4,
         encoder_head_dim=48,
-        decoder_layers=3,
+        decoder_layers=4,
         decoder_heads=4,
         decoder_head_dim=48,
         rope_axes=(8, 20, 20),
-        downsample_after=(0,),
-        upsample_after=(1,),
+        downsample_after=(),
+        upsample_after=(),
         scale=64,
         latent_grid=True,
     )
     c.loss.update(code_weight=0.0, temperature=dict(start=0.5, end=0.1, steps=2_000))
     c.optimizer.update(
-        learning_rate=1e-3, warmup_steps=200, b2=0.95, schedule="cosine", final_fraction=0.02
+        learning_rate=2e-3, warmup_steps=200, b2=0.95, schedule="cosine", final_fraction=0.02
     )
     c.train.update(
-        steps=12_000, batch_size=16, steps_per_call=10, ema_decay=0.998, keep=2,
-        log_every=100, eval_every=1_000, save_every=1_000, image_every=2_000,
+        steps=8_000, batch_size=32, steps_per_call=10, ema_decay=0.998, keep=2,
+        log_every=100, eval_every=500, save_every=500, image_every=2_000,
     )  # fmt: skip
     return c

@@ -39,6 +39,8 @@ def base(stage: str, variant: str) -> ConfigDict:
                 remat="full" if published else "none",
                 attention="",
             ),
+            # A model folder whose weights training starts from; "" for random ones.
+            init_from="",
             data=data(VARIANTS[variant], "folder" if published else "scenes"),
             optimizer=dict(
                 learning_rate=1e-4,
@@ -84,3 +86,59 @@ def data(image_size: int, kind: str) -> dict:
         scenes=dict(concepts="core", styles=("twemoji",), places="snapped", max_objects=3),
         folder=dict(path="", heldout=0.02, min_keep=0.8, flip=0.5),
     )
+
+
+def generator(variant: str) -> dict:
+    """Returns the sections that both generators have beside `base`."""
+    published = dict(num_layers=16, num_heads=16, head_dim=128, num_tokens=128, bits=64)
+    demo = dict(num_layers=4, num_heads=4, head_dim=32, num_tokens=16, bits=32)
+    shared = dict(
+        model=published if variant else demo,
+        # Model folder of the image tokenizer; "demo" is the shipped one.
+        tokenizer="" if variant else "demo",
+        text=dict(
+            # Folder with tokenizer.json and, unless it is trained here, the weights.
+            encoder="" if variant else "demo",
+            trainable=not variant,
+            max_length=128 if variant else 32,
+            # models.olmo.OlmoConfig
+            model=dict(
+                vocab_size=50_304 if variant else 384,
+                hidden_size=2_048 if variant else 64,
+                intermediate_size=8_192 if variant else 256,
+                num_hidden_layers=16 if variant else 4,
+                num_attention_heads=16 if variant else 4,
+                num_key_value_heads=16 if variant else 4,
+                rope_theta=10_000.0,
+                clip_qkv=0.0,
+            ),
+        ),
+        sample=dict(
+            # One prompt, or a text file with one prompt a line.
+            prompt="",
+            prompts_file="",
+            negative_prompt="",
+            # g in (1 + g) * conditional - g * unconditional; 0 is no guidance.
+            guidance=1.0,
+            temperature=1.0,
+            # Picture j of a prompt has seed + j.
+            seed=0,
+            images_per_prompt=1,
+            # Pixels; 0 is the size that the model was trained at.
+            height=0,
+            width=0,
+            # Pictures drawn at a time.
+            batch_size=16,
+            # Folder for the PNG files; "" is "drawn", in the workdir where one is given.
+            out="",
+        ),
+    )
+    if not variant:
+        shared["train"] = dict(
+            steps=4_000, batch_size=64, steps_per_call=10, ema_decay=0.998, keep=2,
+            log_every=100, eval_every=1_000, save_every=500, image_every=2_000,
+        )  # fmt: skip
+        shared["optimizer"] = dict(
+            learning_rate=2.5e-3, warmup_steps=200, b2=0.98, schedule="cosine", final_fraction=0.02
+        )
+    return shared

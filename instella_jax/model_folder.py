@@ -11,10 +11,12 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
+import flax.linen as nn
 import jax
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from instella_jax import sharding
 from instella_jax.errors import UserError
 from instella_jax.models.layers import REMAT_POLICIES, Execution
 from instella_jax.models.tokenizer import TokenizerConfig
@@ -102,6 +104,17 @@ def _replace(path: Path, write: Any) -> None:
     os.replace(scratch, path)
 
 
+def find(value: str, key: str) -> Path:
+    """Returns the model folder that a config key names; "demo" is the shipped one.
+
+    Raises:
+      UserError: the key is empty.
+    """
+    if not value:
+        raise UserError(f"config.{key} names no model folder: give --config.{key}=FOLDER")
+    return ASSETS / f"demo_{key.split('.')[0]}" if value == "demo" else Path(value)
+
+
 def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     """Reads `config.json` of a model folder.
 
@@ -144,6 +157,28 @@ def load_part(folder: str | os.PathLike[str], part: str, like: Any = None) -> An
     if like is not None:
         _check(path, {k: v.shape for k, v in arrays.items()}, like)
     return unflatten_dict(arrays, sep="/")
+
+
+def load_boxed(folder: str | os.PathLike[str], part: str, init: Any, dtype: str) -> Any:
+    """Reads the parameters of a part with the logical axes that a network gives them.
+
+    Args:
+      folder: a model folder.
+      part: one of `PARTS`.
+      init: the network's init, a function of a key.
+      dtype: type to hold them in.
+
+    Raises:
+      UserError: see `load_part`.
+    """
+    boxed = jax.eval_shape(init, jax.random.key(0))["params"]
+    values = load_part(folder, part, sharding.values(boxed))
+
+    def box(like: Any, value: np.ndarray) -> Any:
+        value = value.astype(dtype)
+        return like.replace_boxed(value) if isinstance(like, nn.Partitioned) else value
+
+    return jax.tree.map(box, boxed, values, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def _check(path: Path, shapes: Mapping[str, tuple], like: Any) -> None:

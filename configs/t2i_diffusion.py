@@ -1,0 +1,28 @@
+"""Trains the text-to-image diffusion generator on the codes of a frozen tokenizer.
+
+Demo (no variant), emoji scenes on the shipped tokenizer, some minutes on any CPU:
+  python -m instella_jax.main --config=configs/t2i_diffusion.py
+Draws with the shipped weights:
+  python -m instella_jax.main --config=configs/t2i_diffusion.py --mode=sample \
+      --config.sample.prompt="two red hearts on a blue background"
+Published sizes, on your own pictures, with a tokenizer and OLMo as model folders:
+  python -m instella_jax.main --config=configs/t2i_diffusion.py:instella_512 \
+      --config.tokenizer=/models/tokenizer --config.text.encoder=/models/olmo \
+      --config.data.folder.path=/my/pictures
+"""
+
+from ml_collections import ConfigDict
+
+from instella_jax.config import base, generator
+
+
+def get_config(variant: str = "") -> ConfigDict:
+    """Returns the config of a variant: "" (demo), "instella_512" or "instella_1024"."""
+    c = base("diffusion", variant)
+    c.update(generator(variant))
+    # What the network is asked, "epsilon" (is the bit flipped) or "x" (the clean bit); how times
+    # are drawn, "logit_normal" or "uniform"; how often a caption is dropped for guidance.
+    c.loss = dict(target="epsilon", times="logit_normal", caption_dropout=0.1)
+    c.sample.update(steps=20, temperature=1.0, rho=1.0, protocol=1)
+    c.sample.guidance = 7.5 if variant else 1.0
+    return c

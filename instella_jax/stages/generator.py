@@ -1,0 +1,211 @@
+"""What the stages of both generators share: frozen tokenizer, text encoder, caption dropout.
+
+Axes: B batch, N latent tokens, K bits, L text length.
+"""
+
+import abc
+import dataclasses
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from instella_jax import model_folder
+from instella_jax.data.sources import make_split
+from instella_jax.errors import UserError
+from instella_jax.models.olmo import Olmo, OlmoConfig
+from instella_jax.models.tokenizer import BinaryTokenizer, hard_code
+from instella_jax.stages.tokenizer import to_float
+from instella_jax.text import TextTokenizer
+
+Params = Any
+
+
+def text_sizes(values: Any) -> OlmoConfig:
+    """Reads the sizes of a text encoder; a `clip_qkv` of 0 is none."""
+    sizes = model_folder.build(OlmoConfig, values, "text.model")
+    return dataclasses.replace(sizes, clip_qkv=sizes.clip_qkv or None)
+
+
+class GeneratorStage(abc.ABC):
+    """A generator with its text encoder, trained on the codes of a frozen tokenizer.
+
+    Trainable: {"generator": ...} and, with `text.trainable`, {"text": ...}.
+    """
+
+    kind: str
+
+    def __init__(self, config: ConfigDict, network: type):
+        """Builds the networks.
+
+        Args:
+          config: a config of a generator.
+          network: the class of the generator.
+
+        Raises:
+          UserError: sizes do not fit each other, or a model folder cannot be used.
+        """
+        self.config = config
+        run = model_folder.execution(config.run)
+        self.text_sizes = text_sizes(config.text.model)
+        self.text_network = Olmo(self.text_sizes, run)
+        self.network = network(**config.model, text_width=self.text_sizes.hidden_size, run=run)
+        layers = self.text_sizes.num_hidden_layers
+        if layers != config.model.num_layers:
+            raise UserError(
+                f"the generator has {config.model.num_layers} blocks and the text encoder "
+                f"{layers}: block i reads layer i, so they must be equal"
+            )
+        self.run = run
+
+    @property
+    def tokenizer_folder(self) -> Path:
+        """Folder of the image tokenizer."""
+        return model_folder.find(self.config.tokenizer, "tokenizer")
+
+    @property
+    def text_folder(self) -> Path:
+        """Folder with `tokenizer.json`, and the weights of the text encoder if it is frozen."""
+        return model_folder.find(self.config.text.encoder, "text.encoder")
+
+    @property
+    def text_tokenizer_file(self) -> Path:
+        """The `tokenizer.json` that belongs to the text encoder."""
+        return self.text_folder / "tokenizer.json"
+
+    def tokenizer_network(self) -> BinaryTokenizer:
+        """The image tokenizer that the codes come from.
+
+        Raises:
+          UserError: its code does not have the generator's shape.
+        """
+        description = model_folder.read_description(self.tokenizer_folder)
+        sizes = model_folder.tokenizer_config(description.get("tokenizer", {}))
+        wanted = (self.config.model.num_tokens, self.config.model.bits)
+        if (sizes.num_tokens, sizes.bits) != wanted:
+            raise UserError(
+                f"tokenizer {self.tokenizer_folder} makes {sizes.num_tokens} tokens of "
+                f"{sizes.bits} bits, the generator expects {wanted[0]} of {wanted[1]}"
+            )
+        size = self.config.data.image_size
+        sizes.grid(size, size)
+        return BinaryTokenizer(sizes, self.run)
+
+    def init(self, key: jax.Array) -> Params:
+        """Parameters that are trained, with logical axes."""
+        generator_key, text_key = jax.random.split(key)
+        params = {"generator": self.init_generator(generator_key)}
+        if self.config.text.trainable:
+            ids = jnp.zeros((1, 1), jnp.int32)
+            params["text"] = self.text_network.init(text_key, ids, ids)["params"]
+        return params
+
+    @abc.abstractmethod
+    def init_generator(self, key: jax.Array) -> Params:
+        """Parameters of the generator alone, with logical axes."""
+
+    @abc.abstractmethod
+    def code_metrics(
+        self, params: Params, code: jax.Array, text: jax.Array, mask: jax.Array, key: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+        """Loss and metrics of codes [B, N, K] under text features [layers, B, L, Dt]."""
+
+    def frozen(self) -> Params:
+        """The image tokenizer and, unless it is trained, the text encoder."""
+        network = self.tokenizer_network()
+        multiple = network.config.multiple
+        frozen = {
+            "tokenizer": model_folder.load_boxed(
+                self.tokenizer_folder,
+                "tokenizer",
+                lambda key: network.init(key, jnp.zeros((1, multiple, multiple, 3))),
+                self.run.param_dtype,
+            )
+        }
+        if not self.config.text.trainable:
+            ids = jnp.zeros((1, 1), jnp.int32)
+            frozen["text"] = model_folder.load_boxed(
+                self.text_folder,
+                "text",
+                lambda key: self.text_network.init(key, ids, ids),
+                self.run.param_dtype,
+            )
+        return frozen
+
+    def loader(self, split: str, **options: Any) -> Any:
+        """Batches with "image", "text", "ids" and "mask"."""
+        tokenizer = TextTokenizer.from_folder(self.text_folder)
+        if tokenizer.vocab_size > self.text_sizes.vocab_size:
+            raise UserError(
+                f"{self.text_tokenizer_file} has {tokenizer.vocab_size} tokens, text.model only "
+                f"{self.text_sizes.vocab_size}"
+            )
+        return make_split(
+            self.config.data,
+            split,
+            captions=True,
+            text_tokenizer=tokenizer,
+            max_length=self.config.text.max_length,
+            **options,
+        )
+
+    def text_features(self, params: Params, frozen: Params, ids: jax.Array, mask: jax.Array):
+        """What block i of the generator sees: [layers, B, L, Dt]."""
+        weights = params if self.config.text.trainable else frozen
+        return self.text_network.apply({"params": weights["text"]}, ids, mask)[1:]
+
+    def encode(self, frozen: Params, images: jax.Array) -> jax.Array:
+        """Codes [B, N, K] of pictures uint8 [B, h, w, 3], without gradients."""
+        logits = self.tokenizer_network().apply(
+            {"params": frozen["tokenizer"]}, to_float(images), method="encode"
+        )
+        return jax.lax.stop_gradient(hard_code(logits))
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Loss with captions dropped at the configured rate."""
+        del step
+        drop_key, key = jax.random.split(key)
+        keep = jax.random.uniform(drop_key, batch["mask"].shape[:1]) >= (
+            self.config.loss.caption_dropout
+        )
+        return self._metrics(params, frozen, batch, batch["mask"] & keep[:, None], key)
+
+    def evaluate(
+        self, params: Params, frozen: Params, batch: Any, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Loss and bit accuracy with every caption in place."""
+        loss, metrics = self._metrics(params, frozen, batch, batch["mask"], key)
+        return {"loss": loss, **metrics}
+
+    def _metrics(self, params, frozen, batch, mask, key):
+        code = self.encode(frozen, batch["image"])
+        # The encoder sees the caption even where it is dropped: its states are masked later.
+        text = self.text_features(params, frozen, batch["ids"], batch["mask"])
+        return self.code_metrics(params, code, text, mask, key)
+
+    def pictures(
+        self, params: Params, frozen: Params, count: int
+    ) -> tuple[list[np.ndarray], list[str]]:
+        """Draws the first held-out captions with the config's sampling settings."""
+        from instella_jax.pipeline import InstellaPipeline
+
+        texts = next(self.loader("heldout", batch_size=count, drop_remainder=False))["text"]
+        pipeline = InstellaPipeline.from_stage(self, {**frozen, **params})
+        return list(pipeline(texts, **pipeline.options(self.config.sample))), texts
+
+    def describe(self) -> dict[str, Any]:
+        """Sizes of the generator and the text encoder, and the picture size."""
+        return {
+            "generator": {"kind": self.kind, **self.config.model.to_dict()},
+            "text": {
+                **dataclasses.asdict(self.text_sizes),
+                "max_length": self.config.text.max_length,
+            },
+            "target": self.config.loss.get("target"),
+            "image_size": self.config.data.image_size,
+        }
