@@ -216,7 +216,12 @@ def abstract_params(network: Network) -> dict[str, jax.ShapeDtypeStruct]:
         ar = isinstance(network, ArTransformer)
         inputs = (z[:, 1:], text, mask) if ar else (z, jnp.zeros(1), text, mask)
     variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
-    return flatten_dict(nn.unbox(variables)["params"], sep="/")
+    return _flat(nn.unbox(variables)["params"])
+
+
+def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
+    paths: Any = flatten_dict(dict(params), sep="/")
+    return paths
 
 
 def reference_shapes(network: Network) -> dict[str, tuple[int, ...]]:
@@ -233,8 +238,8 @@ def reference_shapes(network: Network) -> dict[str, tuple[int, ...]]:
 def to_params(network: Network, tensors: Tensors, what: str = "checkpoint") -> dict[str, Any]:
     """Makes parameters of a reference state dict.
 
-    Each tensor is read once, so that a mapping which loads on demand needs memory for the result
-    and one tensor.
+    Tensors are read one after the other, so that a mapping which loads on demand needs memory for
+    the result and little more.
 
     Args:
       network: what the parameters are for.
@@ -317,7 +322,7 @@ def from_params(
       UserError: a parameter is missing, unknown, or of the wrong shape; the message names it.
     """
     ours = {path: leaf.shape for path, leaf in abstract_params(network).items()}
-    given = flatten_dict(dict(params), sep="/")
+    given = _flat(params)
     for path in ours.keys() | given.keys():
         if path not in given or path not in ours or given[path].shape != ours[path]:
             found = given[path].shape if path in given else "nothing"

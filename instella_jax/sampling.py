@@ -5,8 +5,10 @@ Axes: B images, N latent tokens, K bits, S steps, L text length, Dt text width. 
 """
 
 import functools
+from collections.abc import Callable
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
@@ -25,6 +27,10 @@ def image_keys(seeds: jax.Array) -> jax.Array:
 def draw(keys: jax.Array, index: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
     """Uniforms [B, *shape] of draw number `index`, each image's from its own key [B]."""
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, index), shape))(keys)
+
+
+def _bound(network: nn.Module, params: Any) -> Callable[..., Any]:
+    return functools.partial(network.apply, {"params": params})
 
 
 @functools.partial(jax.jit, static_argnames=("network", "protocol", "target"))
@@ -66,9 +72,9 @@ def sample_diffusion(
     Returns:
       bits [B, N, K], float32 of 0 and 1.
     """
-    variables = {"params": params}
+    apply = _bound(network, params)
     if not isinstance(text, tuple):
-        text = network.apply(variables, text, method="text_kv")
+        text = apply(text, method="text_kv")
     shape = (network.num_tokens, network.bits)
     steps = jnp.asarray(steps, jnp.int32)
 
@@ -82,7 +88,7 @@ def sample_diffusion(
         t, t_next = (binary_diffusion.time(i, steps, rho) for i in (index, index + 1))
         both = jnp.concatenate([z, z])
         times = jnp.broadcast_to(t, both.shape[:1])
-        output = network.apply(variables, both, times, text, text_mask)
+        output = apply(both, times, text, text_mask)
         flip = binary_diffusion.flip_logits(output, both, target)
         conditional, unconditional = jnp.split(flip, 2)
         return binary_diffusion.sampling_step(
@@ -132,17 +138,16 @@ def sample_ar(
     Returns:
       bits [B, N, K], float32 of 0 and 1.
     """
-    variables = {"params": params}
-    cache = network.apply(variables, text, method="start_cache")
+    apply = _bound(network, params)
+    cache = apply(text, method="start_cache")
 
     def step(
         carry: tuple[KeysValues, jax.Array], index: jax.Array
     ) -> tuple[tuple[KeysValues, jax.Array], jax.Array]:
         cache, bits = carry
-        logits, cache = network.apply(
-            variables, jnp.concatenate([bits, bits]), index, cache, text_mask, method="step"
-        )
-        logits = binary_diffusion.guided(*jnp.split(logits, 2), guidance, temperature)
+        logits, cache = apply(jnp.concatenate([bits, bits]), index, cache, text_mask, method="step")
+        conditional, unconditional = jnp.split(logits, 2)
+        logits = binary_diffusion.guided(conditional, unconditional, guidance, temperature)
         if uniforms is None:
             uniform = draw(keys, index, (network.bits,))
         else:

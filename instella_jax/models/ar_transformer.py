@@ -13,6 +13,7 @@ from instella_jax.models.layers import (
     GeluMLP,
     constrain,
     linear,
+    partitioned,
     repeat,
     rms_norm,
 )
@@ -35,7 +36,7 @@ class Block(nn.Module):
         # The published weights have one position more than there are tokens.
         self.pos_emb = self.param(
             "pos_emb",
-            nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, "embed")),
+            partitioned(nn.initializers.zeros_init(), (None, "embed")),
             (self.num_tokens + 1, width),
             self.run.param_dtype,
         )
@@ -115,7 +116,7 @@ class ArTransformer(nn.Module):
         self.bits_in = linear(width, self.bits, (None, "embed"), run, use_bias=True)
         self.split_token = self.param(
             "split_token",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",)),
+            partitioned(nn.initializers.normal(0.02), ("embed",)),
             (width,),
             run.param_dtype,
         )

@@ -4,13 +4,22 @@ Axes: B batch, N latent tokens, K bits, L text length, H heads, Dh head width, D
 """
 
 import dataclasses
+from typing import Any
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 
 from instella_jax.models.joint_attention import JointAttention, KeysValues
-from instella_jax.models.layers import Execution, GeluMLP, constrain, layer_norm, linear, repeat
+from instella_jax.models.layers import (
+    Execution,
+    GeluMLP,
+    constrain,
+    layer_norm,
+    linear,
+    partitioned,
+    repeat,
+)
 
 
 def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
@@ -38,7 +47,7 @@ class Block(nn.Module):
         )
         self.pos_emb = self.param(
             "pos_emb",
-            nn.with_logical_partitioning(nn.initializers.zeros_init(), (None, "embed")),
+            partitioned(nn.initializers.zeros_init(), (None, "embed")),
             (self.num_tokens, width),
             self.run.param_dtype,
         )
@@ -97,7 +106,7 @@ class DiffusionTransformer(nn.Module):
         width, run = self.num_heads * self.head_dim, self.run
         # One number per image, embedded once: bfloat16 would blur neighbouring times.
         exact = dataclasses.replace(run, dtype="float32")
-        options = dict(use_bias=True, xavier=True)
+        options: dict[str, Any] = dict(use_bias=True, xavier=True)
         self.time_in = linear(width, 1, (None, "embed"), exact, **options)
         self.time_out = linear(width, width, ("embed", None), exact, **options)
         self.bits_in = linear(width, self.bits, (None, "embed"), run, **options)

@@ -7,7 +7,7 @@ Axes: B batch, T sequence, H heads, Dh head width, D width. Kernels carry logica
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any
+from typing import Any, Literal
 
 import flax.linen as nn
 import jax
@@ -42,7 +42,7 @@ class Execution:
     output_dtype: str = "float32"
     unroll: bool = False
     remat: str = "none"
-    attention: str | None = None
+    attention: Literal["xla", "cudnn"] | None = None
 
 
 def torch_uniform(fan_in: int) -> Callable:
@@ -53,6 +53,11 @@ def torch_uniform(fan_in: int) -> Callable:
         return jax.random.uniform(key, shape, dtype, -bound, bound)
 
     return init
+
+
+def partitioned(init: Callable, axes: tuple[str | None, ...]) -> Callable[..., Any]:
+    """Makes an initialiser name the logical axes of its parameter."""
+    return nn.with_logical_partitioning(init, axes)
 
 
 def matmul(
@@ -106,8 +111,8 @@ def linear(
         use_bias=use_bias,
         dtype=run.dtype,
         param_dtype=run.param_dtype,
-        kernel_init=nn.with_logical_partitioning(kernel_init, axes),
-        bias_init=nn.with_logical_partitioning(bias_init, axes[1:]),
+        kernel_init=partitioned(kernel_init, axes),
+        bias_init=partitioned(bias_init, axes[1:]),
         dot_general=matmul,
         name=name,
     )
@@ -119,7 +124,7 @@ def rms_norm(run: Execution, name: str | None = None) -> nn.RMSNorm:
         epsilon=NORM_EPSILON,
         dtype=run.dtype,
         param_dtype=run.param_dtype,
-        scale_init=nn.with_logical_partitioning(nn.initializers.ones_init(), (None,)),
+        scale_init=partitioned(nn.initializers.ones_init(), (None,)),
         name=name,
     )
 
@@ -214,7 +219,7 @@ class GeluMLP(nn.Module):
     def __call__(self, x: jax.Array) -> jax.Array:
         """Applies the layer."""
         width = x.shape[-1]
-        options = dict(use_bias=True, xavier=self.xavier)
+        options: dict[str, Any] = dict(use_bias=True, xavier=self.xavier)
         x = linear(4 * width, width, ("embed", "mlp"), self.run, name="up", **options)(x)
         x = nn.gelu(x, approximate=True)
         return linear(width, 4 * width, ("mlp", "embed"), self.run, name="down", **options)(x)

@@ -17,6 +17,7 @@ from instella_jax.models.layers import (
     constrain,
     layer_norm,
     linear,
+    partitioned,
     repeat,
     rotate,
 )
@@ -116,7 +117,7 @@ class Olmo(nn.Module):
         c, run = self.config, self.run
         embedding = self.param(
             "embed",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed")),
+            partitioned(nn.initializers.normal(0.02), (None, "embed")),
             (c.vocab_size, c.hidden_size),
             run.param_dtype,
         )

@@ -19,6 +19,7 @@ from instella_jax.models.layers import (
     attend,
     constrain,
     linear,
+    partitioned,
     repeat,
     rms_norm,
     rope_tables,
@@ -195,8 +196,8 @@ def convolution(features: int, width: int, run: Execution, stride: int) -> nn.Co
         padding=1,
         dtype=run.dtype,
         param_dtype=run.param_dtype,
-        kernel_init=nn.with_logical_partitioning(torch_uniform(fan_in), axes),
-        bias_init=nn.with_logical_partitioning(torch_uniform(fan_in), (None,)),
+        kernel_init=partitioned(torch_uniform(fan_in), axes),
+        bias_init=partitioned(torch_uniform(fan_in), (None,)),
         name="conv",
     )
 
@@ -295,7 +296,7 @@ class Encoder(nn.Module):
         )(to_patches(images, c.patch_size))
         latent = self.param(
             "latent_tokens",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed")),
+            partitioned(nn.initializers.normal(0.02), (None, "embed")),
             (c.num_tokens, width),
             run.param_dtype,
         )
@@ -329,7 +330,7 @@ class Decoder(nn.Module):
         shrink = 2 * len(c.upsample_after) or 1
         mask = self.param(
             "mask_token",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), ("embed",)),
+            partitioned(nn.initializers.normal(0.02), ("embed",)),
             (c.decoder_width,),
             run.param_dtype,
         )
@@ -364,7 +365,7 @@ class BinaryTokenizer(nn.Module):
         self.to_bits = linear(c.bits, c.encoder_width, ("embed", None), self.run, use_bias=True)
         self.embed = self.param(
             "embed",
-            nn.with_logical_partitioning(nn.initializers.normal(0.02), (None, "embed")),
+            partitioned(nn.initializers.normal(0.02), (None, "embed")),
             (c.bits, c.encoder_width),
             self.run.param_dtype,
         )
