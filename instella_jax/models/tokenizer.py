@@ -80,20 +80,25 @@ class TokenizerConfig:
 
     @property
     def multiple(self) -> int:
-        """Image sides must be multiples of this many pixels."""
-        levels = max(len(self.downsample_after), len(self.upsample_after))
-        return self.patch_size * 2**levels
+        """Sides of an image that is encoded and decoded must be multiples of this many pixels."""
+        return self.patch_size * 2 ** max(len(self.downsample_after), len(self.upsample_after))
 
-    def grid(self, height: int, width: int) -> tuple[int, int]:
+    def grid(self, height: int, width: int, levels: int | None = None) -> tuple[int, int]:
         """Returns (rows, columns) of patches of an image.
 
+        Args:
+          height: of the image in pixels.
+          width: of the image in pixels.
+          levels: how often the grid is halved; None for what both encoder and decoder need.
+
         Raises:
-          UserError: if the sides are not multiples of `multiple`.
+          UserError: if the sides are not multiples of the patch size times 2^levels.
         """
-        if height <= 0 or width <= 0 or height % self.multiple or width % self.multiple:
+        multiple = self.multiple if levels is None else self.patch_size * 2**levels
+        if height <= 0 or width <= 0 or height % multiple or width % multiple:
             raise UserError(
                 f"image size {height}x{width} does not fit this tokenizer: both sides must be "
-                f"positive multiples of {self.multiple} pixels"
+                f"positive multiples of {multiple} pixels"
             )
         return height // self.patch_size, width // self.patch_size
 
@@ -289,7 +294,7 @@ class Encoder(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images [B, height, width, 3] in [-1, 1] to [B, N, D_enc]."""
         c, run = self.config, self.run
-        c.grid(*images.shape[1:3])
+        c.grid(*images.shape[1:3], len(c.downsample_after))
         width = c.encoder_width
         patches = linear(
             width, 3 * c.patch_size**2, (None, "embed"), run, use_bias=True, name="patch_embed"
@@ -321,7 +326,7 @@ class Decoder(nn.Module):
     def __call__(self, latent: jax.Array, height: int, width: int) -> jax.Array:
         """Maps [B, N, D_enc] to an image [B, height, width, 3], nominally in [-1, 1]."""
         c, run = self.config, self.run
-        rows, columns = c.grid(height, width)
+        rows, columns = c.grid(height, width, len(c.upsample_after))
         batch, _, encoder_width = latent.shape
         latent = rms_norm(run, "in_norm")(latent)
         latent = linear(
@@ -380,7 +385,7 @@ class BinaryTokenizer(nn.Module):
         """Maps images [B, height, width, 3] in [-1, 1] to logits of the bits [B, N, K].
 
         Raises:
-          UserError: if the sides are not multiples of `config.multiple`.
+          UserError: if the sides are not multiples of the patch size times 2^downsamplings.
         """
         logits = self.to_bits(self.encoder(images.astype(self.run.dtype)))
         return logits.astype(self.run.output_dtype)
@@ -391,7 +396,7 @@ class BinaryTokenizer(nn.Module):
         Any size may be asked for, whatever the size of the image that was encoded.
 
         Raises:
-          UserError: if the sides are not multiples of `config.multiple`.
+          UserError: if the sides are not multiples of the patch size times 2^upsamplings.
         """
         latent = jnp.dot(code.astype(self.run.dtype), self.embed.astype(self.run.dtype))
         return self.decoder(latent, height, width).astype(self.run.output_dtype)
