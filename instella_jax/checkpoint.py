@@ -23,7 +23,7 @@ logger = logging.getLogger(__name__)
 # What may change between the runs of one workdir: how long, how often, where, what is drawn.
 _FREE = ("train.steps", "train.log_every", "train.eval_every", "train.save_every",
          "train.image_every", "train.keep", "train.max_skipped", "mesh", "sample", "eval", "run",
-         "data.workers", "init_from")  # fmt: skip
+         "data.workers", "init_from", "shipped")  # fmt: skip
 
 
 class Checkpoints:
@@ -143,26 +143,38 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
       UserError: the workdir cannot be written, or belongs to another config.
     """
     workdir = Path(workdir)
-    path = workdir / "config.json"
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        ours = json.loads(config.to_json())
-        if path.exists():
-            _compare(workdir, json.loads(path.read_text(encoding="utf-8")), ours)
+        if (workdir / "config.json").exists():
+            check_config(workdir, config)
         scratch = workdir / f".config.json.{os.getpid()}"
+        ours = json.loads(config.to_json())
         scratch.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, path)
+        os.replace(scratch, workdir / "config.json")
     except OSError as error:
         raise UserError(
             f"workdir {workdir} cannot be written ({error.strerror}); choose another --workdir"
+        ) from None
+
+
+def check_config(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+    """Checks that a workdir is of a run with this config.
+
+    Raises:
+      UserError: it is of another one, or of none.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{workdir} is not the workdir of a run: cannot read {path.name} ({error.strerror})"
         ) from None
     except ValueError:
         raise UserError(
             f"{path} is not valid JSON; choose another --workdir or remove that file"
         ) from None
-
-
-def _compare(workdir: Path, theirs: dict[str, Any], ours: dict[str, Any]) -> None:
+    ours = json.loads(config.to_json())
     old, new = (traverse_util.flatten_dict(c, sep=".") for c in (theirs, ours))
     for key in sorted(set(old) | set(new)):
         free = any(key == name or key.startswith(name + ".") for name in _FREE)

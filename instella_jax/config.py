@@ -41,6 +41,8 @@ def base(stage: str, variant: str) -> ConfigDict:
             ),
             # A model folder whose weights training starts from; "" for random ones.
             init_from="",
+            # The shipped weights that sampling and evaluation use without a workdir.
+            shipped="" if published else f"demo_{stage}",
             data=data(VARIANTS[variant], "folder" if published else "scenes"),
             optimizer=dict(
                 learning_rate=1e-4,

@@ -9,20 +9,20 @@ import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
+from instella_jax import sharding
 from instella_jax.errors import UserError
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.models.example_inputs import Network, abstract_params
 from instella_jax.models.olmo import Olmo, OlmoConfig
 from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
 
 Tensors = Mapping[str, np.ndarray]
-Network = BinaryTokenizer | DiffusionTransformer | ArTransformer | Olmo
 
 
 def _from_patch_convolution(x: np.ndarray) -> np.ndarray:
@@ -202,21 +202,9 @@ def copies(network: Network) -> dict[str, str]:
     return {}
 
 
-def abstract_params(network: Network) -> dict[str, jax.ShapeDtypeStruct]:
+def shapes_by_path(network: Network) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a network's parameters by path, "encoder/out/kernel"; nothing is allocated."""
-    if isinstance(network, BinaryTokenizer):
-        side = network.config.multiple
-        inputs = (jnp.zeros((1, side, side, 3)),)
-    elif isinstance(network, Olmo):
-        inputs = (jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32))
-    else:
-        z = jnp.zeros((1, network.num_tokens, network.bits))
-        text = jnp.zeros((network.num_layers, 1, 1, network.text_width))
-        mask = jnp.ones((1, 1), jnp.int32)
-        ar = isinstance(network, ArTransformer)
-        inputs = (z[:, 1:], text, mask) if ar else (z, jnp.zeros(1), text, mask)
-    variables = jax.eval_shape(network.init, jax.random.key(0), *inputs)
-    return _flat(nn.unbox(variables)["params"])
+    return _flat(sharding.values(abstract_params(network)))
 
 
 def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
@@ -226,7 +214,7 @@ def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
 
 def reference_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     """Shapes of the reference tensors by name."""
-    ours = abstract_params(network)
+    ours = shapes_by_path(network)
     shapes = {}
     for entry in entries(network):
         shape = ours[entry.path].shape[entry.layer is not None :]
@@ -259,7 +247,7 @@ def to_params(network: Network, tensors: Tensors, what: str = "checkpoint") -> d
         raise UserError(f"{what}: {_listed(missing)} missing; {_HINT}")
     if unknown := [name for name in tensors if name not in shapes and name not in optional]:
         raise UserError(f"{what}: {_listed(unknown)} unknown; {_HINT}")
-    ours = abstract_params(network)
+    ours = shapes_by_path(network)
     params: dict[str, np.ndarray] = {}
     for entry in entries(network):
         value = FORMS[entry.form][0](_checked(tensors, entry.name, shapes[entry.name], what))
@@ -321,7 +309,7 @@ def from_params(
     Raises:
       UserError: a parameter is missing, unknown, or of the wrong shape; the message names it.
     """
-    ours = {path: leaf.shape for path, leaf in abstract_params(network).items()}
+    ours = {path: leaf.shape for path, leaf in shapes_by_path(network).items()}
     given = _flat(params)
     for path in ours.keys() | given.keys():
         if path not in given or path not in ours or given[path].shape != ours[path]:

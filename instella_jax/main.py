@@ -46,6 +46,8 @@ def dispatch(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: values are given as --flag=value")
     if _CONFIG.value is None:
         raise UserError("--config is missing: for example --config=configs/t2i_diffusion.py")
+    if flags.FLAGS["verbosity"].using_default_value:
+        absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells much at the next level
     # Before jax starts, which reads the cache folder once.
     from instella_jax import platform
 
@@ -56,9 +58,9 @@ def dispatch(argv: list[str]) -> None:
 
         train(_CONFIG.value, workdir)
     elif _MODE.value == "eval":
-        from instella_jax.evaluation.run import evaluate_workdir
+        from instella_jax.evaluation.run import evaluate_config
 
-        evaluate_workdir(_CONFIG.value, _WORKDIR.value)
+        evaluate_config(_CONFIG.value, _WORKDIR.value)
     else:
         from instella_jax.draw import draw
 
@@ -80,7 +82,6 @@ def parse(argv: list[str]) -> list[str]:
 def main() -> None:
     """Command-line entry: a user's mistake is one sentence on stderr and exit status 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
-    flags.FLAGS.set_default("verbosity", absl_logging.WARNING)
     try:
         app.run(dispatch, flags_parser=parse)
     except UserError as error:

@@ -18,6 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from instella_jax import sharding
 from instella_jax.errors import UserError
+from instella_jax.models.example_inputs import Network, abstract_params
 from instella_jax.models.layers import REMAT_POLICIES, Execution
 from instella_jax.models.tokenizer import TokenizerConfig
 
@@ -101,6 +102,7 @@ def save(
 def _replace(path: Path, write: Any) -> None:
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     write(scratch)
+    os.chmod(scratch, 0o644)  # safetensors makes private files
     os.replace(scratch, path)
 
 
@@ -113,6 +115,22 @@ def find(value: str, key: str) -> Path:
     if not value:
         raise UserError(f"config.{key} names no model folder: give --config.{key}=FOLDER")
     return ASSETS / f"demo_{key.split('.')[0]}" if value == "demo" else Path(value)
+
+
+def find_weights(config: Any) -> Path:
+    """Returns the model folder to use without a workdir: `init_from`, or else the shipped one.
+
+    Raises:
+      UserError: there is none of these.
+    """
+    if config.init_from:
+        return Path(config.init_from)
+    if config.shipped:
+        return ASSETS / config.shipped
+    raise UserError(
+        "no weights to use: give --workdir=RUN of a training run or "
+        "--config.init_from=FOLDER of a model"
+    )
 
 
 def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
@@ -159,19 +177,19 @@ def load_part(folder: str | os.PathLike[str], part: str, like: Any = None) -> An
     return unflatten_dict(arrays, sep="/")
 
 
-def load_boxed(folder: str | os.PathLike[str], part: str, init: Any, dtype: str) -> Any:
-    """Reads the parameters of a part with the logical axes that a network gives them.
+def load_boxed(folder: str | os.PathLike[str], part: str, network: Network, dtype: str) -> Any:
+    """Reads the parameters of a part with the logical axes that the network gives them.
 
     Args:
       folder: a model folder.
       part: one of `PARTS`.
-      init: the network's init, a function of a key.
+      network: the network they are for.
       dtype: type to hold them in.
 
     Raises:
       UserError: see `load_part`.
     """
-    boxed = jax.eval_shape(init, jax.random.key(0))["params"]
+    boxed = abstract_params(network)
     values = load_part(folder, part, sharding.values(boxed))
 
     def box(like: Any, value: np.ndarray) -> Any:
@@ -179,6 +197,13 @@ def load_boxed(folder: str | os.PathLike[str], part: str, init: Any, dtype: str)
         return like.replace_boxed(value) if isinstance(like, nn.Partitioned) else value
 
     return jax.tree.map(box, boxed, values, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+
+
+def load(folder: str | os.PathLike[str], part: str, network: Network, dtype: str) -> Any:
+    """Reads the parameters of a part as plain device arrays; see `load_boxed`."""
+    return jax.tree.map(
+        jax.numpy.asarray, sharding.values(load_boxed(folder, part, network, dtype))
+    )
 
 
 def _check(path: Path, shapes: Mapping[str, tuple], like: Any) -> None:

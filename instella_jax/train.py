@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
@@ -17,7 +18,7 @@ from instella_jax.checkpoint import Checkpoints, claim_workdir
 from instella_jax.errors import UserError
 from instella_jax.grids import save_grid
 from instella_jax.metrics import MetricsWriter, Progress, Throughput, progress_line
-from instella_jax.stages import Stage, make_stage
+from instella_jax.stages import Stage, init_stage, make_stage
 from instella_jax.train_state import TrainState, init_state, make_optimizer, make_step
 
 logger = logging.getLogger(__name__)
@@ -58,6 +59,16 @@ def load_frozen(stage: Stage, mesh: jax.sharding.Mesh) -> Params:
     return jax.device_put(sharding.values(boxed), sharding.tree_shardings(boxed, mesh))
 
 
+def load_params(stage: Stage, config: ConfigDict, mesh: jax.sharding.Mesh) -> Params:
+    """Puts the trainable parameters of `init_from`, or else the shipped ones, on the mesh."""
+    folder = model_folder.find_weights(config)
+    boxed = {
+        part: model_folder.load_boxed(folder, part, network, config.run.param_dtype)
+        for part, network in stage.networks.items()
+    }
+    return jax.device_put(sharding.values(boxed), sharding.tree_shardings(boxed, mesh))
+
+
 def initial_state(
     stage: Stage, config: ConfigDict, mesh: jax.sharding.Mesh
 ) -> tuple[TrainState, Any]:
@@ -66,7 +77,7 @@ def initial_state(
 
     def init(key: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
-        return init_state(stage.init(init_key), optimizer, run_key)
+        return init_state(init_stage(stage, init_key), optimizer, run_key)
 
     return sharding.sharded_init(init, jax.random.key(config.seed), mesh), optimizer
 
@@ -160,8 +171,13 @@ class _Run:
         if self.first:
             print_overview(self.state.params)
         restored = self.checkpoints.restore(self.state, self.loader)
+        # Own checkpoint > init_from > random weights.
         if restored is not None:
             self.state = restored
+        elif self.config.init_from:
+            params = load_params(self.stage, self.config, self.mesh)
+            self.state = self.state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+            self.progress.message(f"weights of {self.config.init_from}")
         start = int(self.state.step)
         stop = _Stop()
         with (

@@ -7,6 +7,7 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from instella_jax.errors import UserError
+from instella_jax.models.example_inputs import Network, init_params
 
 Params = Any
 Batch = dict[str, jax.Array]
@@ -15,8 +16,9 @@ Batch = dict[str, jax.Array]
 class Stage(Protocol):
     """What the training loop needs to know of a stage; all functions are pure."""
 
-    def init(self, key: jax.Array) -> Params:
-        """Trainable parameters with their logical axes."""
+    @property
+    def networks(self) -> dict[str, Network]:
+        """The networks that are trained, by the name of their part in params."""
         ...
 
     def frozen(self) -> Params:
@@ -48,6 +50,14 @@ class Stage(Protocol):
     def describe(self) -> dict[str, Any]:
         """The `config.json` of a model folder with this stage's networks."""
         ...
+
+
+def init_stage(stage: Stage, key: jax.Array) -> Params:
+    """Makes the trainable parameters of a stage by part, with their logical axes."""
+    return {
+        part: init_params(network, jax.random.fold_in(key, number))
+        for number, (part, network) in enumerate(sorted(stage.networks.items()))
+    }
 
 
 def make_stage(config: ConfigDict) -> Stage:

@@ -9,13 +9,13 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from ml_collections import ConfigDict
 
 from instella_jax import model_folder
 from instella_jax.data.sources import make_split
 from instella_jax.errors import UserError
+from instella_jax.models.example_inputs import Network
 from instella_jax.models.olmo import Olmo, OlmoConfig
 from instella_jax.models.tokenizer import BinaryTokenizer, hard_code
 from instella_jax.stages.tokenizer import to_float
@@ -94,44 +94,37 @@ class GeneratorStage(abc.ABC):
         sizes.grid(size, size)
         return BinaryTokenizer(sizes, self.run)
 
-    def init(self, key: jax.Array) -> Params:
-        """Parameters that are trained, with logical axes."""
-        generator_key, text_key = jax.random.split(key)
-        params = {"generator": self.init_generator(generator_key)}
+    @property
+    def networks(self) -> dict[str, Network]:
+        """The generator, and the text encoder where it is trained along."""
+        trained: dict[str, Network] = {"generator": self.network}
         if self.config.text.trainable:
-            ids = jnp.zeros((1, 1), jnp.int32)
-            params["text"] = self.text_network.init(text_key, ids, ids)["params"]
-        return params
-
-    @abc.abstractmethod
-    def init_generator(self, key: jax.Array) -> Params:
-        """Parameters of the generator alone, with logical axes."""
+            trained["text"] = self.text_network
+        return trained
 
     @abc.abstractmethod
     def code_metrics(
-        self, params: Params, code: jax.Array, text: jax.Array, mask: jax.Array, key: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:  # fmt: skip
+        self,
+        params: Params,
+        code: jax.Array,
+        text: jax.Array,
+        mask: jax.Array,
+        key: jax.Array,
+        train: bool,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Loss and metrics of codes [B, N, K] under text features [layers, B, L, Dt]."""
 
     def frozen(self) -> Params:
         """The image tokenizer and, unless it is trained, the text encoder."""
-        network = self.tokenizer_network()
-        multiple = network.config.multiple
+        dtype = self.run.param_dtype
         frozen = {
             "tokenizer": model_folder.load_boxed(
-                self.tokenizer_folder,
-                "tokenizer",
-                lambda key: network.init(key, jnp.zeros((1, multiple, multiple, 3))),
-                self.run.param_dtype,
+                self.tokenizer_folder, "tokenizer", self.tokenizer_network(), dtype
             )
         }
         if not self.config.text.trainable:
-            ids = jnp.zeros((1, 1), jnp.int32)
             frozen["text"] = model_folder.load_boxed(
-                self.text_folder,
-                "text",
-                lambda key: self.text_network.init(key, ids, ids),
-                self.run.param_dtype,
+                self.text_folder, "text", self.text_network, dtype
             )
         return frozen
 
@@ -173,30 +166,30 @@ class GeneratorStage(abc.ABC):
         keep = jax.random.uniform(drop_key, batch["mask"].shape[:1]) >= (
             self.config.loss.caption_dropout
         )
-        return self._metrics(params, frozen, batch, batch["mask"] & keep[:, None], key)
+        return self._metrics(params, frozen, batch, batch["mask"] & keep[:, None], key, True)
 
     def evaluate(
         self, params: Params, frozen: Params, batch: Any, key: jax.Array
     ) -> dict[str, jax.Array]:
         """Loss and bit accuracy with every caption in place."""
-        loss, metrics = self._metrics(params, frozen, batch, batch["mask"], key)
+        loss, metrics = self._metrics(params, frozen, batch, batch["mask"], key, False)
         return {"loss": loss, **metrics}
 
-    def _metrics(self, params, frozen, batch, mask, key):
+    def _metrics(self, params, frozen, batch, mask, key, train):
         code = self.encode(frozen, batch["image"])
         # The encoder sees the caption even where it is dropped: its states are masked later.
         text = self.text_features(params, frozen, batch["ids"], batch["mask"])
-        return self.code_metrics(params, code, text, mask, key)
+        return self.code_metrics(params, code, text, mask, key, train)
 
     def pictures(
         self, params: Params, frozen: Params, count: int
     ) -> tuple[list[np.ndarray], list[str]]:
         """Draws the first held-out captions with the config's sampling settings."""
-        from instella_jax.pipeline import InstellaPipeline
+        from instella_jax.pipeline import InstellaPipeline, options_from_config
 
         texts = next(self.loader("heldout", batch_size=count, drop_remainder=False))["text"]
         pipeline = InstellaPipeline.from_stage(self, {**frozen, **params})
-        return list(pipeline(texts, **pipeline.options(self.config.sample))), texts
+        return list(pipeline(texts, options_from_config(self.config.sample))), texts
 
     def describe(self) -> dict[str, Any]:
         """Sizes of the generator and the text encoder, and the picture size."""

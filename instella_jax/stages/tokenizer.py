@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from instella_jax.data.sources import make_split
 from instella_jax.model_folder import execution, tokenizer_config
+from instella_jax.models.example_inputs import Network
 from instella_jax.models.tokenizer import BinaryTokenizer, code_loss, hard_code, sample_code
 
 Params = Any
@@ -49,11 +50,10 @@ class TokenizerStage:
         self.network = BinaryTokenizer(self.sizes, execution(config.run))
         self.sizes.grid(config.data.image_size, config.data.image_size)
 
-    def init(self, key: jax.Array) -> Params:
-        """Parameters {"tokenizer": ...} with logical axes."""
-        size = self.config.data.image_size
-        image = jnp.zeros((1, size, size, 3))
-        return {"tokenizer": self.network.init(key, image)["params"]}
+    @property
+    def networks(self) -> dict[str, Network]:
+        """The tokenizer."""
+        return {"tokenizer": self.network}
 
     def frozen(self) -> Params:
         """Nothing."""

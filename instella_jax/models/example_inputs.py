@@ -1,0 +1,38 @@
+"""The smallest inputs of each network: enough to make its parameters, or their shapes."""
+
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instella_jax.models.ar_transformer import ArTransformer
+from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.models.olmo import Olmo
+from instella_jax.models.tokenizer import BinaryTokenizer
+
+Network = BinaryTokenizer | DiffusionTransformer | ArTransformer | Olmo
+
+
+def example_inputs(network: Network) -> tuple[jax.Array, ...]:
+    """Returns arguments for the network's call, one row of zeros each."""
+    if isinstance(network, BinaryTokenizer):
+        side = network.config.multiple
+        return (jnp.zeros((1, side, side, 3)),)
+    if isinstance(network, Olmo):
+        return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32)
+    z = jnp.zeros((1, network.num_tokens, network.bits))
+    text = jnp.zeros((network.num_layers, 1, 1, network.text_width))
+    mask = jnp.ones((1, 1), jnp.int32)
+    if isinstance(network, ArTransformer):
+        return z[:, 1:], text, mask
+    return z, jnp.zeros(1), text, mask
+
+
+def init_params(network: Network, key: jax.Array) -> Any:
+    """Makes the network's parameters, with their logical axes."""
+    return network.init(key, *example_inputs(network))["params"]
+
+
+def abstract_params(network: Network) -> Any:
+    """Shapes of the network's parameters, with their logical axes; nothing is allocated."""
+    return jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))

@@ -1,0 +1,271 @@
+"""What a user imports: prompts in, pictures out.
+
+Axes: B pictures, U different prompts, N latent tokens, K bits, L text length.
+"""
+
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from ml_collections import ConfigDict
+
+from instella_jax import binary_diffusion, model_folder, sampling
+from instella_jax.errors import UserError
+from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.models.layers import Execution
+from instella_jax.models.olmo import Olmo
+from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.stages.generator import GeneratorStage, text_sizes
+from instella_jax.stages.tokenizer import to_uint8
+from instella_jax.text import TextTokenizer
+
+Params = Any
+
+# Text is padded to a multiple of this, so that few lengths are ever compiled.
+TEXT_BLOCK = 32
+MAX_STEPS = 1_000
+MAX_SIDE = 4_096
+MAX_BATCH = 1_024
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How prompts are drawn; the defaults are the published ones.
+
+    Attributes:
+      negative_prompt: what guidance leads away from; "" is the unconditional prompt.
+      images_per_prompt: pictures of each prompt; picture j has the seed `seed` + j.
+      seed: of the first picture of every prompt.
+      steps: of the diffusion sampler.
+      guidance: g in (1 + g) conditional - g unconditional; 0 is none. g is the scale of other
+        systems less 1.
+      temperature: of the guided logits; 0 takes the likelier bit.
+      rho: exponent of the schedule of times.
+      protocol: how bits are drawn between steps, 1 or 2 (the posterior).
+      height: of the pictures in pixels; 0 is the size that the model was trained at.
+      width: likewise.
+      batch_size: pictures drawn at a time.
+    """
+
+    negative_prompt: str = ""
+    images_per_prompt: int = 1
+    seed: int = 0
+    steps: int = 20
+    guidance: float = 7.5
+    temperature: float = 1.0
+    rho: float = 1.0
+    protocol: int = 1
+    height: int = 0
+    width: int = 0
+    batch_size: int = 16
+
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+          UserError: a value is out of range.
+        """
+        for name, low, high in (
+            ("images_per_prompt", 1, 10_000),
+            ("seed", 0, 2**31 - 1),
+            ("steps", 1, MAX_STEPS),
+            ("guidance", 0.0, 1_000.0),
+            ("temperature", 0.0, 1_000.0),
+            ("rho", 0.01, 100.0),
+            ("height", 0, MAX_SIDE),
+            ("width", 0, MAX_SIDE),
+            ("batch_size", 1, MAX_BATCH),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"{name} is {value}: expected {low} to {high}")
+        if self.protocol not in binary_diffusion.PROTOCOLS:
+            raise UserError(
+                f"protocol is {self.protocol}: expected one of {binary_diffusion.PROTOCOLS}"
+            )
+
+
+def options_from_config(config: ConfigDict) -> Options:
+    """Reads the drawing options out of a config's `sample` section."""
+    names = {field.name for field in dataclasses.fields(Options)}
+    return Options(**{name: config[name] for name in names if name in config})
+
+
+class InstellaPipeline:
+    """A text encoder, a generator and a tokenizer, ready to draw.
+
+    A picture depends on the parameters, its prompt, its seed and the options alone.
+    """
+
+    def __init__(
+        self,
+        *,
+        generator: DiffusionTransformer,
+        text: Olmo,
+        tokenizer: BinaryTokenizer,
+        params: Mapping[str, Params],
+        text_tokenizer: TextTokenizer,
+        max_length: int,
+        image_size: int,
+        target: str,
+    ):
+        """Joins the parts.
+
+        Args:
+          generator: the network that makes codes.
+          text: the network that describes prompts.
+          tokenizer: the network that draws codes.
+          params: parameters of the three, under "generator", "text" and "tokenizer".
+          text_tokenizer: cuts prompts into ids.
+          max_length: longest prompt in tokens.
+          image_size: side in pixels that the model was trained at.
+          target: what the generator was trained to tell, see `binary_diffusion`.
+        """
+        self.generator, self.text, self.tokenizer = generator, text, tokenizer
+        self.params = params
+        self.text_tokenizer, self.max_length = text_tokenizer, max_length
+        self.image_size, self.target = image_size, target
+        self._features = jax.jit(lambda params, ids, mask: text.apply(params, ids, mask)[1:])
+        self._decode = functools.partial(
+            jax.jit(self._decode_uint8, static_argnames=("height", "width"))
+        )
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | os.PathLike[str],
+        tokenizer: str | os.PathLike[str] | None = None,
+        run: Execution = Execution(),  # noqa: B008 (frozen)
+    ) -> "InstellaPipeline":
+        """Reads a model folder.
+
+        Args:
+          folder: with a generator, a text encoder and its `tokenizer.json`.
+          tokenizer: folder of the image tokenizer, None where `folder` holds it.
+          run: how the networks are computed.
+
+        Raises:
+          UserError: a part is missing, damaged, or the parts do not fit each other.
+        """
+        description = model_folder.read_description(folder)
+        for part in ("generator", "text"):
+            if part not in description:
+                raise UserError(f"model folder {folder} has no {part}")
+        sizes = dict(description["generator"])
+        kind = sizes.pop("kind", None)
+        if kind != "diffusion":
+            raise UserError(f"model folder {folder} holds a generator of unknown kind {kind!r}")
+        text_values = dict(description["text"])
+        max_length = text_values.pop("max_length")
+        text = Olmo(text_sizes(text_values), run)
+        generator = DiffusionTransformer(**sizes, text_width=text.config.hidden_size, run=run)
+        tokenizer_folder = Path(folder if tokenizer is None else tokenizer)
+        network = BinaryTokenizer(
+            model_folder.tokenizer_config(
+                model_folder.read_description(tokenizer_folder).get("tokenizer", {})
+            ),
+            run,
+        )
+        params = {
+            "generator": model_folder.load(folder, "generator", generator, run.param_dtype),
+            "text": model_folder.load(folder, "text", text, run.param_dtype),
+            "tokenizer": model_folder.load(tokenizer_folder, "tokenizer", network, run.param_dtype),
+        }
+        return cls(
+            generator=generator,
+            text=text,
+            tokenizer=network,
+            params=params,
+            text_tokenizer=TextTokenizer.from_folder(folder),
+            max_length=max_length,
+            image_size=description["image_size"],
+            target=description["target"],
+        )
+
+    @classmethod
+    def from_stage(cls, stage: GeneratorStage, params: Mapping[str, Params]) -> "InstellaPipeline":
+        """Draws with a stage's networks and given parameters of all three parts."""
+        return cls(
+            generator=stage.network,
+            text=stage.text_network,
+            tokenizer=stage.tokenizer_network(),
+            params=params,
+            text_tokenizer=TextTokenizer.from_folder(stage.text_folder),
+            max_length=stage.config.text.max_length,
+            image_size=stage.config.data.image_size,
+            target=stage.config.loss.target,
+        )
+
+    def __call__(self, prompts: Sequence[str], options: Options = Options()) -> np.ndarray:
+        """Draws prompts.
+
+        Args:
+          prompts: U texts.
+          options: see `Options`.
+
+        Returns:
+          uint8 [U * images_per_prompt, height, width, 3], the pictures of a prompt together.
+
+        Raises:
+          UserError: there is no prompt, or the tokenizer cannot draw the size.
+        """
+        return np.concatenate(list(self.batches(prompts, options)))
+
+    def batches(self, prompts: Sequence[str], options: Options = Options()) -> Iterator[np.ndarray]:
+        """Draws prompts in the order of `__call__`, yielding a batch of pictures at a time."""
+        if not prompts:
+            raise UserError("there is no prompt to draw")
+        height, width = options.height or self.image_size, options.width or self.image_size
+        self.tokenizer.config.grid(height, width)
+        rows = np.repeat(np.arange(len(prompts)), options.images_per_prompt)
+        seeds = options.seed + np.tile(np.arange(options.images_per_prompt), len(prompts))
+        features, mask, where = self.describe([*prompts, options.negative_prompt])
+        size = min(options.batch_size, len(rows))
+        for start in range(0, len(rows), size):
+            # The last batch is filled up, so that all have the compiled shape.
+            chosen = np.minimum(np.arange(start, start + size), len(rows) - 1)
+            both = np.concatenate([where[rows[chosen]], np.full(size, where[-1])])
+            code = self.codes(jnp.take(features, both, axis=1), mask[both], seeds[chosen], options)
+            drawn = self._decode(self.params["tokenizer"], code, height=height, width=width)
+            yield np.asarray(drawn)[: len(rows) - start]
+
+    def describe(self, prompts: Sequence[str]) -> tuple[jax.Array, np.ndarray, np.ndarray]:
+        """Encodes prompts, each different one once.
+
+        Returns:
+          features [layers, U, L, Dt], mask bool [U, L], and the row of each prompt in them.
+        """
+        unique = list(dict.fromkeys(prompts))
+        _, mask = self.text_tokenizer.encode(unique, max_length=self.max_length)
+        length = min(-(-mask.shape[1] // TEXT_BLOCK) * TEXT_BLOCK, self.max_length)
+        ids, mask = self.text_tokenizer.encode(unique, max_length=self.max_length, pad_to=length)
+        features = self._features({"params": self.params["text"]}, ids, mask)
+        return features, mask, np.array([unique.index(prompt) for prompt in prompts])
+
+    def codes(
+        self, features: jax.Array, mask: np.ndarray, seeds: np.ndarray, options: Options
+    ) -> jax.Array:
+        """Samples codes [B, N, K] for text of 2B rows, conditional ones first."""
+        return sampling.sample_diffusion(
+            self.generator,
+            self.params["generator"],
+            features,
+            mask,
+            sampling.image_keys(jnp.asarray(seeds, jnp.uint32)),
+            steps=options.steps,
+            guidance=options.guidance,
+            temperature=options.temperature,
+            rho=options.rho,
+            protocol=options.protocol,
+            target=self.target,  # pyright: ignore[reportArgumentType]
+        )
+
+    def _decode_uint8(self, params: Params, code: jax.Array, height: int, width: int) -> jax.Array:
+        variables = {"params": params}
+        return to_uint8(self.tokenizer.apply(variables, code, height, width, method="decode"))
