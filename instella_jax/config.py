@@ -14,7 +14,7 @@ def base(stage: str, variant: str) -> ConfigDict:
     """Returns the sections that every stage has.
 
     Args:
-      stage: "tokenizer" or "diffusion".
+      stage: "tokenizer", "diffusion" or "ar".
       variant: "" for the demo, "instella_512" or "instella_1024" for the published recipe.
 
     Raises:
@@ -38,6 +38,8 @@ def base(stage: str, variant: str) -> ConfigDict:
                 unroll=not published,
                 remat="full" if published else "none",
                 attention="",
+                # Devices to make of a CPU; 0 for one per core, as far as the batch splits.
+                cpu_devices=0,
             ),
             # A model folder whose weights training starts from; "" for random ones.
             init_from="",

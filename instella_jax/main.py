@@ -46,12 +46,10 @@ def dispatch(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: values are given as --flag=value")
     if _CONFIG.value is None:
         raise UserError("--config is missing: for example --config=configs/t2i_diffusion.py")
-    if flags.FLAGS["verbosity"].using_default_value:
-        absl_logging.set_verbosity(absl_logging.WARNING)  # orbax tells much at the next level
     # Before jax starts, which reads the cache folder once.
     from instella_jax import platform
 
-    platform.start()
+    platform.start(_CONFIG.value)
     workdir = _WORKDIR.value or default_workdir(config_argument())
     if _MODE.value == "train":
         from instella_jax.train import train
@@ -70,13 +68,17 @@ def dispatch(argv: list[str]) -> None:
 def parse(argv: list[str]) -> list[str]:
     """Parses flags; any mistake in them becomes one sentence."""
     try:
-        return app.parse_flags_with_usage(argv)
+        rest = app.parse_flags_with_usage(argv)
     except UserError:
         raise
     except FileNotFoundError as error:
         raise UserError(f"config file {error.filename} does not exist") from None
     except (AttributeError, KeyError, TypeError, ValueError) as error:
         raise UserError(" ".join(str(error).strip("\"'").split())) from None
+    if flags.FLAGS["verbosity"].using_default_value:
+        # absl would raise it to INFO, at which orbax tells every step of a save.
+        flags.FLAGS.verbosity = absl_logging.WARNING
+    return rest
 
 
 def main() -> None:

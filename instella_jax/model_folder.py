@@ -36,7 +36,8 @@ def execution(config: Mapping[str, Any]) -> Execution:
         raise UserError(
             f"run.remat is {config['remat']!r}: expected one of {sorted(REMAT_POLICIES)}"
         )
-    return Execution(**{**config, "attention": config["attention"] or None})
+    values = {k: v for k, v in config.items() if k != "cpu_devices"}
+    return Execution(**{**values, "attention": values["attention"] or None})
 
 
 def build(kind: type, values: Mapping[str, Any], what: str) -> Any:

@@ -16,7 +16,9 @@ import numpy as np
 from ml_collections import ConfigDict
 
 from instella_jax import binary_diffusion, model_folder, sampling
+from instella_jax.binary_diffusion import Target
 from instella_jax.errors import UserError
+from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.layers import Execution
 from instella_jax.models.olmo import Olmo
@@ -26,9 +28,11 @@ from instella_jax.stages.tokenizer import to_uint8
 from instella_jax.text import TextTokenizer
 
 Params = Any
+Generator = DiffusionTransformer | ArTransformer
 
 # Text is padded to a multiple of this, so that few lengths are ever compiled.
 TEXT_BLOCK = 32
+GENERATORS = {"diffusion": DiffusionTransformer, "ar": ArTransformer}
 MAX_STEPS = 1_000
 MAX_SIDE = 4_096
 MAX_BATCH = 1_024
@@ -106,14 +110,14 @@ class InstellaPipeline:
     def __init__(
         self,
         *,
-        generator: DiffusionTransformer,
+        generator: Generator,
         text: Olmo,
         tokenizer: BinaryTokenizer,
         params: Mapping[str, Params],
         text_tokenizer: TextTokenizer,
         max_length: int,
         image_size: int,
-        target: str,
+        target: Target = "epsilon",
     ):
         """Joins the parts.
 
@@ -125,7 +129,7 @@ class InstellaPipeline:
           text_tokenizer: cuts prompts into ids.
           max_length: longest prompt in tokens.
           image_size: side in pixels that the model was trained at.
-          target: what the generator was trained to tell, see `binary_diffusion`.
+          target: what a diffusion generator was trained to tell, see `binary_diffusion`.
         """
         self.generator, self.text, self.tokenizer = generator, text, tokenizer
         self.params = params
@@ -159,12 +163,12 @@ class InstellaPipeline:
                 raise UserError(f"model folder {folder} has no {part}")
         sizes = dict(description["generator"])
         kind = sizes.pop("kind", None)
-        if kind != "diffusion":
+        if kind not in GENERATORS:
             raise UserError(f"model folder {folder} holds a generator of unknown kind {kind!r}")
         text_values = dict(description["text"])
         max_length = text_values.pop("max_length")
         text = Olmo(text_sizes(text_values), run)
-        generator = DiffusionTransformer(**sizes, text_width=text.config.hidden_size, run=run)
+        generator = GENERATORS[kind](**sizes, text_width=text.config.hidden_size, run=run)
         tokenizer_folder = Path(folder if tokenizer is None else tokenizer)
         network = BinaryTokenizer(
             model_folder.tokenizer_config(
@@ -185,7 +189,7 @@ class InstellaPipeline:
             text_tokenizer=TextTokenizer.from_folder(folder),
             max_length=max_length,
             image_size=description["image_size"],
-            target=description["target"],
+            target=description.get("target", "epsilon"),
         )
 
     @classmethod
@@ -199,7 +203,7 @@ class InstellaPipeline:
             text_tokenizer=TextTokenizer.from_folder(stage.text_folder),
             max_length=stage.config.text.max_length,
             image_size=stage.config.data.image_size,
-            target=stage.config.loss.target,
+            target=stage.config.loss.get("target", "epsilon"),
         )
 
     def __call__(self, prompts: Sequence[str], options: Options = Options()) -> np.ndarray:
@@ -252,18 +256,30 @@ class InstellaPipeline:
         self, features: jax.Array, mask: np.ndarray, seeds: np.ndarray, options: Options
     ) -> jax.Array:
         """Samples codes [B, N, K] for text of 2B rows, conditional ones first."""
+        keys = sampling.image_keys(jnp.asarray(seeds, jnp.uint32))
+        params = self.params["generator"]
+        if isinstance(self.generator, ArTransformer):
+            return sampling.sample_ar(
+                self.generator,
+                params,
+                features,
+                mask,
+                keys,
+                guidance=options.guidance,
+                temperature=options.temperature,
+            )
         return sampling.sample_diffusion(
             self.generator,
-            self.params["generator"],
+            params,
             features,
             mask,
-            sampling.image_keys(jnp.asarray(seeds, jnp.uint32)),
+            keys,
             steps=options.steps,
             guidance=options.guidance,
             temperature=options.temperature,
             rho=options.rho,
             protocol=options.protocol,
-            target=self.target,  # pyright: ignore[reportArgumentType]
+            target=self.target,
         )
 
     def _decode_uint8(self, params: Params, code: jax.Array, height: int, width: int) -> jax.Array:

@@ -1,8 +1,12 @@
 """What is set once per process before any computation: compile cache, log of the backend."""
 
 import logging
+import math
 import os
+from collections.abc import Sequence
 from pathlib import Path
+
+from ml_collections import ConfigDict
 
 logger = logging.getLogger(__name__)
 
@@ -16,7 +20,17 @@ def cache_folder() -> Path:
     return Path(root) / "instella_jax" / "xla"
 
 
-def start() -> None:
+def cpu_devices(batch_sizes: Sequence[int]) -> int:
+    """Returns how many CPU devices to make: the most that the cores allow and batches fill.
+
+    Small models train faster on one device per core than on one device with many threads.
+    """
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
+    fits = math.gcd(*batch_sizes)
+    return max(n for n in range(1, (cores or 1) + 1) if fits % n == 0)
+
+
+def start(config: ConfigDict) -> None:
     """Turns the persistent compilation cache on and says which devices are used."""
     import jax
 
@@ -28,5 +42,16 @@ def start() -> None:
         except OSError as error:
             logger.warning("no compilation cache: %s cannot be written (%s)", folder, error)
     jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    given = config.run.cpu_devices
+    if not given and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
+        sizes = list(config.mesh.values())
+        train = config.train
+        given = (
+            cpu_devices([train.batch_size // train.accumulate, config.eval.batch_size])
+            if -1 in sizes
+            else math.prod(sizes)
+        )
+    if given:
+        jax.config.update("jax_num_cpu_devices", given)
     devices = jax.devices()
     print(f"{len(devices)} {devices[0].platform} device(s): {devices[0].device_kind}", flush=True)

@@ -74,4 +74,8 @@ def make_stage(config: ConfigDict) -> Stage:
         from instella_jax.stages.diffusion import DiffusionStage
 
         return DiffusionStage(config)
-    raise UserError(f"stage is {config.stage!r}: expected 'tokenizer' or 'diffusion'")
+    if config.stage == "ar":
+        from instella_jax.stages.autoregressive import AutoregressiveStage
+
+        return AutoregressiveStage(config)
+    raise UserError(f"stage is {config.stage!r}: expected 'tokenizer', 'diffusion' or 'ar'")

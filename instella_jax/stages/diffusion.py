@@ -26,6 +26,10 @@ class DiffusionStage(GeneratorStage):
         binary_diffusion.check_target(config.loss.target)
         binary_diffusion.spread_times(1, config.loss.times)  # refuses an unknown distribution
 
+    def describe_process(self) -> dict[str, Any]:
+        """What the network was trained to tell."""
+        return {"target": self.config.loss.target}
+
     def code_metrics(
         self,
         params: Params,

@@ -102,6 +102,10 @@ class GeneratorStage(abc.ABC):
             trained["text"] = self.text_network
         return trained
 
+    def describe_process(self) -> dict[str, Any]:
+        """What sampling must know beside the sizes."""
+        return {}
+
     @abc.abstractmethod
     def code_metrics(
         self,
@@ -199,6 +203,6 @@ class GeneratorStage(abc.ABC):
                 **dataclasses.asdict(self.text_sizes),
                 "max_length": self.config.text.max_length,
             },
-            "target": self.config.loss.get("target"),
+            **self.describe_process(),
             "image_size": self.config.data.image_size,
         }

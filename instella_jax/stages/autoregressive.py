@@ -1,0 +1,41 @@
+"""Training of the autoregressive generator on a frozen tokenizer.
+
+Axes: B batch, N latent tokens, K bits, L text length.
+"""
+
+from typing import Any
+
+import jax
+from ml_collections import ConfigDict
+
+from instella_jax import binary_diffusion
+from instella_jax.models.ar_transformer import ArTransformer
+from instella_jax.stages.generator import GeneratorStage
+
+Params = Any
+
+
+class AutoregressiveStage(GeneratorStage):
+    """The autoregressive generator with its text encoder; see `stages.Stage`."""
+
+    kind = "ar"
+
+    def __init__(self, config: ConfigDict):
+        """Builds the networks of a config whose stage is "ar"."""
+        super().__init__(config, ArTransformer)
+
+    def code_metrics(
+        self,
+        params: Params,
+        code: jax.Array,
+        text: jax.Array,
+        mask: jax.Array,
+        key: jax.Array,
+        train: bool,
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Cross-entropy and accuracy (0 to 1) of each token's bits given those before it."""
+        del key, train
+        logits = self.network.apply({"params": params["generator"]}, code[:, :-1], text, mask)
+        return binary_diffusion.loss(logits, code), {
+            "bit_accuracy": binary_diffusion.bit_accuracy(logits, code)
+        }
