@@ -8,6 +8,8 @@ Published sizes, on your own pictures:
 The README's "Shipped weights" says what the demo costs and reaches.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from instella_jax.config import base
@@ -17,7 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """Returns the config of a variant: "" (demo), "instella_512" or "instella_1024"."""
     c = base("tokenizer", variant)
     # models.tokenizer.TokenizerConfig
-    c.model = dict(
+    sizes: dict[str, Any] = dict(
         patch_size=16,
         num_tokens=128,
         bits=64,
@@ -34,6 +36,7 @@ def get_config(variant: str = "") -> ConfigDict:
         scale=1024,
         latent_grid=False,
     )
+    c.model = sizes
     # The draw of the bits gets colder: linear from start to end over so many steps.
     c.loss = dict(code_weight=0.01, temperature=dict(start=1.0, end=0.1, steps=50_000))
     if variant:

@@ -13,8 +13,8 @@ from typing import Any
 import jax
 import orbax.checkpoint as ocp
 from flax import traverse_util
-from ml_collections import ConfigDict
 
+from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.train_state import TrainState
 
@@ -136,7 +136,7 @@ def restore_average(workdir: str | os.PathLike[str], like: Any) -> tuple[int, An
     return step, restored["state"]["ema"]
 
 
-def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+def claim_workdir(workdir: str | os.PathLike[str], config: Config) -> None:
     """Makes the workdir and notes the config in it, or checks that it is the same run's.
 
     Raises:
@@ -157,7 +157,7 @@ def claim_workdir(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
         ) from None
 
 
-def check_config(workdir: str | os.PathLike[str], config: ConfigDict) -> None:
+def check_config(workdir: str | os.PathLike[str], config: Config) -> None:
     """Checks that a workdir is of a run with this config.
 
     Raises:

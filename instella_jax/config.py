@@ -3,6 +3,8 @@
 `configs/*.py` start from `base(stage, variant)` and set what is their own. Every key has a reader.
 """
 
+from typing import Any
+
 from ml_collections import ConfigDict
 
 from instella_jax.errors import UserError
@@ -10,7 +12,11 @@ from instella_jax.errors import UserError
 VARIANTS = {"": 64, "instella_512": 512, "instella_1024": 1024}
 
 
-def base(stage: str, variant: str) -> ConfigDict:
+# An ml_collections.ConfigDict, whose keys no type checker can know.
+Config = Any
+
+
+def base(stage: str, variant: str) -> Config:
     """Returns the sections that every stage has.
 
     Args:

@@ -18,7 +18,7 @@ from instella_jax import sharding
 from instella_jax.errors import UserError
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
-from instella_jax.models.example_inputs import Network, abstract_params
+from instella_jax.models.functional import Network, abstract_params
 from instella_jax.models.olmo import Olmo, OlmoConfig
 from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
 

@@ -8,9 +8,9 @@ import time
 from pathlib import Path
 
 import numpy as np
-from ml_collections import ConfigDict
 
 from instella_jax import model_folder, sharding
+from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.grids import save_grid, save_png
 from instella_jax.pipeline import InstellaPipeline, options_from_config
@@ -20,7 +20,7 @@ logger = logging.getLogger(__name__)
 MAX_PROMPTS = 100_000
 
 
-def read_prompts(config: ConfigDict) -> list[str]:
+def read_prompts(config: Config) -> list[str]:
     """Returns the prompts of a config's `sample` section.
 
     Raises:
@@ -49,7 +49,7 @@ def read_prompts(config: ConfigDict) -> list[str]:
 
 
 def load_pipeline(
-    config: ConfigDict, workdir: str | os.PathLike[str] | None
+    config: Config, workdir: str | os.PathLike[str] | None
 ) -> tuple[InstellaPipeline, str]:
     """Finds the weights: a workdir's checkpoint > `init_from` > the shipped demo weights.
 
@@ -78,7 +78,7 @@ def load_pipeline(
     return InstellaPipeline.from_folder(folder, tokenizer, run), str(folder)
 
 
-def restore(config: ConfigDict, workdir: str | os.PathLike[str]):
+def restore(config: Config, workdir: str | os.PathLike[str]):
     """Returns (step, averaged parameters, frozen parameters) of a workdir's newest checkpoint."""
     import jax
 
@@ -99,7 +99,7 @@ def restore(config: ConfigDict, workdir: str | os.PathLike[str]):
     return step, params, load_frozen(stage, mesh)
 
 
-def draw(config: ConfigDict, workdir: str | os.PathLike[str] | None) -> Path:
+def draw(config: Config, workdir: str | os.PathLike[str] | None) -> Path:
     """Draws the prompts of a config.
 
     Writes `<number>-<words of the prompt>-seed<seed>.png` for each picture, `grid-<number>.png`,
@@ -142,7 +142,7 @@ def write(
     captions: list[str],
     seed: int,
     per_prompt: int,
-    config: ConfigDict,
+    config: Config,
 ) -> Path:
     """Writes pictures, metadata and grid; returns the grid's path."""
     number = next_number(out)

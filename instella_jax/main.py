@@ -4,6 +4,7 @@ import logging
 import os
 import sys
 from pathlib import Path
+from typing import Any
 
 from absl import app, flags
 from absl import logging as absl_logging
@@ -37,7 +38,8 @@ def default_workdir(config: str) -> Path:
 
 def config_argument() -> str:
     """Returns the value of --config as it was given."""
-    return flags.FLAGS["config"].config_filename
+    flag: Any = flags.FLAGS["config"]
+    return flag.config_filename
 
 
 def dispatch(argv: list[str]) -> None:

@@ -18,7 +18,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from instella_jax import sharding
 from instella_jax.errors import UserError
-from instella_jax.models.example_inputs import Network, abstract_params
+from instella_jax.models.functional import Network, abstract_params
 from instella_jax.models.layers import REMAT_POLICIES, Execution
 from instella_jax.models.tokenizer import TokenizerConfig
 
@@ -208,7 +208,8 @@ def load(folder: str | os.PathLike[str], part: str, network: Network, dtype: str
 
 
 def _check(path: Path, shapes: Mapping[str, tuple], like: Any) -> None:
-    wanted = {k: tuple(v.shape) for k, v in flatten_dict(like, sep="/").items()}
+    leaves: dict[str, Any] = dict(flatten_dict(like, sep="/"))
+    wanted = {k: tuple(v.shape) for k, v in leaves.items()}
     for name in sorted(set(wanted) | set(shapes)):
         if name not in shapes:
             raise UserError(f"{path} lacks the tensor {name!r} of shape {list(wanted[name])}")

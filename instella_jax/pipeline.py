@@ -13,13 +13,14 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from instella_jax import binary_diffusion, model_folder, sampling
 from instella_jax.binary_diffusion import Target
+from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.models.functional import apply
 from instella_jax.models.layers import Execution
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import BinaryTokenizer
@@ -95,7 +96,7 @@ class Options:
             )
 
 
-def options_from_config(config: ConfigDict) -> Options:
+def options_from_config(config: Config) -> Options:
     """Reads the drawing options out of a config's `sample` section."""
     names = {field.name for field in dataclasses.fields(Options)}
     return Options(**{name: config[name] for name in names if name in config})
@@ -135,7 +136,7 @@ class InstellaPipeline:
         self.params = params
         self.text_tokenizer, self.max_length = text_tokenizer, max_length
         self.image_size, self.target = image_size, target
-        self._features = jax.jit(lambda params, ids, mask: text.apply(params, ids, mask)[1:])
+        self._features = jax.jit(lambda params, ids, mask: apply(text, params, ids, mask)[1:])
         self._decode = functools.partial(
             jax.jit(self._decode_uint8, static_argnames=("height", "width"))
         )
@@ -186,7 +187,7 @@ class InstellaPipeline:
             text=text,
             tokenizer=network,
             params=params,
-            text_tokenizer=TextTokenizer.from_folder(folder),
+            text_tokenizer=TextTokenizer.from_folder(Path(folder)),
             max_length=max_length,
             image_size=description["image_size"],
             target=description.get("target", "epsilon"),
@@ -249,7 +250,7 @@ class InstellaPipeline:
         _, mask = self.text_tokenizer.encode(unique, max_length=self.max_length)
         length = min(-(-mask.shape[1] // TEXT_BLOCK) * TEXT_BLOCK, self.max_length)
         ids, mask = self.text_tokenizer.encode(unique, max_length=self.max_length, pad_to=length)
-        features = self._features({"params": self.params["text"]}, ids, mask)
+        features = self._features(self.params["text"], ids, mask)
         return features, mask, np.array([unique.index(prompt) for prompt in prompts])
 
     def codes(
@@ -283,5 +284,4 @@ class InstellaPipeline:
         )
 
     def _decode_uint8(self, params: Params, code: jax.Array, height: int, width: int) -> jax.Array:
-        variables = {"params": params}
-        return to_uint8(self.tokenizer.apply(variables, code, height, width, method="decode"))
+        return to_uint8(apply(self.tokenizer, params, code, height, width, method="decode"))

@@ -6,7 +6,7 @@ import os
 from collections.abc import Sequence
 from pathlib import Path
 
-from ml_collections import ConfigDict
+from instella_jax.config import Config
 
 logger = logging.getLogger(__name__)
 
@@ -30,7 +30,7 @@ def cpu_devices(batch_sizes: Sequence[int]) -> int:
     return max(n for n in range(1, (cores or 1) + 1) if fits % n == 0)
 
 
-def start(config: ConfigDict) -> None:
+def start(config: Config) -> None:
     """Turns the persistent compilation cache on and says which devices are used."""
     import jax
 

@@ -11,10 +11,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
-from ml_collections import ConfigDict
 
 from instella_jax import model_folder, sharding
 from instella_jax.checkpoint import Checkpoints, claim_workdir
+from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.grids import save_grid
 from instella_jax.metrics import MetricsWriter, Progress, Throughput, progress_line
@@ -31,7 +31,7 @@ def arrays(batch: dict[str, Any]) -> dict[str, np.ndarray]:
     return {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
 
 
-def check_sizes(config: ConfigDict, mesh: jax.sharding.Mesh) -> None:
+def check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
     """Checks what must divide what.
 
     Raises:
@@ -59,7 +59,7 @@ def load_frozen(stage: Stage, mesh: jax.sharding.Mesh) -> Params:
     return jax.device_put(sharding.values(boxed), sharding.tree_shardings(boxed, mesh))
 
 
-def load_params(stage: Stage, config: ConfigDict, mesh: jax.sharding.Mesh) -> Params:
+def load_params(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Params:
     """Puts the trainable parameters of `init_from`, or else the shipped ones, on the mesh."""
     folder = model_folder.find_weights(config)
     boxed = {
@@ -69,9 +69,7 @@ def load_params(stage: Stage, config: ConfigDict, mesh: jax.sharding.Mesh) -> Pa
     return jax.device_put(sharding.values(boxed), sharding.tree_shardings(boxed, mesh))
 
 
-def initial_state(
-    stage: Stage, config: ConfigDict, mesh: jax.sharding.Mesh
-) -> tuple[TrainState, Any]:
+def initial_state(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, Any]:
     """Returns the state before step 0, sharded, and the optimizer."""
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
@@ -82,7 +80,7 @@ def initial_state(
     return sharding.sharded_init(init, jax.random.key(config.seed), mesh), optimizer
 
 
-def evaluate(stage: Stage, params: Params, frozen: Params, config: ConfigDict, mesh) -> dict:
+def evaluate(stage: Stage, params: Params, frozen: Params, config: Config, mesh) -> dict:
     """Means of the stage's held-out metrics over `eval.batches` batches."""
     function = jax.jit(stage.evaluate)
     loader = stage.loader("heldout", batch_size=config.eval.batch_size)
@@ -121,7 +119,7 @@ class _Stop:
                 signal.signal(number, handler)
 
 
-def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, float]:
+def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     """Trains a stage, from the newest checkpoint of the workdir where there is one.
 
     Leaves checkpoints, `metrics.jsonl`, TensorBoard files, pictures in `samples/` and, at the
@@ -149,7 +147,7 @@ def train(config: ConfigDict, workdir: str | os.PathLike[str]) -> dict[str, floa
 class _Run:
     """One run of the loop: what its parts share."""
 
-    def __init__(self, config: ConfigDict, workdir: Path, stage: Stage, mesh: jax.sharding.Mesh):
+    def __init__(self, config: Config, workdir: Path, stage: Stage, mesh: jax.sharding.Mesh):
         self.config, self.workdir, self.stage, self.mesh = config, workdir, stage, mesh
         self.first = jax.process_index() == 0
         self.progress = Progress(enabled=self.first)

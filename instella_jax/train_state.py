@@ -10,8 +10,8 @@ import flax.struct
 import jax
 import jax.numpy as jnp
 import optax
-from ml_collections import ConfigDict
 
+from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.stages import Stage
 
@@ -19,8 +19,7 @@ Params = Any
 Metrics = dict[str, jax.Array]
 
 
-@flax.struct.dataclass
-class TrainState:
+class TrainState(flax.struct.PyTreeNode):
     """Everything that a checkpoint of the device side holds.
 
     Attributes:
@@ -40,7 +39,7 @@ class TrainState:
     key: jax.Array
 
 
-def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
+def make_schedule(config: Config, steps: int) -> optax.Schedule:
     """Linear warm-up, then constant or a cosine down to `final_fraction` of the peak at `steps`.
 
     Raises:
@@ -59,7 +58,7 @@ def make_schedule(config: ConfigDict, steps: int) -> optax.Schedule:
     raise UserError(f"optimizer.schedule is {config.schedule!r}: expected 'constant' or 'cosine'")
 
 
-def make_optimizer(config: ConfigDict, steps: int) -> optax.GradientTransformation:
+def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     """AdamW after a clip of the global gradient norm."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
@@ -119,7 +118,7 @@ def gradients(
 
 
 def make_step(
-    stage: Stage, optimizer: optax.GradientTransformation, config: ConfigDict
+    stage: Stage, optimizer: optax.GradientTransformation, config: Config
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
     """Returns `step(state, frozen, batches) -> (state, metrics)` over batches [G, B, ...].
 

@@ -3,14 +3,13 @@
 import math
 from typing import Any
 
-from ml_collections import ConfigDict
-
+from instella_jax.config import Config
 from instella_jax.data.loader import make_loader
 from instella_jax.errors import UserError
 
 
 def make_split(
-    config: ConfigDict, split: str, *, captions: bool, text_tokenizer: Any = None, **options: Any
+    config: Config, split: str, *, captions: bool, text_tokenizer: Any = None, **options: Any
 ) -> Any:
     """Returns the loader of a split of the configured data.
 
@@ -58,7 +57,7 @@ def make_split(
             decode_side=math.ceil(size / folder.min_keep),
         )  # fmt: skip
         transform = (
-            TrainTransform(size, size, folder.min_keep, folder.flip)
+            TrainTransform(size, size, min_keep=folder.min_keep, flip=folder.flip)
             if train
             else EvalTransform(size, size)
         )

@@ -2,15 +2,14 @@
 
 import os
 
-from ml_collections import ConfigDict
-
 from instella_jax import model_folder, sharding
+from instella_jax.config import Config
 from instella_jax.draw import restore
 from instella_jax.stages import make_stage
 from instella_jax.train import evaluate, load_frozen, load_params
 
 
-def evaluate_config(config: ConfigDict, workdir: str | os.PathLike[str] | None) -> dict:
+def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> dict:
     """Prints and returns the held-out metrics of a stage.
 
     Args:

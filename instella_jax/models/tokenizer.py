@@ -294,7 +294,7 @@ class Encoder(nn.Module):
     def __call__(self, images: jax.Array) -> jax.Array:
         """Maps images [B, height, width, 3] in [-1, 1] to [B, N, D_enc]."""
         c, run = self.config, self.run
-        c.grid(*images.shape[1:3], len(c.downsample_after))
+        c.grid(images.shape[1], images.shape[2], len(c.downsample_after))
         width = c.encoder_width
         patches = linear(
             width, 3 * c.patch_size**2, (None, "embed"), run, use_bias=True, name="patch_embed"

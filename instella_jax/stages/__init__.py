@@ -4,10 +4,10 @@ from typing import Any, Protocol
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
+from instella_jax.config import Config
 from instella_jax.errors import UserError
-from instella_jax.models.example_inputs import Network, init_params
+from instella_jax.models.functional import Network, init_params
 
 Params = Any
 Batch = dict[str, jax.Array]
@@ -60,7 +60,7 @@ def init_stage(stage: Stage, key: jax.Array) -> Params:
     }
 
 
-def make_stage(config: ConfigDict) -> Stage:
+def make_stage(config: Config) -> Stage:
     """Builds the stage that `config.stage` names.
 
     Raises:

@@ -6,10 +6,11 @@ Axes: B batch, N latent tokens, K bits, L text length.
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from instella_jax import binary_diffusion
+from instella_jax.config import Config
 from instella_jax.models.ar_transformer import ArTransformer
+from instella_jax.models.functional import apply
 from instella_jax.stages.generator import GeneratorStage
 
 Params = Any
@@ -20,7 +21,7 @@ class AutoregressiveStage(GeneratorStage):
 
     kind = "ar"
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: Config):
         """Builds the networks of a config whose stage is "ar"."""
         super().__init__(config, ArTransformer)
 
@@ -35,7 +36,7 @@ class AutoregressiveStage(GeneratorStage):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Cross-entropy and accuracy (0 to 1) of each token's bits given those before it."""
         del key, train
-        logits = self.network.apply({"params": params["generator"]}, code[:, :-1], text, mask)
+        logits = apply(self.network, params["generator"], code[:, :-1], text, mask)
         return binary_diffusion.loss(logits, code), {
             "bit_accuracy": binary_diffusion.bit_accuracy(logits, code)
         }

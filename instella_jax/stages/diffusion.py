@@ -6,10 +6,11 @@ Axes: B batch, N latent tokens, K bits, L text length.
 from typing import Any
 
 import jax
-from ml_collections import ConfigDict
 
 from instella_jax import binary_diffusion
+from instella_jax.config import Config
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.models.functional import apply
 from instella_jax.stages.generator import GeneratorStage
 
 Params = Any
@@ -20,7 +21,7 @@ class DiffusionStage(GeneratorStage):
 
     kind = "diffusion"
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: Config):
         """Builds the networks of a config whose stage is "diffusion"."""
         super().__init__(config, DiffusionTransformer)
         binary_diffusion.check_target(config.loss.target)
@@ -47,7 +48,7 @@ class DiffusionStage(GeneratorStage):
             # The same distribution, evenly spread: less noise in the held-out figure.
             t = binary_diffusion.spread_times(code.shape[0], self.config.loss.times)
         z = binary_diffusion.add_noise(code, t, jax.random.uniform(noise_key, code.shape))
-        f = self.network.apply({"params": params["generator"]}, z, t, text, mask)
+        f = apply(self.network, params["generator"], z, t, text, mask)
         logits = binary_diffusion.clean_logits(f, z, self.config.loss.target)
         return binary_diffusion.loss(logits, code), {
             "bit_accuracy": binary_diffusion.bit_accuracy(logits, code)

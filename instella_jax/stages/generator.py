@@ -10,12 +10,12 @@ from typing import Any
 
 import jax
 import numpy as np
-from ml_collections import ConfigDict
 
 from instella_jax import model_folder
+from instella_jax.config import Config
 from instella_jax.data.sources import make_split
 from instella_jax.errors import UserError
-from instella_jax.models.example_inputs import Network
+from instella_jax.models.functional import Network, apply
 from instella_jax.models.olmo import Olmo, OlmoConfig
 from instella_jax.models.tokenizer import BinaryTokenizer, hard_code
 from instella_jax.stages.tokenizer import to_float
@@ -38,7 +38,7 @@ class GeneratorStage(abc.ABC):
 
     kind: str
 
-    def __init__(self, config: ConfigDict, network: type):
+    def __init__(self, config: Config, network: type):
         """Builds the networks.
 
         Args:
@@ -152,13 +152,12 @@ class GeneratorStage(abc.ABC):
     def text_features(self, params: Params, frozen: Params, ids: jax.Array, mask: jax.Array):
         """What block i of the generator sees: [layers, B, L, Dt]."""
         weights = params if self.config.text.trainable else frozen
-        return self.text_network.apply({"params": weights["text"]}, ids, mask)[1:]
+        return apply(self.text_network, weights["text"], ids, mask)[1:]
 
     def encode(self, frozen: Params, images: jax.Array) -> jax.Array:
         """Codes [B, N, K] of pictures uint8 [B, h, w, 3], without gradients."""
-        logits = self.tokenizer_network().apply(
-            {"params": frozen["tokenizer"]}, to_float(images), method="encode"
-        )
+        network, pictures = self.tokenizer_network(), to_float(images)
+        logits = apply(network, frozen["tokenizer"], pictures, method="encode")
         return jax.lax.stop_gradient(hard_code(logits))
 
     def loss(

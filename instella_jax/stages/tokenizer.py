@@ -10,11 +10,11 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-from ml_collections import ConfigDict
 
+from instella_jax.config import Config
 from instella_jax.data.sources import make_split
 from instella_jax.model_folder import execution, tokenizer_config
-from instella_jax.models.example_inputs import Network
+from instella_jax.models.functional import Network, apply
 from instella_jax.models.tokenizer import BinaryTokenizer, code_loss, hard_code, sample_code
 
 Params = Any
@@ -39,7 +39,7 @@ def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
 class TokenizerStage:
     """The tokenizer alone; see `stages.Stage`."""
 
-    def __init__(self, config: ConfigDict):
+    def __init__(self, config: Config):
         """Builds the network.
 
         Args:
@@ -69,11 +69,11 @@ class TokenizerStage:
         return jnp.float32(optax.linear_schedule(t.start, t.end, t.steps)(step))
 
     def _decode(self, params: Params, code: jax.Array, like: jax.Array) -> jax.Array:
-        variables = {"params": params["tokenizer"]}
-        return self.network.apply(variables, code, *like.shape[1:3], method="decode")
+        size = like.shape[1:3]
+        return apply(self.network, params["tokenizer"], code, *size, method="decode")
 
     def _encode(self, params: Params, images: jax.Array) -> jax.Array:
-        return self.network.apply({"params": params["tokenizer"]}, images, method="encode")
+        return apply(self.network, params["tokenizer"], images, method="encode")
 
     def loss(
         self, params: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array

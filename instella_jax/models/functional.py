@@ -1,4 +1,4 @@
-"""The smallest inputs of each network: enough to make its parameters, or their shapes."""
+"""Networks as functions of their parameters: making them, their shapes, applying them."""
 
 from typing import Any
 
@@ -36,3 +36,8 @@ def init_params(network: Network, key: jax.Array) -> Any:
 def abstract_params(network: Network) -> Any:
     """Shapes of the network's parameters, with their logical axes; nothing is allocated."""
     return jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
+
+
+def apply(network: Network, params: Any, *inputs: Any, method: str | None = None) -> Any:
+    """Calls a network, or one of its methods, with given parameters."""
+    return network.apply({"params": params}, *inputs, method=method)
