@@ -4,6 +4,7 @@ import math
 from typing import Any
 
 from instella_jax.config import Config
+from instella_jax.data.emoji_scenes import EmojiScenes
 from instella_jax.data.loader import make_loader
 from instella_jax.errors import UserError
 
@@ -33,18 +34,7 @@ def make_split(
     )
     size = config.image_size
     if config.kind == "scenes":
-        from instella_jax.data.emoji_scenes import EmojiScenes
-
-        scenes = config.scenes
-        source = EmojiScenes(
-            size,
-            config.seed,
-            split,
-            scenes.concepts if isinstance(scenes.concepts, str) else tuple(scenes.concepts),
-            tuple(scenes.styles),
-            scenes.places,
-            scenes.max_objects,
-        )
+        source = scenes_source(config, split)
         # Scenes are computed, not read: more threads only get in each other's way.
         return make_loader(source, threads=0, transform=_drop_facts, **shared, **options)
     if config.kind == "folder":
@@ -63,6 +53,20 @@ def make_split(
         )
         return make_loader(source, transform=transform, **shared, **options)
     raise UserError(f"data.kind is {config.kind!r}: expected 'scenes' or 'folder'")
+
+
+def scenes_source(config: Config, split: str) -> EmojiScenes:
+    """Returns the scenes of a split that the `data` section describes."""
+    scenes = config.scenes
+    return EmojiScenes(
+        config.image_size,
+        config.seed,
+        split,
+        scenes.concepts if isinstance(scenes.concepts, str) else tuple(scenes.concepts),
+        tuple(scenes.styles),
+        scenes.places,
+        scenes.max_objects,
+    )
 
 
 def _drop_facts(sample: dict[str, Any], _: Any) -> dict[str, Any]:

@@ -1,11 +1,16 @@
 """`--mode=eval`: held-out figures of a stage, from a workdir or from a model folder."""
 
 import os
+from typing import Any
 
 from instella_jax import model_folder, sharding
 from instella_jax.config import Config
 from instella_jax.draw import restore
-from instella_jax.stages import make_stage
+from instella_jax.evaluation import scenes
+from instella_jax.pipeline import InstellaPipeline
+from instella_jax.stages import Stage, make_stage
+from instella_jax.stages.generator import GeneratorStage
+from instella_jax.stages.tokenizer import TokenizerStage
 from instella_jax.train import evaluate, load_frozen, load_params
 
 
@@ -30,6 +35,26 @@ def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> d
             source = str(model_folder.find_weights(config))
         metrics = evaluate(make_stage(config), params, frozen, config, mesh)
     print(f"held out, with {source}:")
-    for name, value in metrics.items():
-        print(f"  {name.replace('_', ' ')} {value:.4f}")
+    show(metrics)
+    if config.data.kind == "scenes":
+        report_scenes(make_stage(config), {**frozen, **params}, config)
     return metrics
+
+
+def report_scenes(stage: Stage, params: Any, config: Config) -> None:
+    """Prints what the facts of emoji scenes allow to measure."""
+    if isinstance(stage, GeneratorStage):
+        report = scenes.prompts_report(InstellaPipeline.from_stage(stage, params), config)
+        print(f"share right of {scenes.PROMPTS} held-out prompts:")
+        show(report["drawn"])
+        print("the same of true pictures through the tokenizer (the ceiling):")
+        show(report["ceiling"])
+    elif isinstance(stage, TokenizerStage):
+        print("512 held-out scenes, and PCA with as many bits:")
+        show(scenes.tokenizer_report(stage.network, params["tokenizer"], config))
+
+
+def show(metrics: dict[str, float]) -> None:
+    """Prints a line for each metric."""
+    for name, value in metrics.items():
+        print(f"  {name.replace('_', ' ')} {value:.4f}", flush=True)

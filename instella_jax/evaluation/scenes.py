@@ -1,0 +1,72 @@
+"""What is measured on emoji scenes: reconstruction against PCA, prompts judged by their facts."""
+
+from typing import Any
+
+import jax
+import numpy as np
+
+from instella_jax.config import Config
+from instella_jax.data.emoji_scenes import draw, heldout_prompts
+from instella_jax.data.sources import scenes_source
+from instella_jax.evaluation.compositional import judge, summarise
+from instella_jax.evaluation.pca import PcaCodec
+from instella_jax.models.functional import apply
+from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.pipeline import InstellaPipeline, options_from_config
+from instella_jax.stages.tokenizer import to_float, to_uint8
+
+PCA_PICTURES = 4_096
+PROMPTS = 64
+
+
+def psnr(copies: np.ndarray, pictures: np.ndarray) -> float:
+    """Mean over pictures of the PSNR in dB; both uint8 [n, h, w, 3]."""
+    error = (copies.astype(np.float64) - pictures) ** 2
+    return float(np.mean(10 * np.log10(255**2 / np.maximum(error.mean((1, 2, 3)), 1e-6))))
+
+
+def reconstruct(network: BinaryTokenizer, params: Any, pictures: np.ndarray) -> np.ndarray:
+    """Sends pictures uint8 [n, h, w, 3] through their codes."""
+    function = jax.jit(lambda params, x: to_uint8(apply(network, params, to_float(x))))
+    return np.concatenate(
+        [np.asarray(function(params, part)) for part in np.split(pictures, len(pictures) // 64)]
+    )
+
+
+def tokenizer_report(network: BinaryTokenizer, params: Any, config: Config) -> dict[str, float]:
+    """Held-out PSNR of the tokenizer and of PCA with as many bits, in dB."""
+    heldout, train = (scenes_source(config.data, split) for split in ("heldout", "train"))
+    pictures = np.stack([heldout[i]["image"] for i in range(512)])
+    # Far from the first indices, which a short training run has seen.
+    start = len(train) // 2
+    fitted = np.stack([train[start + i]["image"] for i in range(PCA_PICTURES)])
+    bits = network.config.num_tokens * network.config.bits
+    codec = PcaCodec(fitted.reshape(len(fitted), -1).astype(np.float32), bits)
+    coded = codec(pictures.reshape(len(pictures), -1)).reshape(pictures.shape)
+    return {
+        "psnr": psnr(reconstruct(network, params, pictures), pictures),
+        "psnr_pca": psnr(np.clip(np.round(coded), 0, 255), pictures),
+    }
+
+
+def prompts_report(
+    pipeline: InstellaPipeline, config: Config, count: int = PROMPTS
+) -> dict[str, dict[str, float]]:
+    """Shares of held-out prompts that are drawn right: background, objects, count, position.
+
+    Returns:
+      "drawn" for the pictures of the prompts, and "ceiling" for true pictures that have gone
+      through the tokenizer.
+    """
+    scenes = config.data.scenes
+    prompts = heldout_prompts(
+        count, config.data.seed, scenes.concepts, tuple(scenes.styles), scenes.max_objects
+    )
+    texts, facts = [text for text, _ in prompts], [scene for _, scene in prompts]
+    drawn = pipeline(texts, options_from_config(config.sample))
+    true = np.stack([draw(scene, config.data.image_size) for scene in facts])
+    copies = reconstruct(pipeline.tokenizer, pipeline.params["tokenizer"], true)
+    return {
+        "drawn": summarise(judge(drawn, facts)),
+        "ceiling": summarise(judge(copies, facts)),
+    }
