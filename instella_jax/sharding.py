@@ -10,7 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
-from jax.sharding import AxisType, Mesh, NamedSharding
+from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from instella_jax.errors import UserError
@@ -62,6 +62,17 @@ def use(mesh: Mesh) -> Iterator[None]:
         yield
 
 
+def constrain(x: jax.Array) -> jax.Array:
+    """Keeps activations [B, T, D] sharded over the batch alone, where a mesh is set.
+
+    A batch that does not split evenly, such as a handful of prompts, is left to the compiler.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    if mesh.empty or x.shape[0] % batch_parts(mesh):
+        return x
+    return nn.with_logical_constraint(x, ("batch", "sequence", "width"))
+
+
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
     """Sharding of a batch over data and fsdp, its batch axis being number `leading`."""
     return NamedSharding(mesh, P(*(None,) * leading, ("data", "fsdp")))
@@ -72,7 +83,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
     return NamedSharding(mesh, P())
 
 
-def batch_parts(mesh: Mesh) -> int:
+def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """Into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 

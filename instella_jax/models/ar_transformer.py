@@ -11,12 +11,12 @@ from instella_jax.models.joint_attention import JointAttention, KeysValues
 from instella_jax.models.layers import (
     Execution,
     GeluMLP,
-    constrain,
     linear,
     partitioned,
     repeat,
     rms_norm,
 )
+from instella_jax.sharding import constrain
 
 
 class Block(nn.Module):

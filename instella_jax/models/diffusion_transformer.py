@@ -14,12 +14,12 @@ from instella_jax.models.joint_attention import JointAttention, KeysValues
 from instella_jax.models.layers import (
     Execution,
     GeluMLP,
-    constrain,
     layer_norm,
     linear,
     partitioned,
     repeat,
 )
+from instella_jax.sharding import constrain
 
 
 def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:

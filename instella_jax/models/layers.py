@@ -187,11 +187,6 @@ def attend(
     return out.reshape(*out.shape[:2], -1)
 
 
-def constrain(x: jax.Array) -> jax.Array:
-    """Keeps activations [B, T, D] sharded over the batch alone, where a mesh is set."""
-    return nn.with_logical_constraint(x, ("batch", "sequence", "width"))
-
-
 class SwiGLU(nn.Module):
     """down(silu(gate(x)) * up(x)), no biases: [B, T, D] -> [B, T, D]."""
 

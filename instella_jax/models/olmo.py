@@ -14,13 +14,13 @@ from instella_jax.models.layers import (
     Execution,
     SwiGLU,
     attend,
-    constrain,
     layer_norm,
     linear,
     partitioned,
     repeat,
     rotate,
 )
+from instella_jax.sharding import constrain
 
 NORM_EPSILON = 1e-5
 

@@ -17,7 +17,6 @@ from instella_jax.models.layers import (
     Execution,
     SwiGLU,
     attend,
-    constrain,
     linear,
     partitioned,
     repeat,
@@ -26,6 +25,7 @@ from instella_jax.models.layers import (
     rotate,
     torch_uniform,
 )
+from instella_jax.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)
