@@ -63,7 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
         learning_rate=2e-3, warmup_steps=200, b2=0.95, schedule="cosine", final_fraction=0.02
     )
     c.train.update(
-        steps=8_000, batch_size=32, steps_per_call=10, ema_decay=0.998, keep=2,
+        steps=10_000, batch_size=32, steps_per_call=10, ema_decay=0.998, keep=2,
         log_every=100, eval_every=500, save_every=500, image_every=2_000,
     )  # fmt: skip
     return c
