@@ -1,4 +1,12 @@
-"""Trains, evaluates or samples a stage: `python -m instella_jax.main --config=configs/...`."""
+"""Trains, evaluates or samples a stage. Examples:
+
+python -m instella_jax.main --config=configs/t2i_diffusion.py --config.train.steps=1000
+python -m instella_jax.main --config=configs/t2i_diffusion.py --mode=eval
+python -m instella_jax.main --config=configs/t2i_diffusion.py --mode=sample \\
+    --config.sample.prompt="two red hearts on a blue background"
+
+The files in configs/ say what each of them does and which keys it has.
+"""
 
 import logging
 import os
@@ -7,9 +15,9 @@ from pathlib import Path
 from typing import Any
 
 from absl import app, flags
-from absl import logging as absl_logging
 from ml_collections import config_flags
 
+from instella_jax.arguments import NO_CONFIG, parse
 from instella_jax.errors import UserError
 
 MODES = ("train", "eval", "sample")
@@ -47,7 +55,7 @@ def dispatch(argv: list[str]) -> None:
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: values are given as --flag=value")
     if _CONFIG.value is None:
-        raise UserError("--config is missing: for example --config=configs/t2i_diffusion.py")
+        raise UserError(NO_CONFIG)
     # Before jax starts, which reads the cache folder once.
     from instella_jax import platform
 
@@ -67,22 +75,6 @@ def dispatch(argv: list[str]) -> None:
         draw(_CONFIG.value, _WORKDIR.value)
 
 
-def parse(argv: list[str]) -> list[str]:
-    """Parses flags; any mistake in them becomes one sentence."""
-    try:
-        rest = app.parse_flags_with_usage(argv)
-    except UserError:
-        raise
-    except FileNotFoundError as error:
-        raise UserError(f"config file {error.filename} does not exist") from None
-    except (AttributeError, KeyError, TypeError, ValueError) as error:
-        raise UserError(" ".join(str(error).strip("\"'").split())) from None
-    if flags.FLAGS["verbosity"].using_default_value:
-        # absl would raise it to INFO, at which orbax tells every step of a save.
-        flags.FLAGS.verbosity = absl_logging.WARNING
-    return rest
-
-
 def main() -> None:
     """Command-line entry: a user's mistake is one sentence on stderr and exit status 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
@@ -91,6 +83,8 @@ def main() -> None:
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)
     except BrokenPipeError:
         os._exit(1)
 

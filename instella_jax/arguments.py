@@ -1,0 +1,73 @@
+"""Parsing of the command line: any mistake in it becomes one sentence."""
+
+import re
+import sys
+from pathlib import Path
+
+from absl import app, flags, logging
+
+from instella_jax.errors import UserError
+
+EXAMPLE = "configs/t2i_diffusion.py"
+NO_CONFIG = f"--config is missing: for example --config={EXAMPLE}"
+
+
+def check_config_file(argv: list[str]) -> None:
+    """Checks that --config names a file; the library's own error comes late and is long.
+
+    Raises:
+      UserError: it does not, or keys are changed without it.
+    """
+    given = None
+    for item, following in zip(argv, [*argv[1:], ""], strict=True):
+        if match := re.fullmatch(r"--?config(?:=(.*))?", item, re.DOTALL):
+            given = following if match[1] is None else match[1]
+    if given is None:
+        if any(re.match(r"--?(no)?config\.", item) for item in argv):
+            raise UserError(NO_CONFIG)
+        return
+    name = given.partition(":")[0]
+    if not name.endswith(".py") or not Path(name).is_file():
+        raise UserError(
+            f"config file {name!r} does not exist: expected a Python file, for example {EXAMPLE}"
+        )
+
+
+def unknown_key(error: Exception, argv: list[str]) -> UserError:
+    """Returns the sentence for a change of a key that the config does not have."""
+    text = str(error)
+    found = re.search(r"lookup: ([\w.]+)", text) or re.search(r"'(\w+)\\?'", text)
+    name = found[1] if found else text
+    names = (item.partition("=")[0] for item in argv)
+    flag = next((n for n in names if re.search(rf"\.{re.escape(name)}\b", n)), "--config")
+    near = re.search(r'Did you mean "(\w+)"', text)
+    hint = f"did you mean {near[1]!r}?" if near else "the config file shows the keys there are"
+    return UserError(f"unknown key {name!r} in {flag}: {hint}")
+
+
+def parse(argv: list[str]) -> list[str]:
+    """Parses the flags.
+
+    Args:
+      argv: the program's name and its arguments.
+
+    Returns:
+      The name, and arguments that are no flags.
+
+    Raises:
+      UserError: a flag is unknown or its value does not fit.
+    """
+    if {"--help", "-help", "-h"} & set(argv):
+        app.usage(shorthelp=True, writeto_stdout=True)
+        sys.exit(0)
+    check_config_file(argv[1:])
+    try:
+        rest = flags.FLAGS(argv)
+    except (AttributeError, KeyError) as error:
+        raise unknown_key(error, argv[1:]) from None
+    except flags.Error as error:
+        raise UserError(" ".join(str(error).split())) from None
+    if flags.FLAGS["verbosity"].using_default_value:
+        # absl would raise it to INFO, at which orbax tells every step of a save.
+        flags.FLAGS.verbosity = logging.WARNING
+    return rest
