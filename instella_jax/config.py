@@ -110,12 +110,12 @@ def generator(variant: str) -> dict:
             # Folder with tokenizer.json and, unless it is trained here, the weights.
             encoder="" if variant else "demo",
             trainable=not variant,
-            max_length=128 if variant else 32,
+            max_length=128 if variant else 28,
             # models.olmo.OlmoConfig
             model=dict(
                 vocab_size=50_304 if variant else 384,
                 hidden_size=2_048 if variant else 64,
-                intermediate_size=8_192 if variant else 256,
+                intermediate_size=8_192 if variant else 128,
                 num_hidden_layers=16 if variant else 4,
                 num_attention_heads=16 if variant else 4,
                 num_key_value_heads=16 if variant else 4,

@@ -102,6 +102,20 @@ def options_from_config(config: Config) -> Options:
     return Options(**{name: config[name] for name in names if name in config})
 
 
+@functools.partial(jax.jit, static_argnames="network")
+def text_features(network: Olmo, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """What the blocks of a generator see of prompts [U, L]: [layers, U, L, Dt]."""
+    return apply(network, params, ids, mask)[1:]
+
+
+@functools.partial(jax.jit, static_argnames=("network", "height", "width"))
+def decode(
+    network: BinaryTokenizer, params: Params, code: jax.Array, height: int, width: int
+) -> jax.Array:
+    """Draws codes [B, N, K]: uint8 [B, height, width, 3]."""
+    return to_uint8(apply(network, params, code, height, width, method="decode"))
+
+
 class InstellaPipeline:
     """A text encoder, a generator and a tokenizer, ready to draw.
 
@@ -136,10 +150,6 @@ class InstellaPipeline:
         self.params = params
         self.text_tokenizer, self.max_length = text_tokenizer, max_length
         self.image_size, self.target = image_size, target
-        self._features = jax.jit(lambda params, ids, mask: apply(text, params, ids, mask)[1:])
-        self._decode = functools.partial(
-            jax.jit(self._decode_uint8, static_argnames=("height", "width"))
-        )
 
     @classmethod
     def from_folder(
@@ -237,7 +247,7 @@ class InstellaPipeline:
             chosen = np.minimum(np.arange(start, start + size), len(rows) - 1)
             both = np.concatenate([where[rows[chosen]], np.full(size, where[-1])])
             code = self.codes(jnp.take(features, both, axis=1), mask[both], seeds[chosen], options)
-            drawn = self._decode(self.params["tokenizer"], code, height=height, width=width)
+            drawn = decode(self.tokenizer, self.params["tokenizer"], code, height, width)
             yield np.asarray(drawn)[: len(rows) - start]
 
     def describe(self, prompts: Sequence[str]) -> tuple[jax.Array, np.ndarray, np.ndarray]:
@@ -250,7 +260,7 @@ class InstellaPipeline:
         _, mask = self.text_tokenizer.encode(unique, max_length=self.max_length)
         length = min(-(-mask.shape[1] // TEXT_BLOCK) * TEXT_BLOCK, self.max_length)
         ids, mask = self.text_tokenizer.encode(unique, max_length=self.max_length, pad_to=length)
-        features = self._features(self.params["text"], ids, mask)
+        features = text_features(self.text, self.params["text"], ids, mask)
         return features, mask, np.array([unique.index(prompt) for prompt in prompts])
 
     def codes(
@@ -282,6 +292,3 @@ class InstellaPipeline:
             protocol=options.protocol,
             target=self.target,
         )
-
-    def _decode_uint8(self, params: Params, code: jax.Array, height: int, width: int) -> jax.Array:
-        return to_uint8(apply(self.tokenizer, params, code, height, width, method="decode"))

@@ -102,6 +102,16 @@ def values(boxed: Any) -> Any:
     )
 
 
+def place_copy(tree: Any, mesh: Mesh) -> Any:
+    """Spreads a batch that every process holds in full over the devices, if it splits evenly."""
+
+    def put(x: Any) -> jax.Array:
+        even = x.shape[0] % batch_parts(mesh) == 0
+        return jax.device_put(x, batch_sharding(mesh) if even else replicated(mesh))
+
+    return jax.tree.map(put, tree)
+
+
 def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Shardings of a tree of (boxed) abstract parameters by their logical axes.
 

@@ -2,7 +2,6 @@
 
 from typing import Any
 
-import jax
 import numpy as np
 
 from instella_jax.config import Config
@@ -10,13 +9,13 @@ from instella_jax.data.emoji_scenes import draw, heldout_prompts
 from instella_jax.data.sources import scenes_source
 from instella_jax.evaluation.compositional import judge, summarise
 from instella_jax.evaluation.pca import PcaCodec
-from instella_jax.models.functional import apply
 from instella_jax.models.tokenizer import BinaryTokenizer
 from instella_jax.pipeline import InstellaPipeline, options_from_config
-from instella_jax.stages.tokenizer import to_float, to_uint8
+from instella_jax.stages.tokenizer import reconstruct
 
 PCA_PICTURES = 4_096
 PROMPTS = 64
+BATCH = 64
 
 
 def psnr(copies: np.ndarray, pictures: np.ndarray) -> float:
@@ -25,12 +24,10 @@ def psnr(copies: np.ndarray, pictures: np.ndarray) -> float:
     return float(np.mean(10 * np.log10(255**2 / np.maximum(error.mean((1, 2, 3)), 1e-6))))
 
 
-def reconstruct(network: BinaryTokenizer, params: Any, pictures: np.ndarray) -> np.ndarray:
-    """Sends pictures uint8 [n, h, w, 3] through their codes."""
-    function = jax.jit(lambda params, x: to_uint8(apply(network, params, to_float(x))))
-    return np.concatenate(
-        [np.asarray(function(params, part)) for part in np.split(pictures, len(pictures) // 64)]
-    )
+def through_code(network: BinaryTokenizer, params: Any, pictures: np.ndarray) -> np.ndarray:
+    """Sends pictures uint8 [n, h, w, 3] through their codes, a batch at a time."""
+    parts = np.array_split(pictures, -(-len(pictures) // BATCH))
+    return np.concatenate([np.asarray(reconstruct(network, params, p)[0]) for p in parts])
 
 
 def tokenizer_report(network: BinaryTokenizer, params: Any, config: Config) -> dict[str, float]:
@@ -44,7 +41,7 @@ def tokenizer_report(network: BinaryTokenizer, params: Any, config: Config) -> d
     codec = PcaCodec(fitted.reshape(len(fitted), -1).astype(np.float32), bits)
     coded = codec(pictures.reshape(len(pictures), -1)).reshape(pictures.shape)
     return {
-        "psnr": psnr(reconstruct(network, params, pictures), pictures),
+        "psnr": psnr(through_code(network, params, pictures), pictures),
         "psnr_pca": psnr(np.clip(np.round(coded), 0, 255), pictures),
     }
 
@@ -65,7 +62,7 @@ def prompts_report(
     texts, facts = [text for text, _ in prompts], [scene for _, scene in prompts]
     drawn = pipeline(texts, options_from_config(config.sample))
     true = np.stack([draw(scene, config.data.image_size) for scene in facts])
-    copies = reconstruct(pipeline.tokenizer, pipeline.params["tokenizer"], true)
+    copies = through_code(pipeline.tokenizer, pipeline.params["tokenizer"], true)
     return {
         "drawn": summarise(judge(drawn, facts)),
         "ceiling": summarise(judge(copies, facts)),

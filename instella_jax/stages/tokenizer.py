@@ -4,6 +4,7 @@ Axes: B batch, N latent tokens, K bits.
 """
 
 import dataclasses
+import functools
 from typing import Any
 
 import jax
@@ -34,6 +35,16 @@ def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
     """Peak signal-to-noise ratio in dB of pictures in [-1, 1]: [B, h, w, 3] twice -> [B]."""
     mse = jnp.mean(jnp.square(a - b), axis=(1, 2, 3))
     return 10.0 * jnp.log10(4.0 / jnp.maximum(mse, 1e-10))
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def reconstruct(
+    network: BinaryTokenizer, params: Params, images: jax.Array
+) -> tuple[jax.Array, jax.Array]:
+    """Sends pictures uint8 [B, h, w, 3] through their codes: pictures alike, and PSNR [B] in dB."""
+    x = to_float(images)
+    decoded = apply(network, params, x)
+    return to_uint8(decoded), psnr(jnp.clip(decoded, -1.0, 1.0), x)
 
 
 class TokenizerStage:
@@ -115,13 +126,9 @@ class TokenizerStage:
         batch = next(self.loader("heldout", batch_size=count, drop_remainder=False))
         images = batch["image"]
 
-        @jax.jit
-        def reconstruct(params: Params, images: jax.Array) -> tuple[jax.Array, jax.Array]:
-            x = to_float(images)
-            decoded = self._decode(params, hard_code(self._encode(params, x)), x)
-            return to_uint8(decoded), psnr(jnp.clip(decoded, -1, 1), x)
-
-        drawn, quality = jax.device_get(reconstruct(params, images))
+        drawn, quality = jax.device_get(
+            reconstruct(self.network, params["tokenizer"], jnp.asarray(images))
+        )
         pictures, captions = [], []
         for image, copy, decibel in zip(images, drawn, quality, strict=True):
             pictures += [image, copy]
