@@ -1,17 +1,23 @@
 """`--mode=eval`: held-out figures of a stage, from a workdir or from a model folder."""
 
 import os
+from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from instella_jax import model_folder, sharding
 from instella_jax.config import Config
 from instella_jax.draw import restore
 from instella_jax.evaluation import scenes
+from instella_jax.grids import save_grid
 from instella_jax.pipeline import InstellaPipeline
 from instella_jax.stages import Stage, make_stage
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.stages.tokenizer import TokenizerStage
 from instella_jax.train import evaluate, load_frozen, load_params
+
+GRID = 32
 
 
 def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> dict:
@@ -37,21 +43,28 @@ def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> d
     print(f"held out, with {source}:")
     show(metrics)
     if config.data.kind == "scenes":
-        report_scenes(make_stage(config), {**frozen, **params}, config)
+        out = Path(workdir or "drawn") / f"heldout-{config.stage}.png"
+        report_scenes(make_stage(config), {**frozen, **params}, config, out)
     return metrics
 
 
-def report_scenes(stage: Stage, params: Any, config: Config) -> None:
-    """Prints what the facts of emoji scenes allow to measure."""
+def report_scenes(stage: Stage, params: Any, config: Config, out: Path) -> None:
+    """Prints what the facts of emoji scenes allow to measure, and draws a grid."""
     if isinstance(stage, GeneratorStage):
         report = scenes.prompts_report(InstellaPipeline.from_stage(stage, params), config)
         print(f"share right of {scenes.PROMPTS} held-out prompts:")
-        show(report["drawn"])
+        show(report.drawn)
         print("the same of true pictures through the tokenizer (the ceiling):")
-        show(report["ceiling"])
+        show(report.ceiling)
+        pictures, captions = list(report.pictures[:GRID]), report.prompts[:GRID]
     elif isinstance(stage, TokenizerStage):
         print("512 held-out scenes, and PCA with as many bits:")
         show(scenes.tokenizer_report(stage.network, params["tokenizer"], config))
+        pictures, captions = stage.pictures(params, {}, GRID // 2)
+    else:
+        return
+    save_grid(out, np.stack(pictures), captions)
+    print(f"pictures: {out}")
 
 
 def show(metrics: dict[str, float]) -> None:

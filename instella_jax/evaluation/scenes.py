@@ -1,5 +1,6 @@
 """What is measured on emoji scenes: reconstruction against PCA, prompts judged by their facts."""
 
+import dataclasses
 from typing import Any
 
 import numpy as np
@@ -46,15 +47,27 @@ def tokenizer_report(network: BinaryTokenizer, params: Any, config: Config) -> d
     }
 
 
+@dataclasses.dataclass(frozen=True)
+class PromptsReport:
+    """Held-out prompts, drawn and judged.
+
+    Attributes:
+      drawn: share of pictures that are right in background, objects, count and position.
+      ceiling: the same of true pictures that have gone through the tokenizer.
+      pictures: what was drawn, uint8 [n, h, w, 3].
+      prompts: the n prompts.
+    """
+
+    drawn: dict[str, float]
+    ceiling: dict[str, float]
+    pictures: np.ndarray
+    prompts: list[str]
+
+
 def prompts_report(
     pipeline: InstellaPipeline, config: Config, count: int = PROMPTS
-) -> dict[str, dict[str, float]]:
-    """Shares of held-out prompts that are drawn right: background, objects, count, position.
-
-    Returns:
-      "drawn" for the pictures of the prompts, and "ceiling" for true pictures that have gone
-      through the tokenizer.
-    """
+) -> PromptsReport:
+    """Draws held-out prompts and judges the pictures by the facts the prompts were made of."""
     scenes = config.data.scenes
     prompts = heldout_prompts(
         count, config.data.seed, scenes.concepts, tuple(scenes.styles), scenes.max_objects
@@ -63,7 +76,6 @@ def prompts_report(
     drawn = pipeline(texts, options_from_config(config.sample))
     true = np.stack([draw(scene, config.data.image_size) for scene in facts])
     copies = through_code(pipeline.tokenizer, pipeline.params["tokenizer"], true)
-    return {
-        "drawn": summarise(judge(drawn, facts)),
-        "ceiling": summarise(judge(copies, facts)),
-    }
+    return PromptsReport(
+        summarise(judge(drawn, facts)), summarise(judge(copies, facts)), drawn, texts
+    )
