@@ -134,7 +134,7 @@ def make_step(
         grads, metrics = gradients(
             stage, train.accumulate, state.params, frozen, batch, key, state.step
         )
-        norm = optax.global_norm(grads)
+        norm = optax.tree.norm(grads)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (norm <= limit)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
