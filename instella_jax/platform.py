@@ -41,17 +41,18 @@ def start(config: Config) -> None:
             jax.config.update("jax_compilation_cache_dir", str(folder))
         except OSError as error:
             logger.warning("no compilation cache: %s cannot be written (%s)", folder, error)
-    jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
     given = config.run.cpu_devices
     if not given and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         sizes = list(config.mesh.values())
         train = config.train
         given = (
-            cpu_devices([train.batch_size // train.accumulate, config.eval.batch_size])
+            cpu_devices([train.batch_size // max(1, train.accumulate), config.eval.batch_size])
             if -1 in sizes
             else math.prod(sizes)
         )
-    if given:
+    if given > 0:
         jax.config.update("jax_num_cpu_devices", given)
     devices = jax.devices()
     print(f"{len(devices)} {devices[0].platform} device(s): {devices[0].device_kind}", flush=True)
