@@ -61,6 +61,29 @@ def tokenizer_config(values: Mapping[str, Any]) -> TokenizerConfig:
     return build(TokenizerConfig, values, "tokenizer")
 
 
+def code_sizes(folder: str, num_tokens: int, bits: int) -> TokenizerConfig:
+    """Reads the sizes of the tokenizer that a generator's codes come from.
+
+    Args:
+      folder: config key `tokenizer`; "" is the published tokenizer, of which only shapes are known.
+      num_tokens: N of the generator.
+      bits: K of the generator.
+
+    Raises:
+      UserError: the folder is no model folder, or its code has another shape.
+    """
+    if not folder:
+        return TokenizerConfig(num_tokens=num_tokens, bits=bits)
+    found = find(folder, "tokenizer")
+    sizes = tokenizer_config(read_description(found).get("tokenizer", {}))
+    if (sizes.num_tokens, sizes.bits) != (num_tokens, bits):
+        raise UserError(
+            f"tokenizer {found} makes {sizes.num_tokens} tokens of {sizes.bits} bits, "
+            f"the generator expects {num_tokens} of {bits}"
+        )
+    return sizes
+
+
 def flatten(params: Any) -> dict[str, np.ndarray]:
     """Names each leaf by its path, "encoder/trunk/...": host arrays."""
     return {k: np.asarray(v) for k, v in flatten_dict(jax.device_get(params), sep="/").items()}

@@ -21,8 +21,13 @@ class Stage(Protocol):
         """The networks that are trained, by the name of their part in params."""
         ...
 
+    @property
+    def frozen_networks(self) -> dict[str, Network]:
+        """The networks that the loss reads and nobody trains, by part; {} without."""
+        ...
+
     def frozen(self) -> Params:
-        """Parameters, with logical axes, that the loss reads and nobody trains; {} without."""
+        """Parameters, with logical axes, of the frozen networks; {} without."""
         ...
 
     def loader(self, split: str, **options: Any) -> Any:

@@ -82,14 +82,8 @@ class GeneratorStage(abc.ABC):
         Raises:
           UserError: its code does not have the generator's shape.
         """
-        description = model_folder.read_description(self.tokenizer_folder)
-        sizes = model_folder.tokenizer_config(description.get("tokenizer", {}))
-        wanted = (self.config.model.num_tokens, self.config.model.bits)
-        if (sizes.num_tokens, sizes.bits) != wanted:
-            raise UserError(
-                f"tokenizer {self.tokenizer_folder} makes {sizes.num_tokens} tokens of "
-                f"{sizes.bits} bits, the generator expects {wanted[0]} of {wanted[1]}"
-            )
+        model = self.config.model
+        sizes = model_folder.code_sizes(self.config.tokenizer, model.num_tokens, model.bits)
         size = self.config.data.image_size
         sizes.grid(size, size)
         return BinaryTokenizer(sizes, self.run)
@@ -118,19 +112,21 @@ class GeneratorStage(abc.ABC):
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
         """Loss and metrics of codes [B, N, K] under text features [layers, B, L, Dt]."""
 
-    def frozen(self) -> Params:
+    @property
+    def frozen_networks(self) -> dict[str, Network]:
         """The image tokenizer and, unless it is trained, the text encoder."""
-        dtype = self.run.param_dtype
-        frozen = {
-            "tokenizer": model_folder.load_boxed(
-                self.tokenizer_folder, "tokenizer", self.tokenizer_network(), dtype
-            )
-        }
+        networks: dict[str, Network] = {"tokenizer": self.tokenizer_network()}
         if not self.config.text.trainable:
-            frozen["text"] = model_folder.load_boxed(
-                self.text_folder, "text", self.text_network, dtype
-            )
-        return frozen
+            networks["text"] = self.text_network
+        return networks
+
+    def frozen(self) -> Params:
+        """Parameters of the frozen networks, from their folders."""
+        folders = {"tokenizer": self.tokenizer_folder, "text": self.text_folder}
+        return {
+            part: model_folder.load_boxed(folders[part], part, network, self.run.param_dtype)
+            for part, network in self.frozen_networks.items()
+        }
 
     def loader(self, split: str, **options: Any) -> Any:
         """Batches with "image", "text", "ids" and "mask"."""

@@ -66,6 +66,11 @@ class TokenizerStage:
         """The tokenizer."""
         return {"tokenizer": self.network}
 
+    @property
+    def frozen_networks(self) -> dict[str, Network]:
+        """None."""
+        return {}
+
     def frozen(self) -> Params:
         """Nothing."""
         return {}
