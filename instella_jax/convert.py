@@ -5,6 +5,7 @@ axis. Every tensor is accounted for, in both directions.
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
@@ -202,6 +203,7 @@ def copies(network: Network) -> dict[str, str]:
     return {}
 
 
+@functools.cache
 def shapes_by_path(network: Network) -> dict[str, jax.ShapeDtypeStruct]:
     """Shapes of a network's parameters by path, "encoder/out/kernel"; nothing is allocated."""
     return _flat(sharding.values(abstract_params(network)))
