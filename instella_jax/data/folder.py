@@ -14,7 +14,7 @@ import os
 import zlib
 from collections.abc import Sequence
 from pathlib import Path, PurePosixPath
-from typing import TYPE_CHECKING, Any
+from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
@@ -28,7 +28,7 @@ logger = logging.getLogger(__name__)
 
 SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
 # What Pillow may take a file for, whatever its name says: no format that runs another program.
-_FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
+FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 SPLITS = ("all", "train", "heldout")
 
 
@@ -71,16 +71,7 @@ class FolderSource:
         self._captions = captions
         if not self._root.is_dir():
             raise UserError(f"{self._root} is not a folder; give a folder of pictures.")
-        metadata = self._root / "metadata.jsonl"
-        if metadata.is_file():
-            entries = _read_metadata(metadata)
-        else:
-            entries = _scan(self._root)
-        if not entries:
-            where = metadata if metadata.is_file() else self._root
-            raise UserError(
-                f"{where} has no pictures; expected files ending in {', '.join(SUFFIXES)}."
-            )
+        entries = list_pictures(self._root)
         if captions:
             entries = self._captioned(entries)
         self._entries = _part(entries, split, heldout)
@@ -131,8 +122,22 @@ class FolderSource:
             text = ("",)
         return {
             "image": image,
-            "texts": _read_caption(self._root / text) if isinstance(text, str) else text,
+            "texts": read_caption(self._root / text) if isinstance(text, str) else text,
         }
+
+
+def list_pictures(root: Path) -> list[tuple[str, tuple[str, ...] | str]]:
+    """List (picture, its captions or the name of its caption file, "" without) of a folder.
+
+    Raises:
+      UserError: there are no pictures, or metadata.jsonl is broken.
+    """
+    metadata = root / "metadata.jsonl"
+    entries = _read_metadata(metadata) if metadata.is_file() else _scan(root)
+    if not entries:
+        where = metadata if metadata.is_file() else root
+        raise UserError(f"{where} has no pictures; expected files ending in {', '.join(SUFFIXES)}.")
+    return entries
 
 
 def _scan(root: Path) -> list[tuple[str, tuple[str, ...] | str]]:
@@ -191,7 +196,12 @@ def _part(entries: list[Any], split: str, heldout: float) -> list[Any]:
     return [entry for entry in entries if (entry[0] in kept_out) == (split == "heldout")]
 
 
-def _read_caption(path: Path) -> tuple[str]:
+def read_caption(path: Path) -> tuple[str]:
+    """Read the caption in a text file, on one line.
+
+    Raises:
+      BadSample: it cannot be read, or is empty.
+    """
     try:
         text = " ".join(path.read_text(encoding="utf-8-sig").split())
     except (OSError, UnicodeDecodeError) as error:
@@ -217,14 +227,25 @@ def read_picture(
     Raises:
       BadSample: the file is missing, broken, cut short, too large, or not a picture.
     """
+    return decode_picture(path, str(path), decode_side=decode_side, max_pixels=max_pixels)
+
+
+def decode_picture(
+    file: str | os.PathLike[str] | IO[bytes],
+    name: str,
+    *,
+    decode_side: int | None = None,
+    max_pixels: int | None = None,
+) -> np.ndarray:
+    """Read a picture as `read_picture` does, from a path or an open file called `name`."""
     from PIL import Image, ImageOps
 
     limit = max_pixels or Image.MAX_IMAGE_PIXELS or math.inf
     try:
-        with Image.open(path, formats=_FORMATS) as image:
+        with Image.open(file, formats=FORMATS) as image:
             if image.width * image.height > limit:
                 raise BadSample(
-                    f"{path} is refused: {image.width}x{image.height} is over {limit} pixels"
+                    f"{name} is refused: {image.width}x{image.height} is over {limit} pixels"
                 )
             if decode_side is not None:
                 image.draft(None, (decode_side, decode_side))
@@ -233,9 +254,9 @@ def read_picture(
     except BadSample:
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample(f"{path} is refused: {error}") from None
+        raise BadSample(f"{name} is refused: {error}") from None
     except Exception as error:  # Pillow's decoders raise all kinds on broken files
-        raise BadSample(f"{path} cannot be read: {error or type(error).__name__}") from None
+        raise BadSample(f"{name} cannot be read: {error or type(error).__name__}") from None
 
 
 def _to_rgb(image: Image.Image) -> np.ndarray:

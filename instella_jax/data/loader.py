@@ -10,6 +10,7 @@ however long the source.
 
 from __future__ import annotations
 
+import dataclasses
 import logging
 import os
 import threading
@@ -43,6 +44,25 @@ class Source(Protocol):
     def __getitem__(self, index: int, /) -> Sample:
         """Return the sample at `index`, in [0, len)."""
         ...
+
+
+@dataclasses.dataclass(frozen=True)
+class Mixture:
+    """Several sources that one loader draws from, each in its own order and as often as it takes.
+
+    Their samples get "source", int32, the number of the source that they are from.
+
+    Attributes:
+      parts: the sources; their samples must have the same keys.
+      weights: shares of the samples in proportion, > 0, one for each source.
+    """
+
+    parts: tuple[Source, ...]
+    weights: tuple[float, ...]
+
+    def __len__(self) -> int:
+        """Return the number of different samples."""
+        return sum(len(part) for part in self.parts)
 
 
 class TextEncoder(Protocol):
@@ -96,14 +116,17 @@ class _SkipBad:
 
 
 class _GuardedSource:
-    def __init__(self, source: Source, skip_bad: _SkipBad):
-        self._source, self._skip_bad = source, skip_bad
+    def __init__(self, source: Source, skip_bad: _SkipBad, number: int | None):
+        self._source, self._skip_bad, self._number = source, skip_bad, number
 
     def __len__(self) -> int:
         return len(self._source)
 
     def __getitem__(self, index: int) -> Any:
-        return self._skip_bad(self._source.__getitem__, int(index))
+        sample = self._skip_bad(self._source.__getitem__, int(index))
+        if sample is None or self._number is None:
+            return sample
+        return {**sample, "source": np.int32(self._number)}
 
 
 class _GuardedTransform:
@@ -161,7 +184,7 @@ def _add_ids(batch: dict[str, Any], tokenizer: TextEncoder, max_length: int) -> 
 
 
 def make_loader(
-    source: Source,
+    source: Source | Mixture,
     *,
     batch_size: int,
     seed: int,
@@ -194,7 +217,8 @@ def make_loader(
     end.
 
     Args:
-      source: Random access samples. With workers > 0 it must pickle.
+      source: Random access samples, or a mixture of such sources; a mixture without `repeat` ends
+        with the source that is first used up. With workers > 0 it must pickle.
       batch_size: Samples per batch of this process.
       seed: Any non-negative integer: decides the order and the transforms' random numbers.
       shuffle: A fresh permutation of the whole source in every epoch; else the source's order.
@@ -230,25 +254,35 @@ def make_loader(
         raise UserError(f"process_index must be in [0, {process_count}); got {process_index}.")
     if drop_remainder is None:
         drop_remainder = repeat or steps_per_call is not None
-    share = len(range(process_index, len(source), process_count))
-    if share == 0 or (share < per_item and drop_remainder and not repeat):
+    parts = source.parts if isinstance(source, Mixture) else (source,)
+    shares = [len(range(process_index, len(part), process_count)) for part in parts]
+    if min(shares) == 0 or (sum(shares) < per_item and drop_remainder and not repeat):
         raise UserError(
             f"{len(source)} samples over {process_count} process(es) do not fill one batch of "
             f"{per_item}; use more data or a smaller batch_size."
         )
 
-    # Grain seeds epoch e with seed + e: hashing keeps neighbouring seeds from sharing epochs.
-    order_seed, transform_seed = map(int, np.random.SeedSequence(seed).generate_state(2))
     skip_bad = _SkipBad(len(source))
-    data = grain.MapDataset.source(_GuardedSource(source, skip_bad))
-    if transform is not None:
-        data = data.random_map(_GuardedTransform(transform, skip_bad), seed=transform_seed)
-    if shuffle:
-        data = data.shuffle(seed=order_seed)
-    if process_count > 1:
-        data = data[process_index::process_count]
-    if repeat:
-        data = data.repeat()
+
+    def stream(number: int, part: Source) -> Any:
+        # Grain seeds epoch e with seed + e: hashing keeps neighbouring seeds from sharing epochs.
+        entropy = [seed, number] if number else seed
+        order_seed, transform_seed = map(int, np.random.SeedSequence(entropy).generate_state(2))
+        guarded = _GuardedSource(part, skip_bad, number if len(parts) > 1 else None)
+        data = grain.MapDataset.source(guarded)
+        if transform is not None:
+            data = data.random_map(_GuardedTransform(transform, skip_bad), seed=transform_seed)
+        if shuffle:
+            data = data.shuffle(seed=order_seed)
+        if process_count > 1:
+            data = data[process_index::process_count]
+        return data.repeat() if repeat else data
+
+    streams = [stream(number, part) for number, part in enumerate(parts)]
+    if isinstance(source, Mixture):
+        data = grain.MapDataset.mix(streams, weights=source.weights)
+    else:
+        (data,) = streams
     if threads is None:
         threads = 0 if workers else min(8, 2 * (os.cpu_count() or 1))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * per_item)
