@@ -46,6 +46,8 @@ def make_schedule(config: Config, steps: int) -> optax.Schedule:
       UserError: the schedule's name is unknown.
     """
     if config.schedule == "constant":
+        if not config.warmup_steps:  # for which optax's warm-up stays at 0
+            return optax.constant_schedule(config.learning_rate)
         return optax.warmup_constant_schedule(0.0, config.learning_rate, config.warmup_steps)
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
