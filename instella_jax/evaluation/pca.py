@@ -37,8 +37,9 @@ class PcaCodec:
         self.mean = pictures.mean(0)
         centred = (pictures - self.mean).astype(np.float32)
         # The n x n problem has the same components as the d x d one, and n is smaller.
-        _, vectors = np.linalg.eigh(centred @ centred.T)
-        count = min(bits, len(pictures) - 1)
+        energies, vectors = np.linalg.eigh(centred @ centred.T)
+        # Directions without energy are noise, and not at right angles to the others.
+        count = min(bits, int(np.sum(energies > 1e-6 * energies[-1])))
         directions = vectors[:, ::-1][:, :count].T @ centred
         self.components = directions / np.linalg.norm(directions, axis=1, keepdims=True)
         coefficients = centred @ self.components.T

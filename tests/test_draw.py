@@ -1,0 +1,70 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import configs.t2i_diffusion
+from instella_jax import draw
+from instella_jax.errors import UserError
+
+
+@pytest.fixture
+def config():
+    return configs.t2i_diffusion.get_config()
+
+
+def pictures(count):
+    return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
+
+
+def test_prompts_come_from_the_key_or_the_file(config, tmp_path):
+    config.sample.prompt = "a cat"
+    assert draw.read_prompts(config.sample) == ["a cat"]
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n\n  a dog  \n", encoding="utf-8")
+    config.sample.prompts_file = str(path)
+    with pytest.raises(UserError, match="not both"):
+        draw.read_prompts(config.sample)
+    config.sample.prompt = ""
+    assert draw.read_prompts(config.sample) == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "is empty"), (None, "cannot be read"), (b"\xff\xfe", "cannot be")]
+)
+def test_bad_prompt_files_are_one_sentence(config, tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    config.sample.prompts_file = str(path)
+    with pytest.raises(UserError, match=message):
+        draw.read_prompts(config.sample)
+
+
+def test_nothing_to_draw_is_said(config):
+    with pytest.raises(UserError, match="nothing to draw"):
+        draw.read_prompts(config.sample)
+
+
+def test_files_hold_the_pictures_and_say_how_they_were_made(config, tmp_path):
+    drawn = pictures(4)
+    captions = ["A cat / dog!"] * 2 + ["a tree"] * 2
+    grid = draw.write(tmp_path, drawn, captions, 7, 2, config)
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == captions
+    assert [row["seed"] for row in rows] == [7, 8, 7, 8]
+    assert rows[0]["file_name"] == "00000-a-cat-dog-seed7.png" and rows[0]["steps"] == 20
+    for row, picture in zip(rows, drawn, strict=True):
+        with Image.open(tmp_path / row["file_name"]) as image:
+            np.testing.assert_array_equal(np.asarray(image), picture)
+    assert grid.name == "grid-00000.png" and grid.exists()
+
+
+def test_nothing_is_overwritten(config, tmp_path):
+    draw.write(tmp_path, pictures(2), ["a cat", "a dog"], 0, 1, config)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
+    draw.write(tmp_path, pictures(2)[::-1], ["a cat", "a dog"], 0, 1, config)
+    after = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
+    assert len(after) == 2 * len(before)
+    assert all(after[name] == data for name, data in before.items())
