@@ -1,0 +1,161 @@
+"""Long work on many files that may be killed at any time and run again: what is done stays.
+
+The work is cut into numbered units, each of which makes at most one shard. A unit is done when its
+`NNNNN.json` is there; that file is put in place after the shard, and both in one piece. A unit that
+was interrupted is done anew under the same names, so nothing is there twice and nothing is missing.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+from instella_jax.data.shards import MANIFEST, Shard, shard_writer, write_json, write_manifest
+from instella_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+_PLAN, _SHARDS = "plan.json", "shards"
+
+
+def parse_part(text: str) -> tuple[int, int]:
+    """Reads "I/N", this process's part of the work, I in [0, N).
+
+    Raises:
+      UserError: it is something else.
+    """
+    index, _, count = text.partition("/")
+    if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
+        raise UserError(f"part is {text!r}: expected I/N with I from 0 to N-1, for example 0/8.")
+    return int(index), int(count)
+
+
+class Job:
+    """The output folder of such work."""
+
+    def __init__(self, out: str | os.PathLike[str], plan: Mapping[str, Any], units: Sequence[str]):
+        """Begins the work in a folder, or goes on with it.
+
+        Args:
+          out: the folder; made if it is not there.
+          plan: what the result depends on, as JSON; must be the same when going on.
+          units: names of the units, in order.
+
+        Raises:
+          UserError: the folder holds something else, or cannot be written.
+        """
+        self.folder, self.units = Path(out).expanduser(), list(units)
+        plan = json.loads(json.dumps({**plan, "units": self.units}))
+        path = self.folder / _PLAN
+        try:
+            (self.folder / _SHARDS).mkdir(parents=True, exist_ok=True)
+            if path.exists():
+                _check_plan(path, plan)
+                return
+            others = [p.name for p in self.folder.iterdir() if p.name != _SHARDS]
+            if [name for name in others if not name.startswith(".")]:
+                raise UserError(
+                    f"{self.folder} is not empty ({sorted(others)[0]}); choose another folder."
+                )
+            write_json(path, plan)
+        except OSError as error:
+            raise UserError(f"{self.folder} cannot be written ({error.strerror}).") from None
+
+    @contextlib.contextmanager
+    def claim(self, part: tuple[int, int]) -> Iterator[list[int]]:
+        """Locks a part of the work, sweeps what a killed run left of it, and tells what is to do.
+
+        Args:
+          part: (I, N): the units whose number is I modulo N.
+
+        Yields:
+          The numbers of the units to be done.
+
+        Raises:
+          UserError: another process is at it.
+        """
+        import fcntl
+
+        index, count = part
+        own = range(index, len(self.units), count)
+        with (self.folder / f".lock-{index}-{count}").open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"another process is writing {self.folder}; wait for it, or end it."
+                ) from None
+            for path in (self.folder / _SHARDS).glob(".*"):
+                number = path.name[1:].split(".")[0]
+                if number.isdigit() and int(number) in own:
+                    path.unlink(missing_ok=True)
+            yield [number for number in own if self.result(number) is None]
+
+    def result(self, number: int) -> dict[str, Any] | None:
+        """What was noted of a unit that is done, or None."""
+        try:
+            return json.loads(self._path(number, "json").read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return None
+        except ValueError:
+            logger.warning("%s is damaged: the unit is done again", self._path(number, "json"))
+            return None
+
+    def writer(self, number: int) -> contextlib.AbstractContextManager[Any]:
+        """Opens the shard of a unit; see `shards.shard_writer`."""
+        path = self._path(number, "arrayrecord")
+        # Hosts may share the folder: process numbers alone could coincide.
+        scratch = f".{number:05d}.{socket.gethostname()}.{os.getpid()}"
+        return shard_writer(path, path.with_name(scratch))
+
+    def finish(self, number: int, records: int, result: Mapping[str, Any]) -> None:
+        """Notes that a unit is done, its shard being in place."""
+        path = self._path(number, "arrayrecord")
+        shard = None
+        if records:
+            size = path.stat().st_size
+            shard = {"file": f"{_SHARDS}/{path.name}", "records": records, "bytes": size}
+        write_json(
+            self._path(number, "json"), {**result, "unit": self.units[number], "shard": shard}
+        )
+
+    def complete(self, content: str, details: Mapping[str, Any]) -> list[dict[str, Any]] | None:
+        """Writes `dataset.json` if all units of all parts are done.
+
+        Returns:
+          The results of all units, or None while some are not done.
+        """
+        results = [self.result(number) for number in range(len(self.units))]
+        done = [result for result in results if result is not None]
+        if len(done) < len(results):
+            return None
+        shards = [Shard(**result["shard"]) for result in done if result["shard"]]
+        write_manifest(self.folder, content, shards, details)
+        return done
+
+    @property
+    def manifest(self) -> Path:
+        """Path of `dataset.json`."""
+        return self.folder / MANIFEST
+
+    def _path(self, number: int, suffix: str) -> Path:
+        return self.folder / _SHARDS / f"{number:05d}.{suffix}"
+
+
+def _check_plan(path: Path, plan: dict[str, Any]) -> None:
+    try:
+        begun = json.loads(path.read_text(encoding="utf-8"))
+    except ValueError:
+        raise UserError(f"{path} is damaged; choose another folder.") from None
+    changed = [key for key in plan if not isinstance(begun, dict) or begun.get(key) != plan[key]]
+    if changed:
+        raise UserError(
+            f"{path.parent} was begun with another {', '.join(changed)}; give the same input and "
+            "options to go on, or choose another folder."
+        )
