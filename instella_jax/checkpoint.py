@@ -4,6 +4,7 @@ A checkpoint holds the train state, the position in the data and nothing else; `
 workdir says what run it belongs to.
 """
 
+import errno
 import json
 import logging
 import os
@@ -137,7 +138,7 @@ def restore_average(workdir: str | os.PathLike[str], like: Any) -> tuple[int, An
 
 
 def claim_workdir(workdir: str | os.PathLike[str], config: Config) -> None:
-    """Makes the workdir and notes the config in it, or checks that it is the same run's.
+    """Makes the workdir; if a run has saved a checkpoint there, checks that it is the same run.
 
     Raises:
       UserError: the workdir cannot be written, or belongs to another config.
@@ -145,16 +146,22 @@ def claim_workdir(workdir: str | os.PathLike[str], config: Config) -> None:
     workdir = Path(workdir)
     try:
         workdir.mkdir(parents=True, exist_ok=True)
-        if (workdir / "config.json").exists():
-            check_config(workdir, config)
-        scratch = workdir / f".config.json.{os.getpid()}"
-        ours = json.loads(config.to_json())
-        scratch.write_text(json.dumps(ours, indent=1) + "\n", encoding="utf-8")
-        os.replace(scratch, workdir / "config.json")
+        if not os.access(workdir, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
     except OSError as error:
         raise UserError(
             f"workdir {workdir} cannot be written ({error.strerror}); choose another --workdir"
         ) from None
+    if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+        check_config(workdir, config)
+
+
+def note_config(workdir: str | os.PathLike[str], config: Config) -> None:
+    """Writes the config of the run that begins into its workdir."""
+    path = Path(workdir) / "config.json"
+    scratch = path.with_name(f".config.json.{os.getpid()}")
+    scratch.write_text(json.dumps(json.loads(config.to_json()), indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
 
 
 def check_config(workdir: str | os.PathLike[str], config: Config) -> None:

@@ -1,10 +1,11 @@
 """The only training loop."""
 
 import contextlib
+import functools
 import logging
 import os
 import signal
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -13,7 +14,7 @@ import jax.numpy as jnp
 import numpy as np
 
 from instella_jax import model_folder, sharding
-from instella_jax.checkpoint import Checkpoints, claim_workdir
+from instella_jax.checkpoint import Checkpoints, claim_workdir, note_config
 from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.grids import save_grid
@@ -32,12 +33,19 @@ def arrays(batch: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Checks what must divide what.
+    """Checks ranges, and what must divide what.
 
     Raises:
       UserError: naming the numbers.
     """
     train = config.train
+    least = [(train, "train", n, 1) for n in ("batch_size", "accumulate", "steps_per_call")]
+    least += [(train, "train", n, 1) for n in ("log_every", "keep", "max_skipped")]
+    least += [(train, "train", n, 0) for n in ("steps", "eval_every", "save_every", "image_every")]
+    least += [(config.eval, "eval", n, 1) for n in ("batch_size", "batches")]
+    for section, of, name, low in least:
+        if section[name] < low:
+            raise UserError(f"{of}.{name} is {section[name]}: expected at least {low}")
     parts = sharding.batch_parts(mesh) * train.accumulate
     if train.batch_size % parts:
         raise UserError(
@@ -80,22 +88,33 @@ def initial_state(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> tupl
     return sharding.sharded_init(init, jax.random.key(config.seed), mesh), optimizer
 
 
+@functools.lru_cache(maxsize=2)
+def evaluator(stage: Stage) -> Callable[..., dict[str, jax.Array]]:
+    """Compiles a stage's evaluation, once per stage."""
+    return jax.jit(stage.evaluate)
+
+
 def evaluate(stage: Stage, params: Params, frozen: Params, config: Config, mesh) -> dict:
-    """Means of the stage's held-out metrics over `eval.batches` batches."""
-    function = jax.jit(stage.evaluate)
+    """Means of the stage's held-out metrics over at most `eval.batches` batches.
+
+    Where the held-out data end before, the last batch may be short; each row counts alike.
+    """
+    function = evaluator(stage)
     loader = stage.loader("heldout", batch_size=config.eval.batch_size)
     totals: list[dict[str, jax.Array]] = []
+    counts: list[int] = []
     with contextlib.closing(loader):
         for index, batch in zip(range(config.eval.batches), loader, strict=False):
-            rows = sharding.place(arrays(batch), sharding.batch_sharding(mesh))
+            rows = arrays(batch)
+            counts.append(len(next(iter(rows.values()))))
             key = jax.random.fold_in(jax.random.key(config.seed), index)
-            totals.append(function(params, frozen, rows, key))
+            totals.append(function(params, frozen, sharding.place_copy(rows, mesh), key))
     if not totals:
-        raise UserError(
-            f"the held-out data do not fill one batch of eval.batch_size={config.eval.batch_size}"
-        )
+        raise UserError("there are no held-out data to evaluate on")
     fetched = jax.device_get(totals)
-    return {name: float(np.mean([t[name] for t in fetched])) for name in fetched[0]}
+    return {
+        name: float(np.average([t[name] for t in fetched], weights=counts)) for name in fetched[0]
+    }
 
 
 class _Stop:
@@ -176,10 +195,13 @@ class _Run:
             params = load_params(self.stage, self.config, self.mesh)
             self.state = self.state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
             self.progress.message(f"weights of {self.config.init_from}")
+        if self.first:
+            note_config(self.workdir, self.config)
         start = int(self.state.step)
         stop = _Stop()
         with (
-            MetricsWriter(self.workdir, start_step=start, enabled=self.first) as self.writer,
+            # A run from the beginning keeps no line of one before it.
+            MetricsWriter(self.workdir, start_step=start or -1, enabled=self.first) as self.writer,
             contextlib.closing(self.loader),
             stop.listening(),
         ):
@@ -206,10 +228,10 @@ class _Run:
         """Runs steps until the end (True) or a request to stop (False)."""
         train = self.config.train
         rows = sharding.batch_sharding(self.mesh, leading=1)
-        pending: tuple[int, Any] | None = None
+        done, pending = start, None
         for step in range(start, train.steps, train.steps_per_call):
             if stop.requested:
-                return False
+                break
             batch = sharding.place(arrays(next(self.loader)), rows)
             self.state, metrics = self.step_function(self.state, self.frozen, batch)
             # The device works on this step while the host reads the one before it.
@@ -217,25 +239,28 @@ class _Run:
                 self.log(*pending)
             done = step + train.steps_per_call
             pending = (done, metrics)
-            if done < train.steps:
-                self.occasionally(done)
+            if done < train.steps and (due := self.due(done)):
+                # A run that goes on from the checkpoint does not log this step again.
+                self.log(*pending)
+                pending = None
+                self.occasionally(done, due)
         if pending is not None:
             self.log(*pending)
-        return True
+        return done >= train.steps
 
-    def occasionally(self, step: int) -> None:
-        """Saves, evaluates and draws at their intervals."""
-        train = self.config.train
+    def due(self, step: int) -> set[str]:
+        """What of "eval", "image" and "save" is to be done after a step."""
+        every = {name: self.config.train[f"{name}_every"] for name in ("eval", "image", "save")}
+        return {name for name, n in every.items() if n > 0 and step % n == 0}
 
-        def due(every: int) -> bool:
-            return every > 0 and step % every == 0
-
-        if due(train.save_every):
-            self.checkpoints.save(self.state, self.loader, step)
-        if due(train.eval_every):
+    def occasionally(self, step: int, due: set[str]) -> None:
+        """Evaluates, draws and then saves, so that what is saved has been reported."""
+        if "eval" in due:
             self.report(step)
-        if due(train.image_every):
+        if "image" in due:
             self.draw(step)
+        if "save" in due:
+            self.checkpoints.save(self.state, self.loader, step)
 
     def log(self, step: int, metrics: Any) -> None:
         """Fetches the metrics of a finished step, checks and shows them."""
