@@ -1,0 +1,384 @@
+"""The loop: what a run leaves, and what comes of stopping, going on and failing."""
+
+import contextlib
+import os
+import signal
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from toy_stage import Points, ToyStage
+
+from instella_jax import model_folder, sharding, train
+from instella_jax.checkpoint import Checkpoints
+from instella_jax.errors import UserError
+from instella_jax.metrics import read_metrics
+from instella_jax.stages import init_stage, make_stage
+from instella_jax.train_state import TrainState
+
+
+class Toy(ToyStage):
+    """The toy stage, with something that happens at a certain batch of a run."""
+
+    def __init__(self):
+        super().__init__()
+        self.number, self.moment, self.action = 0, -1, None
+
+    def at(self, moment, action):
+        """Calls an action as that batch, counted from 0, is handed out."""
+        self.number, self.moment, self.action = 0, moment, action
+
+    def handing_out(self):
+        self.number += 1
+        if self.number - 1 == self.moment:
+            self.action()
+
+
+@pytest.fixture
+def toy(monkeypatch):
+    """Makes the loop train the toy stage that it returns."""
+    stage, place = Toy(), sharding.place
+
+    def watched(tree, where):
+        stage.handing_out()
+        return place(tree, where)
+
+    monkeypatch.setattr(sharding, "place", watched)
+    monkeypatch.setattr(train, "make_stage", lambda config: stage)
+    monkeypatch.setattr(train, "init_stage", lambda stage, key: stage.init(key))
+    monkeypatch.setattr(train, "print_overview", lambda params: None)
+    monkeypatch.setattr(model_folder, "save", lambda *args, **options: None)
+    return stage
+
+
+@pytest.fixture
+def config(tiny_tokenizer_config):
+    """What the loop reads, the stage aside."""
+    return tiny_tokenizer_config
+
+
+make_mesh = sharding.make_mesh
+
+
+def mesh_of(data=1, fsdp=1, tensor=1):
+    """A mesh on the first devices."""
+    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
+    return make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+
+
+@pytest.fixture(autouse=True)
+def on_the_first_devices(monkeypatch):
+    """A run takes as many of the eight devices as its mesh asks for."""
+    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: mesh_of(**sizes))
+
+
+def lines(workdir):
+    """Metrics of a run without what depends on the clock."""
+    rows = read_metrics(workdir)
+    return [{k: v for k, v in row.items() if "images_per_second" not in k} for row in rows]
+
+
+def steps(workdir):
+    """Steps that have training metrics, in order."""
+    return [row["step"] for row in lines(workdir) if "train/loss" in row]
+
+
+def terminate():
+    os.kill(os.getpid(), signal.SIGTERM)
+
+
+def fail():
+    raise RuntimeError("the power went out")
+
+
+def test_a_run_leaves_metrics_of_each_step_and_the_held_out_loss(toy, config, tmp_path):
+    result = train.train(config, tmp_path)
+    assert steps(tmp_path) == list(range(1, 9))
+    heldout = [row for row in lines(tmp_path) if "heldout/loss" in row]
+    assert [row["step"] for row in heldout] == [0, 8]
+    assert result == {"loss": heldout[-1]["heldout/loss"]}
+    assert {"train/loss", "train/bias", "train/grad_norm", "train/skipped"} <= set(
+        lines(tmp_path)[1]
+    )
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
+
+
+@pytest.mark.parametrize("every", [1, 2])
+def test_a_terminated_run_goes_on_with_the_very_same_losses(toy, config, tmp_path, every):
+    config.train.update(steps_per_call=every, log_every=every, eval_every=4)
+    whole = train.train(config, tmp_path / "whole")
+    toy.at(5 // every, terminate)
+    handler = signal.getsignal(signal.SIGTERM)
+    assert train.train(config, tmp_path / "parts") == {}
+    assert signal.getsignal(signal.SIGTERM) is handler
+    stopped = steps(tmp_path / "parts")[-1]
+    assert stopped == 6
+    assert train.train(config, tmp_path / "parts") == whole
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_a_run_that_broke_off_goes_on_from_its_last_checkpoint(toy, config, tmp_path, capsys):
+    whole = train.train(config, tmp_path / "whole")
+    for number in (2, 6):
+        toy.at(number, fail)
+        with pytest.raises(RuntimeError, match="power"):
+            train.train(config, tmp_path / "parts")
+    capsys.readouterr()
+    assert train.train(config, tmp_path / "parts") == whole
+    assert "continuing from step 4" in capsys.readouterr().out
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_a_finished_run_is_not_trained_again(toy, config, tmp_path):
+    first = train.train(config, tmp_path)
+    toy.at(0, fail)
+    assert train.train(config, tmp_path) == first
+    assert steps(tmp_path) == list(range(1, 9))
+
+
+def test_a_finished_run_can_be_made_longer(toy, config, tmp_path):
+    train.train(config, tmp_path)
+    with config.unlocked():
+        config.train.steps = 12
+    train.train(config, tmp_path)
+    assert steps(tmp_path) == list(range(1, 13))
+
+
+def new_run(stage, config, workdir):
+    """The parts of a run, before its first step."""
+    with sharding.use(mesh_of()):
+        return train._Run(config, workdir, stage, mesh_of())
+
+
+def close(run):
+    run.checkpoints.close()
+    run.loader.close()
+
+
+def test_a_saved_state_outlives_the_steps_that_reuse_its_memory(toy, config, tmp_path):
+    run = new_run(toy, config, tmp_path)
+    with sharding.use(run.mesh):
+        rows = sharding.place(train.arrays(next(run.loader)), sharding.batch_sharding(run.mesh, 1))
+        state, _ = run.step_function(run.state, {}, rows)
+        wanted = jax.tree.map(np.array, (state.params, state.ema, state.opt_state))
+        run.checkpoints.save(state, run.loader, 1)
+        for _ in range(5):
+            state, _ = run.step_function(state, {}, rows)
+        run.checkpoints.wait()
+        found = run.checkpoints.restore(state, run.loader)
+    jax.tree.map(np.testing.assert_array_equal, (found.params, found.ema, found.opt_state), wanted)
+    close(run)
+
+
+def test_metrics_are_fetched_a_step_late_and_nothing_else_is(toy, config, tmp_path, monkeypatch):
+    events = []
+
+    class Late:
+        """A metric that tells when the host asks for it."""
+
+        def __init__(self, step):
+            self.step = step
+
+        def __float__(self):
+            events.append(("read", self.step))
+            return 0.0
+
+    config.train.save_every = 0
+    run = new_run(toy, config, tmp_path)
+    step_function = run.step_function
+
+    def step(state, frozen, batch):
+        number = len([e for e in events if e[0] == "step"]) + 1
+        events.append(("step", number))
+        state, _ = step_function(state, frozen, batch)
+        return state, {"loss": Late(number), "skipped_in_a_row": 0}
+
+    run.step_function = step
+    run.writer = train.MetricsWriter(tmp_path, tensorboard=False)
+    monkeypatch.setattr(jax, "device_get", lambda tree: tree)
+    with run.writer, sharding.use(run.mesh), jax.transfer_guard("disallow"):
+        assert run.loop(0, train._Stop())
+    monkeypatch.undo()
+    close(run)
+    later = [event for n in range(2, 9) for event in (("step", n), ("read", n - 1))]
+    assert events == [("step", 1), *later, ("read", 8)]
+
+
+def test_too_many_steps_that_are_not_finite_end_the_run(toy, config, tmp_path):
+    toy.source = Points(broken=range(64))
+    config.train.max_skipped = 3
+    with pytest.raises(UserError, match="3 steps in a row up to step 3 had no finite loss"):
+        train.train(config, tmp_path)
+    assert steps(tmp_path) == [1, 2]
+
+
+def test_a_few_steps_that_are_not_finite_are_counted(toy, config, tmp_path):
+    toy.source = Points(broken=[0, 1])
+    result = train.train(config, tmp_path)
+    skipped = [row["train/skipped"] for row in lines(tmp_path) if "train/loss" in row]
+    assert 0 < sum(skipped) < 3 and np.isfinite(result["loss"])
+
+
+def test_each_held_out_row_counts_alike(toy, config):
+    params = {"line": {"w": jnp.arange(4.0), "b": jnp.ones(())}}
+    config.eval.batches = 5
+    result = train.evaluate(toy, params, {}, config, mesh_of())
+    points = toy.heldout
+    wanted = np.mean((points.x @ np.arange(4.0) + 1 - points.y) ** 2)
+    assert result["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_evaluation_compiles_once_per_shape(toy, config, tmp_path):
+    config.train.eval_every = 2
+    train.train(config, tmp_path)
+    assert toy.evaluations_traced == 1
+
+
+def test_held_out_rows_need_not_split_over_the_devices(toy, config):
+    mesh = mesh_of(data=8)
+    params = {"line": {"w": jnp.arange(4.0), "b": jnp.ones(())}}
+    config.eval.batches = 5
+    with sharding.use(mesh):
+        many = train.evaluate(toy, params, {}, config, mesh)
+    assert many["loss"] == pytest.approx(
+        train.evaluate(toy, params, {}, config, mesh_of())["loss"], rel=1e-5
+    )
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "message"),
+    [
+        ("train.batch_size", 12, "does not split into 8 parts.*multiple of 8"),
+        ("train.accumulate", 2, "does not split into 16 parts"),
+        ("train.accumulate", 0, "train.accumulate is 0: expected at least 1"),
+        ("train.steps_per_call", 3, "train.steps=8 is not a multiple of train.steps_per_call=3"),
+        ("train.log_every", 0, "train.log_every is 0"),
+        ("train.steps", -8, "train.steps is -8"),
+        ("eval.batch_size", 0, "eval.batch_size is 0"),
+    ],
+)
+def test_sizes_that_do_not_fit_are_named(config, key, value, message):
+    config.update_from_flattened_dict({key: value})
+    mesh = mesh_of(data=4, fsdp=2)
+    with pytest.raises(UserError, match=message):
+        train.check_sizes(config, mesh)
+
+
+def test_another_config_is_refused_where_a_run_has_saved(toy, config, tmp_path):
+    train.train(config, tmp_path)
+    before = (tmp_path / "config.json").read_bytes(), lines(tmp_path)
+    config.optimizer.learning_rate = 0.5
+    with pytest.raises(UserError, match="optimizer.learning_rate=0.002, this one has 0.5"):
+        train.train(config, tmp_path)
+    assert ((tmp_path / "config.json").read_bytes(), lines(tmp_path)) == before
+
+
+def test_a_run_that_never_saved_leaves_the_workdir_free(toy, config, tmp_path):
+    toy.at(2, fail)
+    with pytest.raises(RuntimeError):
+        train.train(config, tmp_path)
+    config.optimizer.learning_rate = 0.5
+    train.train(config, tmp_path)
+    assert steps(tmp_path) == list(range(1, 9))
+    assert [row["step"] for row in lines(tmp_path) if "heldout/loss" in row] == [0, 8]
+
+
+def damage_files(folder):
+    for path in folder.rglob("*"):
+        if path.is_file():
+            path.write_bytes(path.read_bytes()[: path.stat().st_size // 2])
+
+
+def empty(folder):
+    for path in sorted(folder.rglob("*"), reverse=True):
+        path.unlink() if path.is_file() else path.rmdir()
+
+
+def remove_data(folder):
+    empty(folder / "data")
+    (folder / "data").rmdir()
+
+
+def remove_arrays(folder):
+    for path in (folder / "state").rglob("*"):
+        if path.is_file() and path.parent.name == "d":
+            path.unlink()
+
+
+@pytest.mark.parametrize("harm", [damage_files, empty, remove_data, remove_arrays])
+def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(toy, config, tmp_path, harm):
+    whole = train.train(config, tmp_path)
+    harm(tmp_path / "checkpoints" / "8")
+    with pytest.raises(UserError, match=r"checkpoint 8 of .* cannot be restored.*remove that"):
+        train.train(config, tmp_path)
+    assert (tmp_path / "checkpoints" / "8").is_dir()
+    empty(tmp_path / "checkpoints" / "8")
+    (tmp_path / "checkpoints" / "8").rmdir()
+    assert train.train(config, tmp_path) == whole
+
+
+def tiny_state(config, mesh):
+    """A real stage's state of ones on a mesh, made without compiling its init."""
+    stage = make_stage(config)
+    boxed = jax.eval_shape(lambda key: init_stage(stage, key), jax.random.key(0))
+    rng = np.random.default_rng(0)
+    params = jax.tree.map(
+        lambda x, s: jax.device_put(rng.normal(size=x.shape).astype(x.dtype), s),
+        sharding.values(boxed),
+        sharding.tree_shardings(boxed, mesh),
+    )
+    everywhere = sharding.replicated(mesh)
+    return TrainState(
+        step=jax.device_put(jnp.int32(7), everywhere),
+        skipped=jax.device_put(jnp.int32(1), everywhere),
+        params=params,
+        ema=jax.tree.map(lambda x: x + 1, params),
+        opt_state={"mu": jax.tree.map(lambda x: x * 2, params)},
+        key=jax.device_put(jax.random.key(3), everywhere),
+    )
+
+
+def test_a_checkpoint_restores_on_another_number_of_devices(toy, config, tmp_path):
+    state = original = tiny_state(config, mesh_of(fsdp=8))
+    for count in (1, 4):
+        checkpoints = Checkpoints(tmp_path / str(count))
+        with contextlib.closing(toy.loader("train", batch_size=8)) as loader:
+            checkpoints.save(state, loader, 7)
+            checkpoints.wait()
+            like = tiny_state(config, mesh_of(fsdp=count))
+            state = checkpoints.restore(like, loader)
+        checkpoints.close()
+        for new, wanted in zip(jax.tree.leaves(state), jax.tree.leaves(like), strict=True):
+            assert new.sharding == wanted.sharding and len(new.sharding.device_set) == count
+    for old, new in zip(jax.tree.leaves(original), jax.tree.leaves(state), strict=True):
+        if jnp.issubdtype(old.dtype, jax.dtypes.prng_key):
+            old, new = jax.random.key_data(old), jax.random.key_data(new)
+        np.testing.assert_array_equal(old, new)
+
+
+def test_bfloat16_trains_float32_parameters_and_stays_finite(
+    tiny_tokenizer_config, tmp_path, quick_compile
+):
+    config = tiny_tokenizer_config
+    config.run.dtype = "bfloat16"
+    config.train.update(steps=4, save_every=0)
+    result = train.train(config, tmp_path)
+    losses = [row["train/loss"] for row in lines(tmp_path) if "train/loss" in row]
+    assert len(losses) == 4 and all(loss is not None for loss in losses)
+    assert np.isfinite(result["loss"])
+    run = jax.eval_shape(lambda key: init_stage(make_stage(config), key), jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(run)} == {np.dtype("float32")}
+
+
+def test_scanned_and_unrolled_depth_give_the_same_loss(tiny_tokenizer_config, quick_compile):
+    config = tiny_tokenizer_config
+    config.model.update(encoder_layers=2, decoder_layers=3)
+    params = tiny_state(config, mesh_of()).params
+    images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
+    losses = []
+    for unroll in (False, True):
+        config.run.unroll = unroll
+        stage = make_stage(config)
+        losses.append(jax.jit(stage.loss)(params, {}, {"image": images}, jax.random.key(0), 0)[0])
+    np.testing.assert_allclose(*losses, rtol=1e-5)
