@@ -41,7 +41,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.loss = dict(code_weight=0.01, temperature=dict(start=1.0, end=0.1, steps=50_000))
     if variant:
         c.train.update(steps=1_000_000, batch_size=256)
-        c.optimizer.update(b2=0.95, warmup_steps=10_000)
+        c.optimizer.update(b2=0.95, warmup_steps=9_000)
         return c
     c.model.update(
         num_tokens=16,
@@ -63,7 +63,7 @@ def get_config(variant: str = "") -> ConfigDict:
         learning_rate=2e-3, warmup_steps=200, b2=0.95, schedule="cosine", final_fraction=0.02
     )
     c.train.update(
-        steps=10_000, batch_size=32, steps_per_call=10, ema_decay=0.998, keep=2,
+        steps=9_000, batch_size=32, steps_per_call=10, ema_decay=0.998, keep=2,
         log_every=100, eval_every=500, save_every=500, image_every=2_000,
     )  # fmt: skip
     return c
