@@ -1,13 +1,10 @@
 """The published checkpoints' tensors <-> this project's parameters.
 
-A reference state dict has one tensor per block; here blocks are stacked along a leading layers
-axis. Every tensor is accounted for, in both directions.
+Every tensor is accounted for, in both directions; `reference_names` says which is which.
 """
 
-import dataclasses
 import functools
-import math
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from typing import Any
 
 import jax
@@ -17,190 +14,10 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 
 from instella_jax import sharding
 from instella_jax.errors import UserError
-from instella_jax.models.ar_transformer import ArTransformer
-from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import Network, abstract_params
-from instella_jax.models.olmo import Olmo, OlmoConfig
-from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
+from instella_jax.reference_names import FORMS, Entry, copies, entries, unused_shapes
 
 Tensors = Mapping[str, np.ndarray]
-
-
-def _from_patch_convolution(x: np.ndarray) -> np.ndarray:
-    """[D, 3, P, P] -> [P * P * 3, D]: a patch is laid out (row, column, channel)."""
-    return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
-
-
-def _to_patch_convolution(x: np.ndarray) -> np.ndarray:
-    """[P * P * 3, D] -> [D, 3, P, P]."""
-    side = math.isqrt(x.shape[0] // 3)
-    return x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
-
-
-# How a reference tensor is turned into ours, and back.
-FORMS: dict[str, tuple[Callable, Callable]] = {
-    "same": (lambda x: x, lambda x: x),
-    "linear": (lambda x: x.T, lambda x: x.T),
-    "conv": (lambda x: x.transpose(2, 3, 1, 0), lambda x: x.transpose(3, 2, 0, 1)),
-    "patch": (_from_patch_convolution, _to_patch_convolution),
-    "lead1": (lambda x: x.reshape(x.shape[1:]), lambda x: x[None]),
-    "lead2": (lambda x: x.reshape(x.shape[2:]), lambda x: x[None, None]),
-}
-
-
-@dataclasses.dataclass(frozen=True)
-class Entry:
-    """One reference tensor.
-
-    Attributes:
-      name: its name in the state dict.
-      path: our parameter, "encoder/out/kernel".
-      form: how it is turned, a key of `FORMS`.
-      layer: its place on our parameter's layers axis, None where there is none.
-    """
-
-    name: str
-    path: str
-    form: str = "same"
-    layer: int | None = None
-
-
-def _linear(name: str, path: str, layer: int | None = None, *, bias: bool) -> Iterator[Entry]:
-    yield Entry(f"{name}.weight", f"{path}/kernel", "linear", layer)
-    if bias:
-        yield Entry(f"{name}.bias", f"{path}/bias", "same", layer)
-
-
-def _conv(name: str, path: str, form: str = "conv") -> Iterator[Entry]:
-    yield Entry(f"{name}.weight", f"{path}/kernel", form)
-    yield Entry(f"{name}.bias", f"{path}/bias")
-
-
-def _attention(name: str, path: str, layer: int, *, norms: bool = True) -> Iterator[Entry]:
-    for part in "qkvo":
-        yield from _linear(f"{name}.{part}_proj", f"{path}/{part}", layer, bias=False)
-    if norms:
-        yield Entry(f"{name}.norm_q.weight", f"{path}/q_norm/scale", layer=layer)
-        yield Entry(f"{name}.norm_k.weight", f"{path}/k_norm/scale", layer=layer)
-
-
-def _swiglu(name: str, path: str, layer: int) -> Iterator[Entry]:
-    for part in ("gate", "up", "down"):
-        yield from _linear(f"{name}.{part}_proj", f"{path}/{part}", layer, bias=False)
-
-
-def _gelu_mlp(name: str, path: str, layer: int) -> Iterator[Entry]:
-    yield from _linear(f"{name}.net.0.proj", f"{path}/up", layer, bias=True)
-    yield from _linear(f"{name}.net.2", f"{path}/down", layer, bias=True)
-
-
-def _norms(name: str, path: str, layer: int) -> Iterator[Entry]:
-    yield Entry(f"{name}.input_layernorm.weight", f"{path}/attention_norm/scale", layer=layer)
-    yield Entry(f"{name}.post_attention_layernorm.weight", f"{path}/mlp_norm/scale", layer=layer)
-
-
-def _trunk(
-    side: str, num_layers: int, resample_after: tuple[int, ...], resample: str
-) -> Iterator[Entry]:
-    """Blocks of the encoder or decoder: ours restart their numbering at each change of grid."""
-    changes = sorted(resample_after)
-    for number in range(len(changes)):
-        conv = f"{side}/trunk/resample_{number}/conv"
-        yield from _conv(f"{side}.{resample}_layers.{number}.conv", conv)
-    for index in range(num_layers):
-        segment = sum(index > change for change in changes)
-        layer = index - (changes[segment - 1] + 1 if segment else 0)
-        name, path = f"{side}.transformer_blocks.{index}", f"{side}/trunk/blocks_{segment}"
-        yield from _norms(name, path, layer)
-        yield from _attention(f"{name}.attn", f"{path}/attention", layer)
-        yield from _swiglu(f"{name}.mlp", f"{path}/mlp", layer)
-
-
-def _tokenizer(config: TokenizerConfig) -> Iterator[Entry]:
-    yield from _conv("encoder.patch_embedder", "encoder/patch_embed", "patch")
-    yield Entry("encoder.latent_tokens", "encoder/latent_tokens", "lead1")
-    yield from _trunk("encoder", config.encoder_layers, config.downsample_after, "down")
-    yield Entry("encoder.norm_out.weight", "encoder/out_norm/scale")
-    yield from _linear("encoder.proj_out", "encoder/out", bias=True)
-    yield from _linear("quantizer.proj.0", "to_bits", bias=True)
-    yield Entry("quantizer.embed", "embed")
-    yield Entry("decoder.input_layer.0.weight", "decoder/in_norm/scale")
-    yield from _linear("decoder.input_layer.1", "decoder/in", bias=True)
-    yield Entry("decoder.mask_tokens", "decoder/mask_token", "lead2")
-    yield from _trunk("decoder", config.decoder_layers, config.upsample_after, "up")
-    yield Entry("decoder.norm_out.weight", "decoder/out_norm/scale")
-    yield from _linear("to_pixel", "decoder/pixels", bias=True)
-
-
-def _generator_block(index: int) -> Iterator[Entry]:
-    name = f"transformer_blocks.{index}"
-    yield Entry(f"{name}.pos_emb", "blocks/pos_emb", "lead1", index)
-    yield from _linear(f"{name}.proj_cond", "blocks/attention/text", index, bias=True)
-    yield from _attention(f"{name}.attn", "blocks/attention", index)
-
-
-def _diffusion(network: DiffusionTransformer) -> Iterator[Entry]:
-    yield from _linear("x_embedder", "bits_in", bias=True)
-    yield from _linear("time_embed.linear_1", "time_in", bias=True)
-    yield from _linear("time_embed.linear_2", "time_out", bias=True)
-    for index in range(network.num_layers):
-        name = f"transformer_blocks.{index}"
-        yield from _generator_block(index)
-        yield from _linear(f"{name}.norm1.linear", "blocks/modulation", index, bias=True)
-        yield from _gelu_mlp(f"{name}.ff", "blocks/mlp", index)
-    yield from _linear("norm_out.linear", "modulation", bias=True)
-    yield from _linear("proj_out", "bits_out", bias=True)
-
-
-def _ar(network: ArTransformer) -> Iterator[Entry]:
-    yield from _linear("x_embedder", "bits_in", bias=True)
-    yield Entry("split_token", "split_token", "lead2")
-    for index in range(network.num_layers):
-        name = f"transformer_blocks.{index}"
-        yield from _generator_block(index)
-        yield from _norms(name, "blocks", index)
-        yield from _gelu_mlp(f"{name}.mlp", "blocks/mlp", index)
-    yield Entry("norm_out.weight", "out_norm/scale")
-    yield from _linear("proj_out", "bits_out", bias=True)
-
-
-def _olmo(config: OlmoConfig) -> Iterator[Entry]:
-    yield Entry("model.embed_tokens.weight", "embed")
-    for index in range(config.num_hidden_layers):
-        name = f"model.layers.{index}"
-        yield from _attention(f"{name}.self_attn", "blocks", index, norms=False)
-        yield from _swiglu(f"{name}.mlp", "blocks/mlp", index)
-
-
-def entries(network: Network) -> list[Entry]:
-    """Lists the reference tensors that make up the parameters of a network."""
-    if isinstance(network, BinaryTokenizer):
-        return list(_tokenizer(network.config))
-    if isinstance(network, DiffusionTransformer):
-        return list(_diffusion(network))
-    if isinstance(network, ArTransformer):
-        return list(_ar(network))
-    return list(_olmo(network.config))
-
-
-def unused_shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that the reference carries and never uses: `time_embed` of the AR."""
-    if not isinstance(network, ArTransformer):
-        return {}
-    width = network.num_heads * network.head_dim
-    return {
-        "time_embed.linear_1.weight": (width, 1),
-        "time_embed.linear_1.bias": (width,),
-        "time_embed.linear_2.weight": (width, width),
-        "time_embed.linear_2.bias": (width,),
-    }
-
-
-def copies(network: Network) -> dict[str, str]:
-    """Names of tensors that repeat another one, and its name: OLMo's tied head."""
-    if isinstance(network, Olmo):
-        return {"lm_head.weight": "model.embed_tokens.weight"}
-    return {}
 
 
 @functools.cache
@@ -225,11 +42,81 @@ def reference_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def account(network: Network, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
+    """Checks the names and shapes of a reference state dict.
+
+    Args:
+      network: what it is for.
+      shapes: shapes by name. `copies` and `unused_shapes` may be there or not.
+      what: the file's name, for messages.
+
+    Raises:
+      UserError: a tensor is missing, unknown or of the wrong shape; the message names it.
+    """
+    wanted = reference_shapes(network)
+    optional = _optional_shapes(network, wanted)
+    if missing := [name for name in wanted if name not in shapes]:
+        raise UserError(f"{what}: {_listed(missing)} missing; {_HINT}")
+    if unknown := [name for name in shapes if name not in wanted and name not in optional]:
+        raise UserError(f"{what}: {_listed(unknown)} unknown; {_HINT}")
+    for name, shape in {**wanted, **optional}.items():
+        if name in shapes and tuple(shapes[name]) != shape:
+            raise UserError(
+                f"{what}: tensor {name!r} has shape {tuple(shapes[name])}, expected {shape}; "
+                f"{_HINT}"
+            )
+
+
+def by_path(network: Network) -> dict[str, list[Entry]]:
+    """Groups `entries` by our parameter, the layers of each in order."""
+    groups: dict[str, list[Entry]] = {}
+    for entry in entries(network):
+        groups.setdefault(entry.path, []).append(entry)
+    return groups
+
+
+def stream(
+    network: Network, tensors: Tensors, what: str = "checkpoint"
+) -> Iterator[tuple[Entry, np.ndarray]]:
+    """Turns a reference state dict into pieces of parameters, one after the other.
+
+    A mapping that loads on demand needs memory for one tensor at a time.
+
+    Args:
+      network: what the parameters are for.
+      tensors: reference tensors by name; `account` has checked their names and shapes.
+      what: the file's name, for messages.
+
+    Yields:
+      (entry, piece): the parameters as `by_path` orders them, each layer by layer.
+
+    Raises:
+      UserError: a tensor is not of floats, not finite, of another type than in other blocks, or
+        no copy of what it should be a copy of; the message names it.
+    """
+    for group in by_path(network).values():
+        dtype = None
+        for entry in group:
+            value = _checked(tensors, entry.name, what)
+            dtype = dtype or value.dtype
+            if value.dtype != dtype:
+                raise UserError(
+                    f"{what}: tensor {entry.name!r} is {value.dtype}, in other blocks {dtype}; "
+                    "expected the same type in every block"
+                )
+            yield entry, FORMS[entry.form][0](value)
+    for name in unused_shapes(network):
+        if name in tensors:
+            _checked(tensors, name, what)
+    for name, original in copies(network).items():
+        if name in tensors and not _same(_checked(tensors, name, what), tensors[original]):
+            raise UserError(
+                f"{what}: tensor {name!r} differs from {original!r}; expected a copy of it"
+            )
+
+
 def to_params(network: Network, tensors: Tensors, what: str = "checkpoint") -> dict[str, Any]:
     """Makes parameters of a reference state dict.
-
-    Tensors are read one after the other, so that a mapping which loads on demand needs memory for
-    the result and little more.
 
     Args:
       network: what the parameters are for.
@@ -240,36 +127,17 @@ def to_params(network: Network, tensors: Tensors, what: str = "checkpoint") -> d
       Nested parameters in the tensors' own types.
 
     Raises:
-      UserError: a tensor is missing, unknown, of the wrong shape, not a float, or not finite; the
-        message names it.
+      UserError: see `account` and `stream`.
     """
-    shapes = reference_shapes(network)
-    optional = {**unused_shapes(network), **{n: shapes[o] for n, o in copies(network).items()}}
-    if missing := [name for name in shapes if name not in tensors]:
-        raise UserError(f"{what}: {_listed(missing)} missing; {_HINT}")
-    if unknown := [name for name in tensors if name not in shapes and name not in optional]:
-        raise UserError(f"{what}: {_listed(unknown)} unknown; {_HINT}")
+    account(network, {name: np.shape(value) for name, value in tensors.items()}, what)
     ours = shapes_by_path(network)
     params: dict[str, np.ndarray] = {}
-    for entry in entries(network):
-        value = FORMS[entry.form][0](_checked(tensors, entry.name, shapes[entry.name], what))
+    for entry, value in stream(network, tensors, what):
         if entry.layer is None:
             params[entry.path] = np.ascontiguousarray(value)
             continue
         stack = params.setdefault(entry.path, np.empty(ours[entry.path].shape, value.dtype))
-        if stack.dtype != value.dtype:
-            raise UserError(
-                f"{what}: tensor {entry.name!r} is {value.dtype}, in other blocks {stack.dtype}; "
-                "expected the same type in every block"
-            )
         stack[entry.layer] = value
-    for name in (name for name in optional if name in tensors):
-        value = _checked(tensors, name, optional[name], what)
-        original = copies(network).get(name)
-        if original and not np.array_equal(value, tensors[original]):
-            raise UserError(
-                f"{what}: tensor {name!r} differs from {original!r}; expected a copy of it"
-            )
     return unflatten_dict(params, sep="/")
 
 
@@ -282,17 +150,26 @@ def _listed(names: list[str]) -> str:
     return f"{plural} {', '.join(map(repr, names[:3]))}{more}"
 
 
-def _checked(tensors: Tensors, name: str, shape: tuple[int, ...], what: str) -> np.ndarray:
+def _optional_shapes(
+    network: Network, shapes: Mapping[str, tuple[int, ...]]
+) -> dict[str, tuple[int, ...]]:
+    repeated = {name: shapes[original] for name, original in copies(network).items()}
+    return {**unused_shapes(network), **repeated}
+
+
+def _checked(tensors: Tensors, name: str, what: str) -> np.ndarray:
     value = np.asarray(tensors[name])
-    if value.shape != shape:
-        raise UserError(
-            f"{what}: tensor {name!r} has shape {value.shape}, expected {shape}; {_HINT}"
-        )
     if not jnp.issubdtype(value.dtype, jnp.floating):
         raise UserError(f"{what}: tensor {name!r} is {value.dtype}, expected floats")
     if not np.isfinite(value).all():
         raise UserError(f"{what}: tensor {name!r} holds NaN or infinite values")
     return value
+
+
+def _same(a: np.ndarray, b: np.ndarray) -> bool:
+    """Whether two arrays of one shape have the same bits."""
+    raw = f"u{a.dtype.itemsize}"
+    return a.dtype == b.dtype and np.array_equal(a.view(raw), b.view(raw))
 
 
 def from_params(
