@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # What may change between the runs of one workdir: how long, how often, where, what is drawn.
 _FREE = ("train.steps", "train.log_every", "train.eval_every", "train.save_every",
          "train.image_every", "train.keep", "train.max_skipped", "mesh", "sample", "eval", "run",
-         "data.workers", "init_from", "shipped")  # fmt: skip
+         "data.workers", "plan", "init_from", "shipped")  # fmt: skip
 
 
 class Checkpoints:
@@ -183,7 +183,8 @@ def check_config(workdir: str | os.PathLike[str], config: Config) -> None:
         ) from None
     ours = json.loads(config.to_json())
     old, new = (traverse_util.flatten_dict(c, sep=".") for c in (theirs, ours))
-    for key in sorted(set(old) | set(new)):
+    # A key that the run's config lacks is newer than the run.
+    for key in sorted(old):
         free = any(key == name or key.startswith(name + ".") for name in _FREE)
         if not free and old.get(key) != new.get(key):
             raise UserError(
