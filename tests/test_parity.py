@@ -21,6 +21,8 @@ from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import BinaryTokenizer, code_loss, hard_code
 
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
 FOLDER = Path(os.environ.get("PARITY_DIR") or Path(__file__).parent / "data" / "parity")
 META = json.loads((FOLDER / "meta.json").read_text())
 SAMPLES = META["samples"]
