@@ -20,7 +20,7 @@ from ml_collections import config_flags
 from instella_jax.arguments import NO_CONFIG, parse
 from instella_jax.errors import UserError
 
-MODES = ("train", "eval", "sample")
+MODES = ("train", "eval", "sample", "plan")
 
 _CONFIG = config_flags.DEFINE_config_file(
     "config",
@@ -33,7 +33,11 @@ _WORKDIR = flags.DEFINE_string(
     "workdir", None, "Where the run lives. Default: runs/<config>[-<variant>]."
 )
 _MODE = flags.DEFINE_enum(
-    "mode", "train", MODES, "train; eval: held-out metrics; sample: draw prompts as PNG."
+    "mode",
+    "train",
+    MODES,
+    "train; eval: held-out metrics; sample: draw prompts as PNG; plan: memory, speed and days, "
+    "told without accelerators.",
 )
 
 
@@ -56,6 +60,11 @@ def dispatch(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: values are given as --flag=value")
     if _CONFIG.value is None:
         raise UserError(NO_CONFIG)
+    if _MODE.value == "plan":
+        from instella_jax import plan_report
+
+        plan_report.main(_CONFIG.value)
+        return
     # Before jax starts, which reads the cache folder once.
     from instella_jax import platform
 
