@@ -94,6 +94,8 @@ def check(item: Item, filters: Filters) -> tuple[bytes, tuple[int, int]]:
         with Image.open(io.BytesIO(item.image), formats=FORMATS) as picture:
             width, height = picture.size
             turned = picture.getexif().get(_ORIENTATION) in _SWAPPED
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _Left("too many pixels") from None
     except Exception:  # Pillow's parsers raise all kinds on broken files
         raise _Left("broken picture") from None
     # By its header first: what is filtered out need not be decoded.
