@@ -99,6 +99,11 @@ def data(image_size: int, kind: str) -> dict:
         workers=0 if kind == "scenes" else 8,
         scenes=dict(concepts="core", styles=("twemoji",), places="snapped", max_objects=3),
         folder=dict(path="", heldout=0.02, min_keep=0.8, flip=0.5),
+        # What `instella-jax data import` makes; several folders, with commas between them, are
+        # mixed by weights such as "3:1" ("" is by their sizes).
+        shards=dict(path="", weights="", heldout=0.02, min_keep=0.8, flip=0.5),
+        # What `instella-jax data encode` makes of them.
+        codes=dict(path="", weights="", heldout=0.02),
     )
 
 

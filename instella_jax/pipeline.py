@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instella_jax import binary_diffusion, model_folder, sampling
+from instella_jax import binary_diffusion, model_folder, sampling, sharding
 from instella_jax.binary_diffusion import Target
 from instella_jax.config import Config
 from instella_jax.errors import UserError
@@ -205,11 +205,20 @@ class InstellaPipeline:
 
     @classmethod
     def from_stage(cls, stage: GeneratorStage, params: Mapping[str, Params]) -> "InstellaPipeline":
-        """Draws with a stage's networks and given parameters of all three parts."""
+        """Draws with a stage's networks and given parameters.
+
+        The image tokenizer's are read from its folder where they are not given: training on codes
+        has no use for them.
+        """
+        tokenizer = stage.tokenizer_network()
+        if "tokenizer" not in params:
+            dtype = stage.run.param_dtype
+            loaded = model_folder.load(stage.tokenizer_folder, "tokenizer", tokenizer, dtype)
+            params = {**params, "tokenizer": loaded}
         return cls(
             generator=stage.network,
             text=stage.text_network,
-            tokenizer=stage.tokenizer_network(),
+            tokenizer=tokenizer,
             params=params,
             text_tokenizer=TextTokenizer.from_folder(stage.text_folder),
             max_length=stage.config.text.max_length,
@@ -248,7 +257,7 @@ class InstellaPipeline:
             both = np.concatenate([where[rows[chosen]], np.full(size, where[-1])])
             code = self.codes(jnp.take(features, both, axis=1), mask[both], seeds[chosen], options)
             drawn = decode(self.tokenizer, self.params["tokenizer"], code, height, width)
-            yield np.asarray(drawn)[: len(rows) - start]
+            yield sharding.fetch(drawn)[: len(rows) - start]
 
     def describe(self, prompts: Sequence[str]) -> tuple[jax.Array, np.ndarray, np.ndarray]:
         """Encodes prompts, each different one once.

@@ -238,7 +238,7 @@ def decode_picture(
     max_pixels: int | None = None,
 ) -> np.ndarray:
     """Read a picture as `read_picture` does, from a path or an open file called `name`."""
-    from PIL import Image, ImageOps
+    from PIL import Image, ImageOps, UnidentifiedImageError
 
     limit = max_pixels or Image.MAX_IMAGE_PIXELS or math.inf
     try:
@@ -255,6 +255,8 @@ def decode_picture(
         raise
     except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
         raise BadSample(f"{name} is refused: {error}") from None
+    except UnidentifiedImageError:
+        raise BadSample(f"{name} cannot be read: not a picture of a known format") from None
     except Exception as error:  # Pillow's decoders raise all kinds on broken files
         raise BadSample(f"{name} cannot be read: {error or type(error).__name__}") from None
 

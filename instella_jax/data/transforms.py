@@ -37,7 +37,7 @@ class TrainTransform:
         image = crop_resize(sample["image"], *self._size, scale=scale, x=x, y=y)
         if mirror < self._flip:
             image = np.ascontiguousarray(image[:, ::-1])
-        return _with_text({**sample, "image": image}, rng)
+        return with_text({**sample, "image": image}, rng)
 
 
 class EvalTransform:
@@ -49,10 +49,11 @@ class EvalTransform:
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator | None = None) -> Any:
         """Return the sample with "image" and "text" made ready."""
-        return _with_text({**sample, "image": crop_resize(sample["image"], *self._size)}, None)
+        return with_text({**sample, "image": crop_resize(sample["image"], *self._size)}, None)
 
 
-def _with_text(sample: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
+def with_text(sample: dict[str, Any], rng: np.random.Generator | None) -> dict[str, Any]:
+    """Return the sample with "text", one of its "texts": the first without `rng`."""
     texts = sample.pop("texts", None)
     if texts is not None:
         index = 0 if rng is None or len(texts) == 1 else int(rng.integers(len(texts)))

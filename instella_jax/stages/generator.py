@@ -13,7 +13,8 @@ import numpy as np
 
 from instella_jax import model_folder
 from instella_jax.config import Config
-from instella_jax.data.sources import make_split
+from instella_jax.data import codes
+from instella_jax.data.sources import make_split, part_paths
 from instella_jax.errors import UserError
 from instella_jax.models.functional import Network, apply
 from instella_jax.models.olmo import Olmo, OlmoConfig
@@ -114,8 +115,10 @@ class GeneratorStage(abc.ABC):
 
     @property
     def frozen_networks(self) -> dict[str, Network]:
-        """The image tokenizer and, unless it is trained, the text encoder."""
-        networks: dict[str, Network] = {"tokenizer": self.tokenizer_network()}
+        """The image tokenizer, unless codes are given, and the text encoder, unless trained."""
+        networks: dict[str, Network] = {}
+        if self.config.data.kind != "codes":
+            networks["tokenizer"] = self.tokenizer_network()
         if not self.config.text.trainable:
             networks["text"] = self.text_network
         return networks
@@ -129,7 +132,9 @@ class GeneratorStage(abc.ABC):
         }
 
     def loader(self, split: str, **options: Any) -> Any:
-        """Batches with "image", "text", "ids" and "mask"."""
+        """Batches with "image" or packed "code", "text", "ids" and "mask"."""
+        if self.config.data.kind == "codes":
+            self.check_codes()
         tokenizer = TextTokenizer.from_folder(self.text_folder)
         if tokenizer.vocab_size > self.text_sizes.vocab_size:
             raise UserError(
@@ -145,10 +150,33 @@ class GeneratorStage(abc.ABC):
             **options,
         )
 
+    def check_codes(self) -> None:
+        """Checks that the codes are those of the generator and of the tokenizer that draws them.
+
+        Raises:
+          UserError: they are not, or pictures are wanted and there is no tokenizer.
+        """
+        config = self.config
+        folder = None
+        if config.eval.pictures or config.tokenizer:
+            self.tokenizer_network()
+            folder = self.tokenizer_folder
+        for path in part_paths(config.data):
+            codes.check(
+                path, config.model.num_tokens, config.model.bits, config.data.image_size, folder
+            )
+
     def text_features(self, params: Params, frozen: Params, ids: jax.Array, mask: jax.Array):
         """What block i of the generator sees: [layers, B, L, Dt]."""
         weights = params if self.config.text.trainable else frozen
         return apply(self.text_network, weights["text"], ids, mask)[1:]
+
+    def code_of(self, frozen: Params, batch: Any) -> jax.Array:
+        """Codes [B, N, K] of a batch, given or made of its pictures."""
+        if "code" in batch:
+            sizes = self.config.model
+            return codes.unpack_bits(batch["code"], sizes.num_tokens, sizes.bits)
+        return self.encode(frozen, batch["image"])
 
     def encode(self, frozen: Params, images: jax.Array) -> jax.Array:
         """Codes [B, N, K] of pictures uint8 [B, h, w, 3], without gradients."""
@@ -175,7 +203,7 @@ class GeneratorStage(abc.ABC):
         return {"loss": loss, **metrics}
 
     def _metrics(self, params, frozen, batch, mask, key, train):
-        code = self.encode(frozen, batch["image"])
+        code = self.code_of(frozen, batch)
         # The encoder sees the caption even where it is dropped: its states are masked later.
         text = self.text_features(params, frozen, batch["ids"], batch["mask"])
         return self.code_metrics(params, code, text, mask, key, train)
