@@ -154,8 +154,8 @@ def generator(variant: str) -> dict:
     )
     if not variant:
         shared["train"] = dict(
-            steps=4_000, batch_size=64, steps_per_call=10, ema_decay=0.998, keep=2,
-            log_every=100, eval_every=1_000, save_every=500, image_every=2_000,
+            steps=1_500, batch_size=64, steps_per_call=10, ema_decay=0.998, keep=2,
+            log_every=50, eval_every=500, save_every=250, image_every=500,
         )  # fmt: skip
         shared["optimizer"] = dict(
             learning_rate=2.5e-3, warmup_steps=200, b2=0.98, schedule="cosine", final_fraction=0.02
