@@ -30,8 +30,8 @@ def cpu_devices(batch_sizes: Sequence[int]) -> int:
     return max(n for n in range(1, (cores or 1) + 1) if fits % n == 0)
 
 
-def start(config: Config) -> None:
-    """Turns the persistent compilation cache on and says which devices are used."""
+def use_cache() -> None:
+    """Turns the persistent compilation cache on."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -43,16 +43,31 @@ def start(config: Config) -> None:
             logger.warning("no compilation cache: %s cannot be written (%s)", folder, error)
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def start(config: Config, processes: int = 1) -> None:
+    """Turns the persistent compilation cache on and says which devices are used.
+
+    Args:
+      config: its `mesh`, `run` and batch sizes decide how many devices a CPU becomes.
+      processes: how many share the mesh; 0 where only jax knows.
+    """
+    import jax
+
+    use_cache()
     given = config.run.cpu_devices
     if not given and "xla_force_host_platform_device_count" not in os.environ.get("XLA_FLAGS", ""):
         sizes = list(config.mesh.values())
         train = config.train
+        share = max(1, train.accumulate) * max(1, processes)
         given = (
-            cpu_devices([train.batch_size // max(1, train.accumulate), config.eval.batch_size])
+            cpu_devices([train.batch_size // share, config.eval.batch_size])
             if -1 in sizes
-            else math.prod(sizes)
+            else math.prod(sizes) // max(1, processes)
         )
     if given > 0:
         jax.config.update("jax_num_cpu_devices", given)
     devices = jax.devices()
-    print(f"{len(devices)} {devices[0].platform} device(s): {devices[0].device_kind}", flush=True)
+    if jax.process_index() == 0:
+        kind = f"{len(devices)} {devices[0].platform} device(s): {devices[0].device_kind}"
+        print(f"{kind}, {jax.process_count()} process(es)" if processes != 1 else kind, flush=True)
