@@ -1,5 +1,6 @@
 """Parsing of the command line: any mistake in it becomes one sentence."""
 
+import itertools
 import re
 import sys
 from pathlib import Path
@@ -19,7 +20,7 @@ def check_config_file(argv: list[str]) -> None:
       UserError: it does not, or keys are changed without it.
     """
     given = None
-    for item, following in zip(argv, [*argv[1:], ""], strict=True):
+    for item, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
         if match := re.fullmatch(r"--?config(?:=(.*))?", item, re.DOTALL):
             given = following if match[1] is None else match[1]
     if given is None:
