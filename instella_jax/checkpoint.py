@@ -74,14 +74,14 @@ class Checkpoints:
         like = jax.tree.map(
             lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
         )
+        items: dict[str, Any] = dict(state=ocp.args.StandardRestore(like))
+        position = self._position_of_other_processes(step)
+        if position is None:
+            items["data"] = grain.checkpoint.CheckpointRestore(data)
         try:
-            restored = self._manager.restore(
-                step,
-                args=ocp.args.Composite(
-                    state=ocp.args.StandardRestore(like),
-                    data=grain.checkpoint.CheckpointRestore(data),
-                ),
-            )
+            restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+            if position is not None:
+                data.set_state(position)
         except (ValueError, KeyError, OSError) as error:
             line = " ".join(str(error).split())[:300]
             raise UserError(
@@ -89,6 +89,23 @@ class Checkpoints:
                 "remove that folder to go on from the one before it"
             ) from error
         return restored["state"]
+
+    def _position_of_other_processes(self, step: int) -> Any:
+        """Returns the loader's position where as many processes as now did not save it."""
+        from instella_jax.data.blocks import rescale_state
+
+        index, now = jax.process_index(), jax.process_count()
+        folder = Path(self._manager.directory) / str(step) / "data"
+        saved = sorted(folder.glob("process_0-of-*.json"))
+        if not saved or (folder / f"process_{index}-of-{now}.json").exists():
+            return None
+        before = int(saved[0].stem.rpartition("-")[2])
+        logger.warning(
+            "checkpoint %d was saved by %d process(es), %d go on: samples that could not be used "
+            "may shift the data a little",
+            step, before, now,
+        )  # fmt: skip
+        return rescale_state(json.loads(saved[0].read_text(encoding="utf-8")), before, now)
 
     @property
     def latest_step(self) -> int | None:

@@ -160,3 +160,30 @@ def training(config: Config) -> dict[str, int]:
         sizes = model_folder.code_sizes(config.tokenizer, model.num_tokens, model.bits)
         parts["image encoder"] = encoder_forward(sizes, side, side)
     return parts
+
+
+def speed(
+    images_per_second: float, per_image: float, device_kind: str, devices: int
+) -> dict[str, float]:
+    """Metrics of a training speed.
+
+    Args:
+      images_per_second: of all devices together.
+      per_image: operations, the sum of `training`.
+      device_kind: what the devices call themselves.
+      devices: how many.
+
+    Returns:
+      images a second in all and per device, 10^12 operations a second per device and, where the
+      chip's peak is known, the share of it (0 to 1).
+    """
+    one = images_per_second / devices
+    metrics = {
+        "images_per_second": images_per_second,
+        "images_per_second_per_device": one,
+        "model_tflops_per_device": one * per_image / 1e12,
+    }
+    chip = find_chip(device_kind)
+    if chip is not None:
+        metrics["model_flops_utilisation"] = one * per_image / (chip.tflops * 1e12)
+    return metrics

@@ -39,6 +39,21 @@ _MODE = flags.DEFINE_enum(
     "train; eval: held-out metrics; sample: draw prompts as PNG; plan: memory, speed and days, "
     "told without accelerators.",
 )
+_DISTRIBUTED = flags.DEFINE_enum(
+    "distributed",
+    "auto",
+    ("auto", "off", "slurm", "tpu"),
+    "How the processes of a run over several hosts or GPUs find each other; auto: by the three "
+    "flags below, by Slurm's environment, or by that of a TPU pod.",
+)
+_COORDINATOR = flags.DEFINE_string(
+    "coordinator_address",
+    None,
+    "host:port of process 0. These three also as JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES, "
+    "JAX_PROCESS_ID.",
+)
+_PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
+_PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
 
 
 def default_workdir(config: str) -> Path:
@@ -66,9 +81,13 @@ def dispatch(argv: list[str]) -> None:
         plan_report.main(_CONFIG.value)
         return
     # Before jax starts, which reads the cache folder once.
-    from instella_jax import platform
+    from instella_jax import distributed, platform
 
-    platform.start(_CONFIG.value)
+    setup = distributed.detect(
+        os.environ, _DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
+    )
+    distributed.join(setup)
+    platform.start(_CONFIG.value, setup.processes)
     workdir = _WORKDIR.value or default_workdir(config_argument())
     if _MODE.value == "train":
         from instella_jax.train import train

@@ -112,6 +112,22 @@ def place_copy(tree: Any, mesh: Mesh) -> Any:
     return jax.tree.map(put, tree)
 
 
+def fetch(tree: Any) -> Any:
+    """Copies arrays to the host, also those that are spread over other processes.
+
+    With several processes all of them must call it.
+    """
+    if jax.process_count() == 1:
+        return jax.device_get(tree)
+    from jax.experimental import multihost_utils
+
+    def gather(x: jax.Array) -> Any:
+        whole = x.is_fully_addressable or x.is_fully_replicated
+        return jax.device_get(x) if whole else multihost_utils.process_allgather(x, tiled=True)
+
+    return jax.tree.map(gather, tree)
+
+
 def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     """Shardings of a tree of (boxed) abstract parameters by their logical axes.
 

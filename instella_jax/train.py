@@ -13,9 +13,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instella_jax import model_folder, sharding
+from instella_jax import flops, model_folder, sharding
 from instella_jax.checkpoint import Checkpoints, claim_workdir, note_config
 from instella_jax.config import Config
+from instella_jax.distributed import Agreement
 from instella_jax.errors import UserError
 from instella_jax.grids import save_grid
 from instella_jax.metrics import MetricsWriter, Progress, Throughput, progress_line
@@ -51,6 +52,11 @@ def check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
         raise UserError(
             f"train.batch_size={train.batch_size} does not split into {parts} parts "
             f"(data x fsdp devices x train.accumulate): use a multiple of {parts}"
+        )
+    if sharding.batch_parts(mesh) % jax.process_count():
+        raise UserError(
+            f"mesh data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']} does not split the batch "
+            f"over {jax.process_count()} processes: mesh.tensor must not span several of them"
         )
     every = ("steps", "log_every", "eval_every", "save_every", "image_every")
     for name in every:
@@ -135,7 +141,8 @@ class _Stop:
             yield
         finally:
             for number, handler in old.items():
-                signal.signal(number, handler)
+                # None is a handler that Python did not set, such as that of jax.distributed.
+                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
@@ -182,6 +189,8 @@ class _Run:
         )
         self.step_function = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
         self.rate = Throughput()
+        self.operations = sum(flops.training(config).values())
+        self.agreed = Agreement(mesh)
 
     def go(self) -> dict[str, float]:
         """Restores, trains, evaluates."""
@@ -230,7 +239,7 @@ class _Run:
         rows = sharding.batch_sharding(self.mesh, leading=1)
         done, pending = start, None
         for step in range(start, train.steps, train.steps_per_call):
-            if stop.requested:
+            if self.agreed(stop.requested):
                 break
             batch = sharding.place(arrays(next(self.loader)), rows)
             self.state, metrics = self.step_function(self.state, self.frozen, batch)
@@ -276,7 +285,8 @@ class _Run:
             speed = self.rate.steps_per_second
             size = self.config.train.batch_size
             if speed:
-                fetched["images_per_second"] = speed * size
+                kind, devices = self.mesh.devices.flat[0].device_kind, self.mesh.size
+                fetched |= flops.speed(speed * size, self.operations, kind, devices)
             self.writer.scalars(step, fetched, prefix="train")
             total = self.config.train.steps
             self.progress.update(progress_line(step, total, fetched, speed, size))
@@ -307,14 +317,13 @@ class _Run:
 
     def write_model(self, step: int) -> None:
         """Writes the average as a model folder."""
+        average = sharding.fetch(self.state.ema)
         if not self.first:
             return
         folder = self.workdir / "model"
         description = {**self.stage.describe(), "step": step}
         text = getattr(self.stage, "text_tokenizer_file", None)
-        model_folder.save(
-            folder, description, self.state.ema, dtype="bfloat16", text_tokenizer=text
-        )
+        model_folder.save(folder, description, average, dtype="bfloat16", text_tokenizer=text)
         self.progress.message(f"model: {folder}")
 
 

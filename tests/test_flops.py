@@ -119,3 +119,14 @@ def test_chips_by_device_kind(kind, name):
     chip = flops.find_chip(kind)
     assert (chip.name if chip else None) == name
     assert all(dataclasses.astuple(c) for c in flops.CHIPS.values())
+
+
+def test_speed_of_the_published_run():
+    config = importlib.import_module("configs.t2i_diffusion").get_config("instella_512")
+    config.data.kind = "codes"
+    per_image = sum(flops.training(config).values())
+    metrics = flops.speed(8 * 220, per_image, "AMD Instinct MI300X", 8)
+    assert metrics["images_per_second_per_device"] == 220
+    assert metrics["model_flops_utilisation"] == pytest.approx(0.18, abs=0.005)
+    assert metrics["model_tflops_per_device"] == pytest.approx(235, abs=1)
+    assert "model_flops_utilisation" not in flops.speed(10, per_image, "cpu", 1)

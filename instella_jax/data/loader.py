@@ -235,8 +235,9 @@ def make_loader(
         samples that are computed, not read. Default: 0 with workers, else up to 8.
       prefetch: Batches kept ready.
       process_index: This process, in [0, process_count).
-      process_count: The processes that share the source; each gets every process_count-th
-        sample of the shuffled order: disjoint, and complete together.
+      process_count: The processes that share the source. Their batches together are, without
+        workers and bad samples, those of one process with process_count times the batch size,
+        rows in the same order. What does not fill a batch for all of them is left out.
 
     Raises:
       UserError: the source is too small to give one batch, or an argument is out of range.
@@ -274,8 +275,6 @@ def make_loader(
             data = data.random_map(_GuardedTransform(transform, skip_bad), seed=transform_seed)
         if shuffle:
             data = data.shuffle(seed=order_seed)
-        if process_count > 1:
-            data = data[process_index::process_count]
         return data.repeat() if repeat else data
 
     streams = [stream(number, part) for number, part in enumerate(parts)]
@@ -283,6 +282,10 @@ def make_loader(
         data = grain.MapDataset.mix(streams, weights=source.weights)
     else:
         (data,) = streams
+    if process_count > 1:
+        from instella_jax.data.blocks import Blocks
+
+        data = Blocks(data, batch_size, process_index, process_count)
     if threads is None:
         threads = 0 if workers else min(8, 2 * (os.cpu_count() or 1))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * per_item)

@@ -17,6 +17,7 @@ from instella_jax.data.sources import make_split
 from instella_jax.model_folder import execution, tokenizer_config
 from instella_jax.models.functional import Network, apply
 from instella_jax.models.tokenizer import BinaryTokenizer, code_loss, hard_code, sample_code
+from instella_jax.sharding import fetch
 
 Params = Any
 
@@ -131,9 +132,7 @@ class TokenizerStage:
         batch = next(self.loader("heldout", batch_size=count, drop_remainder=False))
         images = batch["image"]
 
-        drawn, quality = jax.device_get(
-            reconstruct(self.network, params["tokenizer"], jnp.asarray(images))
-        )
+        drawn, quality = fetch(reconstruct(self.network, params["tokenizer"], jnp.asarray(images)))
         pictures, captions = [], []
         for image, copy, decibel in zip(images, drawn, quality, strict=True):
             pictures += [image, copy]
