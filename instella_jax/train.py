@@ -16,6 +16,8 @@ import numpy as np
 from instella_jax import flops, model_folder, sharding
 from instella_jax.checkpoint import Checkpoints, claim_workdir, note_config
 from instella_jax.config import Config
+from instella_jax.data.sources import part_names
+from instella_jax.data.watch import DataWatch
 from instella_jax.distributed import Agreement
 from instella_jax.errors import UserError
 from instella_jax.grids import save_grid
@@ -189,6 +191,7 @@ class _Run:
         )
         self.step_function = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
         self.rate = Throughput()
+        self.watch = DataWatch(part_names(config.data))
         self.operations = sum(flops.training(config).values())
         self.agreed = Agreement(mesh)
 
@@ -241,7 +244,7 @@ class _Run:
         for step in range(start, train.steps, train.steps_per_call):
             if self.agreed(stop.requested):
                 break
-            batch = sharding.place(arrays(next(self.loader)), rows)
+            batch = sharding.place(arrays(self.watch.take(self.loader)), rows)
             self.state, metrics = self.step_function(self.state, self.frozen, batch)
             # The device works on this step while the host reads the one before it.
             if pending is not None:
@@ -284,6 +287,7 @@ class _Run:
         if step % self.config.train.log_every == 0:
             speed = self.rate.steps_per_second
             size = self.config.train.batch_size
+            fetched |= self.watch.report()
             if speed:
                 kind, devices = self.mesh.devices.flat[0].device_kind, self.mesh.size
                 fetched |= flops.speed(speed * size, self.operations, kind, devices)
