@@ -2,7 +2,11 @@
 
 import argparse
 import logging
+import math
 import os
+import sys
+import time
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -193,12 +197,26 @@ def _import(options: argparse.Namespace) -> None:
             ),
             workers=options.workers,
             part=parse_part(options.part),
-            show=progress.update,
+            show=_unhurried(progress.update),
         )
     finally:
         progress.close()
     lines = [_WAITING] if report is None else importing.report_lines(report)
     print("\n".join(lines))
+
+
+def _unhurried(show: Callable[[str], None]) -> Callable[[str], None]:
+    """Shows a line in ten seconds where lines stay, as in the log of a batch job."""
+    last = -math.inf
+
+    def sometimes(line: str) -> None:
+        nonlocal last
+        now = time.monotonic()
+        if sys.stdout.isatty() or now - last > 10:
+            last = now
+            show(line)
+
+    return sometimes
 
 
 _WAITING = "this part is done; the data set is complete when the others are"
@@ -229,7 +247,7 @@ def _encode(options: argparse.Namespace) -> None:
             workers=options.workers,
             part=parse_part(options.part),
             run=Execution(dtype=options.dtype),
-            show=progress.update,
+            show=_unhurried(progress.update),
         )
     finally:
         progress.close()
