@@ -154,6 +154,26 @@ def restore_average(workdir: str | os.PathLike[str], like: Any) -> tuple[int, An
     return step, restored["state"]["ema"]
 
 
+def save_params(path: Path, params: Any) -> None:
+    """Writes parameters, host or device arrays, as an orbax checkpoint of their own."""
+    with ocp.StandardCheckpointer() as checkpointer:
+        checkpointer.save(path.absolute(), params)
+
+
+def load_params(path: Path) -> Any:
+    """Reads a checkpoint of `save_params`: host arrays.
+
+    Raises:
+      UserError: it is damaged, or no such checkpoint.
+    """
+    try:
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            return checkpointer.restore(path.absolute())
+    except Exception as error:  # whatever storage or metadata raise
+        line = " ".join(str(error).split())[:200]
+        raise UserError(f"{path} is damaged or no orbax checkpoint: {line}") from None
+
+
 def claim_workdir(workdir: str | os.PathLike[str], config: Config) -> None:
     """Makes the workdir; if a run has saved a checkpoint there, checks that it is the same run.
 

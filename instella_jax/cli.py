@@ -1,8 +1,103 @@
-"""The console command `instella-jax`."""
+"""The console command `instella-jax`: a config's run, import and export of models, data sets."""
 
-from instella_jax.main import main as run_config
+import argparse
+import os
+import signal
+import sys
+from collections.abc import Sequence
+from pathlib import Path
+
+from instella_jax.data_cli import add_parser as add_data_parser
+from instella_jax.data_cli import run as run_data
+from instella_jax.errors import UserError
+
+
+def make_parser() -> argparse.ArgumentParser:
+    """Returns the parser of everything that does not begin with a flag."""
+    parser = argparse.ArgumentParser(
+        prog="instella-jax",
+        description="Imports and exports models, makes data sets.",
+        epilog="instella-jax --config=FILE ... trains, evaluates or samples: see --help.",
+    )
+    commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    take = commands.add_parser("import", help="published checkpoints -> a model folder")
+    take.add_argument(
+        "source",
+        type=Path,
+        metavar="DIR",
+        help="with bae/model.safetensors and diffusion.pt, ar.pt or both",
+    )
+    take.add_argument(
+        "--text-encoder",
+        type=Path,
+        required=True,
+        metavar="OLMO",
+        help="with config.json, model.safetensors or shards, tokenizer.json",
+    )
+    take.add_argument(
+        "--out", type=Path, required=True, metavar="MODEL", help="the model folder to make"
+    )
+    take.add_argument(
+        "--sizes",
+        type=Path,
+        metavar="FILE.json",
+        help='sizes that shapes do not tell and that are not the published ones: {"bae": '
+        '{"axes_dims_rope": [8, 28, 28], "downsample_idx": [7], "upsample_idx": [7], '
+        '"bae_scale": 1024}, "generator": {...}, "text": {...}}',
+    )
+    give = commands.add_parser("export", help="a model folder -> another form of it")
+    give.add_argument("source", type=Path, metavar="MODEL", help="a model folder")
+    give.add_argument(
+        "--to",
+        required=True,
+        choices=("reference", "orbax", "safetensors"),
+        help="reference: the published layout; orbax, safetensors: a model folder whose weights "
+        "are stored so",
+    )
+    give.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
+    add_data_parser(commands)
+    return parser
+
+
+def run(arguments: Sequence[str]) -> None:
+    """Runs a command.
+
+    Raises:
+      UserError: see the command.
+    """
+    options = make_parser().parse_args(arguments)
+    if options.command == "data":
+        run_data(options)
+        return
+    # Nothing is computed: an accelerator that someone trains on stays as it is.
+    os.environ["JAX_PLATFORMS"] = "cpu"
+    # So that a command that is told to stop still clears its unfinished output away.
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
+    if options.command == "import":
+        from instella_jax.published import import_model
+        from instella_jax.tensor_files import read_json
+
+        sizes = read_json(options.sizes) if options.sizes else None
+        import_model(options.source, options.text_encoder, options.out, sizes)
+    else:
+        from instella_jax.export import export_model
+
+        export_model(options.source, options.to, options.out)
+    print(options.out)
 
 
 def main() -> None:
-    """Runs a config: `instella-jax --config=...` is `python -m instella_jax.main --config=...`."""
-    run_config()
+    """Runs a command; `instella-jax --config=...` is `python -m instella_jax.main --config=...`."""
+    arguments = sys.argv[1:]
+    if arguments and arguments[0].startswith("-"):
+        from instella_jax.main import main as run_config
+
+        run_config()
+        return
+    try:
+        run(arguments)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+    except KeyboardInterrupt:
+        sys.exit(130)

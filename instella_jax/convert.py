@@ -31,6 +31,11 @@ def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
     return paths
 
 
+def nested(params: Mapping[str, Any]) -> dict[str, Any]:
+    """Nests parameters that are named by their paths."""
+    return unflatten_dict(dict(params), sep="/")
+
+
 def reference_shapes(network: Network) -> dict[str, tuple[int, ...]]:
     """Shapes of the reference tensors by name."""
     ours = shapes_by_path(network)
@@ -138,7 +143,7 @@ def to_params(network: Network, tensors: Tensors, what: str = "checkpoint") -> d
             continue
         stack = params.setdefault(entry.path, np.empty(ours[entry.path].shape, value.dtype))
         stack[entry.layer] = value
-    return unflatten_dict(params, sep="/")
+    return nested(params)
 
 
 _HINT = "check that the file is complete and that the sizes given are those of this model"
@@ -179,7 +184,7 @@ def from_params(
 
     Args:
       network: what the parameters are for.
-      params: nested parameters.
+      params: nested parameters, anything with a shape that can be indexed and made an array.
       unused: the tensors of `unused_shapes` that came with the checkpoint; zeros where not given.
 
     Yields:
@@ -199,8 +204,8 @@ def from_params(
     repeated = {original: name for name, original in copies(network).items()}
     dtype = np.dtype(jnp.float32)
     for entry in entries(network):
-        value = np.asarray(given[entry.path])
-        value = value if entry.layer is None else value[entry.layer]
+        stored = given[entry.path]
+        value = np.asarray(stored if entry.layer is None else stored[entry.layer])
         value = np.ascontiguousarray(FORMS[entry.form][1](value))
         dtype = value.dtype
         yield entry.name, value

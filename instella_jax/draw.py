@@ -74,8 +74,15 @@ def load_pipeline(
     tokenizer = (
         None if "tokenizer" in description else model_folder.find(config.tokenizer, "tokenizer")
     )
-    run = model_folder.execution(config.run)
-    return InstellaPipeline.from_folder(folder, tokenizer, run), str(folder)
+    encoder = config.text.encoder
+    pipeline = InstellaPipeline.from_folder(
+        folder,
+        tokenizer,
+        model_folder.execution(config.run),
+        kind=config.stage,
+        text_encoder=model_folder.find(encoder, "text.encoder") if encoder else None,
+    )
+    return pipeline, str(folder)
 
 
 def restore(config: Config, workdir: str | os.PathLike[str]):

@@ -1,13 +1,16 @@
 """Model folders: what is shipped, imported, exported and trained on top of.
 
-A folder holds `config.json` (sizes of each part), `<part>.safetensors` for the parts "tokenizer",
-"generator" and "text", and `tokenizer.json` of the text encoder where there is one.
+A folder holds `config.json` (sizes of each part), the weights of each part and `tokenizer.json` of
+the text encoder where there is one. Parts are "tokenizer", "text" and generators: one "generator"
+where it was trained here, "diffusion" and "ar" where both may be there; their sizes name their
+`kind`. Weights are in `<part>.safetensors`, or in the orbax checkpoint `<part>/`.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Mapping
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -21,9 +24,10 @@ from instella_jax.errors import UserError
 from instella_jax.models.functional import Network, abstract_params
 from instella_jax.models.layers import REMAT_POLICIES, Execution
 from instella_jax.models.tokenizer import TokenizerConfig
+from instella_jax.tensor_files import Tensors, open_safetensors, read_json
 
 ASSETS = Path(__file__).parent / "assets"
-PARTS = ("tokenizer", "generator", "text")
+PARTS = ("tokenizer", "generator", "diffusion", "ar", "text")
 
 
 def execution(config: Mapping[str, Any]) -> Execution:
@@ -164,41 +168,51 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
       UserError: the folder is not a model folder.
     """
     path = Path(folder) / "config.json"
-    try:
-        description = json.loads(path.read_text(encoding="utf-8"))
-    except OSError as error:
-        raise UserError(f"no model at {folder}: cannot read {path} ({error.strerror})") from None
-    except ValueError as error:
-        raise UserError(f"{path} is not valid JSON ({error})") from None
-    if not isinstance(description, dict) or not set(description) & set(PARTS):
+    if not path.exists():
+        raise UserError(f"no model at {folder}: cannot read {path} (no such file)")
+    description = read_json(path)
+    if not set(description) & set(PARTS):
         raise UserError(f"{path} is not the config of a model: expected one of the keys {PARTS}")
     return description
 
 
-def load_part(folder: str | os.PathLike[str], part: str, like: Any = None) -> Any:
-    """Reads the parameters of a part, host arrays in the type they were stored in.
+def has_weights(folder: str | os.PathLike[str], part: str) -> bool:
+    """Tells whether a model folder holds the weights of a part."""
+    return (Path(folder) / f"{part}.safetensors").is_file() or (Path(folder) / part).is_dir()
+
+
+def unused_file(folder: Path, part: str) -> Path:
+    """File of the published tensors of a part that its network does not use."""
+    return folder / f"{part}_unused.safetensors"
+
+
+@contextlib.contextmanager
+def open_part(folder: str | os.PathLike[str], part: str, network: Network) -> Iterator[Tensors]:
+    """Opens the parameters of a part, by their paths and in the type they were stored in.
 
     Args:
       folder: a model folder.
       part: one of `PARTS`.
-      like: abstract parameters that shapes and names must agree with.
+      network: the network they are for.
 
     Raises:
       UserError: the file is missing, damaged, or does not fit.
     """
-    from safetensors import SafetensorError
-    from safetensors.numpy import load_file
-
     path = Path(folder) / f"{part}.safetensors"
-    if not path.is_file():
+    if not has_weights(folder, part):
         raise UserError(f"model folder {folder} has no {part}: {path.name} is missing")
-    try:
-        arrays = load_file(path)
-    except (SafetensorError, OSError, ValueError) as error:
-        raise UserError(f"{path} is damaged or no safetensors file ({error})") from None
-    if like is not None:
-        _check(path, {k: v.shape for k, v in arrays.items()}, like)
-    return unflatten_dict(arrays, sep="/")
+    with contextlib.ExitStack() as stack:
+        if path.is_file():
+            tensors = stack.enter_context(open_safetensors(path))
+        else:
+            from instella_jax.checkpoint import load_params
+
+            path = Path(folder) / part
+            arrays = flatten(load_params(path))
+            specs = {name: (a.shape, a.dtype) for name, a in arrays.items()}
+            tensors = Tensors(specs, arrays.__getitem__)
+        _check(path, tensors.shapes, sharding.values(abstract_params(network)))
+        yield tensors
 
 
 def load_boxed(folder: str | os.PathLike[str], part: str, network: Network, dtype: str) -> Any:
@@ -211,23 +225,34 @@ def load_boxed(folder: str | os.PathLike[str], part: str, network: Network, dtyp
       dtype: type to hold them in.
 
     Raises:
-      UserError: see `load_part`.
+      UserError: see `open_part`.
     """
-    boxed = abstract_params(network)
-    values = load_part(folder, part, sharding.values(boxed))
 
     def box(like: Any, value: np.ndarray) -> Any:
-        value = value.astype(dtype)
         return like.replace_boxed(value) if isinstance(like, nn.Partitioned) else value
 
-    return jax.tree.map(box, boxed, values, is_leaf=lambda x: isinstance(x, nn.Partitioned))
+    with open_part(folder, part, network) as tensors:
+        values = {name: value.astype(dtype, copy=False) for name, value in tensors.items()}
+    return jax.tree.map(
+        box,
+        abstract_params(network),
+        unflatten_dict(values, sep="/"),
+        is_leaf=lambda x: isinstance(x, nn.Partitioned),
+    )
 
 
 def load(folder: str | os.PathLike[str], part: str, network: Network, dtype: str) -> Any:
-    """Reads the parameters of a part as plain device arrays; see `load_boxed`."""
-    return jax.tree.map(
-        jax.numpy.asarray, sharding.values(load_boxed(folder, part, network, dtype))
-    )
+    """Reads the parameters of a part as plain device arrays, one after the other.
+
+    Raises:
+      UserError: see `open_part`.
+    """
+    with open_part(folder, part, network) as tensors:
+        values = {
+            name: jax.numpy.asarray(value.astype(dtype, copy=False))
+            for name, value in tensors.items()
+        }
+    return unflatten_dict(values, sep="/")
 
 
 def _check(path: Path, shapes: Mapping[str, tuple], like: Any) -> None:

@@ -14,7 +14,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instella_jax import binary_diffusion, model_folder, sampling, sharding
+from instella_jax import binary_diffusion, model_folder, model_parts, sampling, sharding
 from instella_jax.binary_diffusion import Target
 from instella_jax.config import Config
 from instella_jax.errors import UserError
@@ -24,7 +24,7 @@ from instella_jax.models.functional import apply
 from instella_jax.models.layers import Execution
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import BinaryTokenizer
-from instella_jax.stages.generator import GeneratorStage, text_sizes
+from instella_jax.stages.generator import GeneratorStage
 from instella_jax.stages.tokenizer import to_uint8
 from instella_jax.text import TextTokenizer
 
@@ -33,7 +33,6 @@ Generator = DiffusionTransformer | ArTransformer
 
 # Text is padded to a multiple of this, so that few lengths are ever compiled.
 TEXT_BLOCK = 32
-GENERATORS = {"diffusion": DiffusionTransformer, "ar": ArTransformer}
 MAX_STEPS = 1_000
 MAX_SIDE = 4_096
 MAX_BATCH = 1_024
@@ -157,6 +156,9 @@ class InstellaPipeline:
         folder: str | os.PathLike[str],
         tokenizer: str | os.PathLike[str] | None = None,
         run: Execution = Execution(),  # noqa: B008 (frozen)
+        *,
+        kind: str | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
     ) -> "InstellaPipeline":
         """Reads a model folder.
 
@@ -164,41 +166,37 @@ class InstellaPipeline:
           folder: with a generator, a text encoder and its `tokenizer.json`.
           tokenizer: folder of the image tokenizer, None where `folder` holds it.
           run: how the networks are computed.
+          kind: "diffusion" or "ar", which generator is wanted where the folder holds both; None
+            for the one there is, or the diffusion one.
+          text_encoder: folder of the text encoder; not looked at where `folder` holds it.
 
         Raises:
           UserError: a part is missing, damaged, or the parts do not fit each other.
         """
+        folder = Path(folder)
         description = model_folder.read_description(folder)
-        for part in ("generator", "text"):
-            if part not in description:
-                raise UserError(f"model folder {folder} has no {part}")
-        sizes = dict(description["generator"])
-        kind = sizes.pop("kind", None)
-        if kind not in GENERATORS:
-            raise UserError(f"model folder {folder} holds a generator of unknown kind {kind!r}")
-        text_values = dict(description["text"])
-        max_length = text_values.pop("max_length")
-        text = Olmo(text_sizes(text_values), run)
-        generator = GENERATORS[kind](**sizes, text_width=text.config.hidden_size, run=run)
+        generator = model_parts.find_generator(folder, description, kind)
+        # A generator that was trained on top of a frozen text encoder comes without it.
+        text_folder = folder
+        if text_encoder is not None and not model_folder.has_weights(folder, "text"):
+            text_folder = Path(text_encoder)
         tokenizer_folder = Path(folder if tokenizer is None else tokenizer)
-        network = BinaryTokenizer(
-            model_folder.tokenizer_config(
-                model_folder.read_description(tokenizer_folder).get("tokenizer", {})
-            ),
-            run,
-        )
-        params = {
-            "generator": model_folder.load(folder, "generator", generator, run.param_dtype),
-            "text": model_folder.load(folder, "text", text, run.param_dtype),
-            "tokenizer": model_folder.load(tokenizer_folder, "tokenizer", network, run.param_dtype),
+        places = {
+            "generator": (folder, generator),
+            "text": (text_folder, "text"),
+            "tokenizer": (tokenizer_folder, "tokenizer"),
         }
+        networks, params = {}, {}
+        for part, (place, name) in places.items():
+            values = model_folder.read_description(place)
+            network = model_parts.make_network(place, values, name, run)
+            networks[part] = network
+            params[part] = model_folder.load(place, name, network, run.param_dtype)
         return cls(
-            generator=generator,
-            text=text,
-            tokenizer=network,
+            **networks,
             params=params,
-            text_tokenizer=TextTokenizer.from_folder(Path(folder)),
-            max_length=max_length,
+            text_tokenizer=TextTokenizer.from_folder(text_folder),
+            max_length=description["text"]["max_length"],
             image_size=description["image_size"],
             target=description.get("target", "epsilon"),
         )
@@ -249,28 +247,52 @@ class InstellaPipeline:
         self.tokenizer.config.grid(height, width)
         rows = np.repeat(np.arange(len(prompts)), options.images_per_prompt)
         seeds = options.seed + np.tile(np.arange(options.images_per_prompt), len(prompts))
-        features, mask, where = self.describe([*prompts, options.negative_prompt])
+        negative = options.negative_prompt
+        length = self.padded_length([*prompts, negative])
         size = min(options.batch_size, len(rows))
         for start in range(0, len(rows), size):
             # The last batch is filled up, so that all have the compiled shape.
             chosen = np.minimum(np.arange(start, start + size), len(rows) - 1)
-            both = np.concatenate([where[rows[chosen]], np.full(size, where[-1])])
-            code = self.codes(jnp.take(features, both, axis=1), mask[both], seeds[chosen], options)
+            texts = [*(prompts[row] for row in rows[chosen]), *[negative] * size]
+            features, mask = self.describe(texts, length)
+            code = self.codes(features, mask, seeds[chosen], options)
             drawn = decode(self.tokenizer, self.params["tokenizer"], code, height, width)
             yield sharding.fetch(drawn)[: len(rows) - start]
 
-    def describe(self, prompts: Sequence[str]) -> tuple[jax.Array, np.ndarray, np.ndarray]:
-        """Encodes prompts, each different one once.
+    def padded_length(self, prompts: Sequence[str]) -> int:
+        """The length L of the longest prompt in tokens, with padding, so that few are compiled."""
+        _, mask = self.text_tokenizer.encode(prompts, max_length=self.max_length)
+        return min(-(-mask.shape[1] // TEXT_BLOCK) * TEXT_BLOCK, self.max_length)
+
+    def describe(self, prompts: Sequence[str], length: int) -> tuple[jax.Array, np.ndarray]:
+        """Encodes prompts, each different one once and the empty one once ever.
+
+        Args:
+          prompts: 2B texts.
+          length: L, see `padded_length`.
 
         Returns:
-          features [layers, U, L, Dt], mask bool [U, L], and the row of each prompt in them.
+          features [layers, 2B, L, Dt] and mask bool [2B, L].
         """
-        unique = list(dict.fromkeys(prompts))
-        _, mask = self.text_tokenizer.encode(unique, max_length=self.max_length)
-        length = min(-(-mask.shape[1] // TEXT_BLOCK) * TEXT_BLOCK, self.max_length)
-        ids, mask = self.text_tokenizer.encode(unique, max_length=self.max_length, pad_to=length)
-        features = text_features(self.text, self.params["text"], ids, mask)
-        return features, mask, np.array([unique.index(prompt) for prompt in prompts])
+        unique = list(dict.fromkeys(prompt for prompt in prompts if prompt))
+        # Nothing sees the states of the empty prompt, so that any padding does for them.
+        features = jnp.pad(self._empty, ((0, 0), (0, 0), (length - 1, 0), (0, 0)))
+        mask = np.zeros((1, length), bool)
+        if unique:
+            ids, seen = self.text_tokenizer.encode(
+                unique, max_length=self.max_length, pad_to=length
+            )
+            described = text_features(self.text, self.params["text"], ids, seen)
+            features = jnp.concatenate([features, described], axis=1)
+            mask = np.concatenate([mask, seen])
+        rows = np.array([unique.index(prompt) + 1 if prompt else 0 for prompt in prompts])
+        return jnp.take(features, rows, axis=1), mask[rows]
+
+    @functools.cached_property
+    def _empty(self) -> jax.Array:
+        """Features [layers, 1, 1, Dt] of the empty prompt."""
+        ids, mask = self.text_tokenizer.encode([""], pad_to=1)
+        return text_features(self.text, self.params["text"], ids, mask)
 
     def codes(
         self, features: jax.Array, mask: np.ndarray, seeds: np.ndarray, options: Options

@@ -13,7 +13,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instella_jax import flops, model_folder, sharding
+from instella_jax import flops, model_folder, model_parts, sharding
 from instella_jax.checkpoint import Checkpoints, claim_workdir, note_config
 from instella_jax.config import Config
 from instella_jax.data.sources import part_names
@@ -78,10 +78,11 @@ def load_frozen(stage: Stage, mesh: jax.sharding.Mesh) -> Params:
 def load_params(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Params:
     """Puts the trainable parameters of `init_from`, or else the shipped ones, on the mesh."""
     folder = model_folder.find_weights(config)
-    boxed = {
-        part: model_folder.load_boxed(folder, part, network, config.run.param_dtype)
-        for part, network in stage.networks.items()
-    }
+    sizes, boxed = stage.describe(), {}
+    for part, network in stage.networks.items():
+        key = "text.model" if part == "text" else "model"
+        name = model_parts.matching_part(folder, part, sizes[part], key)
+        boxed[part] = model_folder.load_boxed(folder, name, network, config.run.param_dtype)
     return jax.device_put(sharding.values(boxed), sharding.tree_shardings(boxed, mesh))
 
 

@@ -78,8 +78,24 @@ def test_repeated_prompts_are_encoded_once(pipeline, monkeypatch):
             rows.append(len(ids)) or encode(network, params, ids, mask)
         ),
     )
-    pipeline([PROMPTS[0]] * 5 + [PROMPTS[1]], OPTIONS)
-    assert rows == [3]  # two prompts and the empty one
+    options = dataclasses.replace(OPTIONS, batch_size=6)
+    pipeline([PROMPTS[0]] * 5 + [PROMPTS[1]], options)
+    assert rows == [1, 2]  # the empty prompt, once ever, and two others
+    pipeline([PROMPTS[1], "", PROMPTS[1]], options)
+    pipeline(PROMPTS[:1], dataclasses.replace(options, negative_prompt=PROMPTS[2]))
+    assert rows == [1, 2, 1, 2]
+
+
+def test_the_empty_prompt_is_what_the_encoder_makes_of_it(pipeline):
+    ids, mask = pipeline.text_tokenizer.encode(["", PROMPTS[0]], pad_to=32)
+    whole = pipeline_module.text_features(pipeline.text, pipeline.params["text"], ids, mask)
+    features, seen = pipeline.describe(["", PROMPTS[0]], 32)
+    np.testing.assert_array_equal(seen, mask)
+    np.testing.assert_allclose(features[:, seen], whole[:, mask], rtol=1e-5, atol=1e-6)
+    keys = np.array([3])
+    ours = pipeline.codes(features[:, ::-1], seen[::-1], keys, OPTIONS)
+    theirs = pipeline.codes(whole[:, ::-1], mask[::-1], keys, OPTIONS)
+    np.testing.assert_array_equal(ours, theirs)
 
 
 def test_a_negative_prompt_and_guidance_change_the_picture(pipeline):

@@ -11,24 +11,18 @@ from typing import Any
 import jax
 import numpy as np
 
-from instella_jax import model_folder
+from instella_jax import model_folder, model_parts
 from instella_jax.config import Config
 from instella_jax.data import codes
 from instella_jax.data.sources import make_split, part_paths
 from instella_jax.errors import UserError
 from instella_jax.models.functional import Network, apply
-from instella_jax.models.olmo import Olmo, OlmoConfig
+from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import BinaryTokenizer, hard_code
 from instella_jax.stages.tokenizer import to_float
 from instella_jax.text import TextTokenizer
 
 Params = Any
-
-
-def text_sizes(values: Any) -> OlmoConfig:
-    """Reads the sizes of a text encoder; a `clip_qkv` of 0 is none."""
-    sizes = model_folder.build(OlmoConfig, values, "text.model")
-    return dataclasses.replace(sizes, clip_qkv=sizes.clip_qkv or None)
 
 
 class GeneratorStage(abc.ABC):
@@ -51,7 +45,7 @@ class GeneratorStage(abc.ABC):
         """
         self.config = config
         run = model_folder.execution(config.run)
-        self.text_sizes = text_sizes(config.text.model)
+        self.text_sizes = model_parts.text_sizes(config.text.model)
         self.text_network = Olmo(self.text_sizes, run)
         self.network = network(**config.model, text_width=self.text_sizes.hidden_size, run=run)
         layers = self.text_sizes.num_hidden_layers
@@ -124,12 +118,20 @@ class GeneratorStage(abc.ABC):
         return networks
 
     def frozen(self) -> Params:
-        """Parameters of the frozen networks, from their folders."""
-        folders = {"tokenizer": self.tokenizer_folder, "text": self.text_folder}
-        return {
-            part: model_folder.load_boxed(folders[part], part, network, self.run.param_dtype)
-            for part, network in self.frozen_networks.items()
-        }
+        """Parameters of the frozen networks, from their folders.
+
+        Raises:
+          UserError: a folder lacks them, or has them in other sizes than the config's.
+        """
+        loaded = {}
+        for part, network in self.frozen_networks.items():
+            if part == "text":
+                folder, sizes = self.text_folder, self.describe()["text"]
+                model_parts.matching_part(folder, part, sizes, "text.model")
+            else:
+                folder = self.tokenizer_folder
+            loaded[part] = model_folder.load_boxed(folder, part, network, self.run.param_dtype)
+        return loaded
 
     def loader(self, split: str, **options: Any) -> Any:
         """Batches with "image" or packed "code", "text", "ids" and "mask"."""
