@@ -122,6 +122,31 @@ def guided(
     return jnp.where(cold, jnp.sign(logits) * SURE, logits / jnp.where(cold, 1.0, temperature))
 
 
+def draw_bits(
+    conditional: jax.Array,
+    unconditional: jax.Array,
+    guidance: Scalar,
+    temperature: Scalar,
+    uniforms: jax.Array,
+) -> jax.Array:
+    """Draws bits from their own logits, as the autoregressive generator does (SPEC section 4).
+
+    Args:
+      conditional: logits given the prompt, any shape.
+      unconditional: logits given the empty or negative prompt, the same shape.
+      guidance: see `guided`.
+      temperature: see `guided`; at 0 a bit is 1 where its guided logit is positive.
+      uniforms: in [0, 1), the same shape, the draw.
+
+    Returns:
+      bits, float32 of 0 and 1.
+    """
+    logits = guided(conditional, unconditional, guidance, temperature)
+    cold = jnp.asarray(temperature) == 0
+    threshold = jnp.where(cold, 0.0, uniforms)
+    return (threshold < jnp.where(cold, logits, jax.nn.sigmoid(logits))).astype(jnp.float32)
+
+
 def step_probability(
     flip: jax.Array,
     z: jax.Array,
@@ -186,4 +211,6 @@ def sampling_step(
     flip = guided(conditional, unconditional, guidance, temperature)
     clean, following = step_probability(flip, z.astype(jnp.float32), t, t_next, protocol)
     settled = jnp.logical_or(is_last, jnp.asarray(temperature) == 0)
-    return jnp.where(settled, clean > 0.5, uniforms < following).astype(z.dtype)
+    # Numbers are chosen, and not truth values, which TPU kernels cannot choose between.
+    probability, threshold = jnp.where(settled, clean, following), jnp.where(settled, 0.5, uniforms)
+    return (threshold < probability).astype(z.dtype)

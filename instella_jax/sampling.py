@@ -14,6 +14,8 @@ import jax.numpy as jnp
 
 from instella_jax import binary_diffusion
 from instella_jax.binary_diffusion import Scalar, Target
+from instella_jax.kernels import binary_sampling
+from instella_jax.kernels.binary_sampling import Implementation, draw
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.joint_attention import KeysValues
@@ -24,16 +26,11 @@ def image_keys(seeds: jax.Array) -> jax.Array:
     return jax.vmap(jax.random.key)(seeds)
 
 
-def draw(keys: jax.Array, index: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
-    """Uniforms [B, *shape] of draw number `index`, each image's from its own key [B]."""
-    return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, index), shape))(keys)
-
-
 def _bound(network: nn.Module, params: Any) -> Callable[..., Any]:
     return functools.partial(network.apply, {"params": params})
 
 
-@functools.partial(jax.jit, static_argnames=("network", "protocol", "target"))
+@functools.partial(jax.jit, static_argnames=("network", "protocol", "target", "kernel"))
 def sample_diffusion(
     network: DiffusionTransformer,
     params: Any,
@@ -47,12 +44,13 @@ def sample_diffusion(
     rho: Scalar = 1.0,
     protocol: int = 1,
     target: Target = "epsilon",
+    kernel: Implementation = "xla",
     uniforms: jax.Array | None = None,
 ) -> jax.Array:
     """Samples codes from the diffusion generator (SPEC section 3).
 
     An image depends on the parameters, its prompt, its key and the options alone, not on the
-    others of its batch. Only `network`, `protocol`, `target` and shapes recompile.
+    others of its batch. Only `network`, `protocol`, `target`, `kernel` and shapes recompile.
 
     Args:
       network: the generator.
@@ -66,6 +64,7 @@ def sample_diffusion(
       rho: exponent of the schedule of times.
       protocol: 1 or 2, see `binary_diffusion.step_probability`.
       target: what the network was trained to tell.
+      kernel: what draws the bits, see `kernels.binary_sampling.resolve`.
       uniforms: [S, B, N, K], draws to use in place of the keys': the first makes the initial
         bits, number i ends step i - 1.
 
@@ -78,37 +77,29 @@ def sample_diffusion(
     shape = (network.num_tokens, network.bits)
     steps = jnp.asarray(steps, jnp.int32)
 
-    def uniform(index: jax.Array | int) -> jax.Array:
-        if uniforms is None:
-            return draw(keys, index, shape)
-        # The last step asks for a draw past the end and does not use it.
-        return jax.lax.dynamic_index_in_dim(uniforms, index, keepdims=False)
-
     def step(index: jax.Array, z: jax.Array) -> jax.Array:
         t, t_next = (binary_diffusion.time(i, steps, rho) for i in (index, index + 1))
         both = jnp.concatenate([z, z])
         times = jnp.broadcast_to(t, both.shape[:1])
         output = apply(both, times, text, text_mask)
-        flip = binary_diffusion.flip_logits(output, both, target)
-        conditional, unconditional = jnp.split(flip, 2)
+        flip = binary_diffusion.flip_logits(output, both, target).reshape(2, *z.shape)
+        settings = (t, t_next, guidance, temperature, index + 1 == steps)
+        if uniforms is None:
+            return binary_sampling.diffusion_step(
+                flip, z, keys, index + 1, *settings, protocol=protocol, implementation=kernel
+            )
+        # The last step asks for a draw past the end and does not use it.
+        given = jax.lax.dynamic_index_in_dim(uniforms, index + 1, keepdims=False)
+        conditional, unconditional = flip
         return binary_diffusion.sampling_step(
-            conditional,
-            unconditional,
-            z,
-            t,
-            t_next,
-            guidance,
-            temperature,
-            index + 1 == steps,
-            uniform(index + 1),
-            protocol,
+            conditional, unconditional, z, *settings, given, protocol
         )
 
-    start = (uniform(0) < 0.5).astype(jnp.float32)
-    return jax.lax.fori_loop(0, steps, step, start)
+    first = draw(keys, 0, shape) if uniforms is None else uniforms[0]
+    return jax.lax.fori_loop(0, steps, step, (first < 0.5).astype(jnp.float32))
 
 
-@functools.partial(jax.jit, static_argnames=("network",))
+@functools.partial(jax.jit, static_argnames=("network", "kernel"))
 def sample_ar(
     network: ArTransformer,
     params: Any,
@@ -118,12 +109,13 @@ def sample_ar(
     *,
     guidance: Scalar = 9.0,
     temperature: Scalar = 0.5,
+    kernel: Implementation = "xla",
     uniforms: jax.Array | None = None,
 ) -> jax.Array:
     """Samples codes from the autoregressive generator, with a cache (SPEC section 4).
 
     An image depends on the parameters, its prompt, its key and the options alone, not on the
-    others of its batch. Only `network` and shapes recompile.
+    others of its batch. Only `network`, `kernel` and shapes recompile.
 
     Args:
       network: the generator.
@@ -133,6 +125,7 @@ def sample_ar(
       keys: [B] random keys, one per image.
       guidance: g, 0 for none; see `binary_diffusion.guided`.
       temperature: of the guided logits; 0 thresholds them.
+      kernel: what draws the bits, see `kernels.binary_sampling.resolve`.
       uniforms: [B, N, K], draws to use in place of the keys'.
 
     Returns:
@@ -146,13 +139,17 @@ def sample_ar(
     ) -> tuple[tuple[KeysValues, jax.Array], jax.Array]:
         cache, bits = carry
         logits, cache = apply(jnp.concatenate([bits, bits]), index, cache, text_mask, method="step")
-        conditional, unconditional = jnp.split(logits, 2)
-        logits = binary_diffusion.guided(conditional, unconditional, guidance, temperature)
+        logits = logits.reshape(2, *bits.shape)
         if uniforms is None:
-            uniform = draw(keys, index, (network.bits,))
+            bits = binary_sampling.autoregressive_bits(
+                logits, keys, index, guidance, temperature, implementation=kernel
+            )
         else:
-            uniform = jax.lax.dynamic_index_in_dim(uniforms, index, axis=1, keepdims=False)
-        bits = (uniform < jax.nn.sigmoid(logits)).astype(jnp.float32)
+            given = jax.lax.dynamic_index_in_dim(uniforms, index, axis=1, keepdims=False)
+            conditional, unconditional = logits
+            bits = binary_diffusion.draw_bits(
+                conditional, unconditional, guidance, temperature, given
+            )
         return (cache, bits), bits
 
     first = jnp.zeros((keys.shape[0], network.bits))

@@ -1,0 +1,1 @@
+"""Fused operations: each one a public function, an XLA reference and Pallas kernels."""
