@@ -180,9 +180,7 @@ class _Run:
         self.config, self.workdir, self.stage, self.mesh = config, workdir, stage, mesh
         self.first = jax.process_index() == 0
         self.progress = Progress(enabled=self.first)
-        self.checkpoints = Checkpoints(workdir, config.train.keep)
-        self.frozen = load_frozen(stage, mesh)
-        self.state, optimizer = initial_state(stage, config, mesh)
+        # Data and weights that cannot be read should be told of before anything is compiled.
         self.loader = stage.loader(
             "train",
             batch_size=config.train.batch_size // jax.process_count(),
@@ -190,6 +188,9 @@ class _Run:
             process_index=jax.process_index(),
             process_count=jax.process_count(),
         )
+        self.frozen = load_frozen(stage, mesh)
+        self.checkpoints = Checkpoints(workdir, config.train.keep)
+        self.state, optimizer = initial_state(stage, config, mesh)
         self.step_function = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
         self.rate = Throughput()
         self.watch = DataWatch(part_names(config.data))
