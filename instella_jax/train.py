@@ -284,7 +284,8 @@ class _Run:
         if in_a_row >= self.config.train.max_skipped:
             raise UserError(
                 f"{in_a_row} steps in a row up to step {step} had no finite loss and gradient; "
-                "lower optimizer.learning_rate or check the data"
+                "check the data, or start again with a lower optimizer.learning_rate and "
+                "another --workdir"
             )
         if step % self.config.train.log_every == 0:
             speed = self.rate.steps_per_second
