@@ -106,23 +106,26 @@ def inspect(
     with open_any(path) as tensors:
         config = reference_sizes.measure_tokenizer(tensors.shapes, sizes.get("bae", {}), str(path))
         parts = {"tokenizer": _account(path, BinaryTokenizer(config), tensors)}
+    wanted = {
+        "num_tokens": config.num_tokens,
+        "bits": config.bits,
+        "num_layers": olmo.num_hidden_layers,
+        "text_width": olmo.hidden_size,
+    }
     generators: dict[str, dict[str, Any]] = {}
     for kind, path in found.items():
         with open_any(path) as tensors:
             generator = reference_sizes.measure_generator(
-                tensors.shapes, kind, sizes.get("generator", {}), str(path)
+                tensors.shapes, kind, sizes.get("generator", {}), wanted, str(path)
             )
             network = model_parts.GENERATORS[kind](**generator)
             parts[kind] = _account(path, network, tensors)
-        wanted = {
-            "num_tokens": config.num_tokens,
-            "bits": config.bits,
-            "num_layers": olmo.num_hidden_layers,
-            "text_width": olmo.hidden_size,
-        }
         for key, value in wanted.items():
             if generator[key] != value:
-                other = parts["tokenizer"].path if key in ("num_tokens", "bits") else text_encoder
+                other = str(text_encoder)
+                if key in ("num_tokens", "bits"):
+                    told_by = "encoder.latent_tokens" if key == "num_tokens" else "quantizer.embed"
+                    other = f"tensor {told_by!r} of {source / TOKENIZER_FILE}"
                 raise UserError(
                     f"{path} has {key} {generator[key]}, {other} {value}; expected parts of one "
                     "model"

@@ -109,8 +109,13 @@ _GENERATOR_AXES = {
 }
 
 
-def _vote(shapes: Shapes, axes: Mapping[str, tuple[str | None, ...]], what: str) -> dict[str, int]:
-    """The size that most tensors give each axis.
+def _vote(
+    shapes: Shapes,
+    axes: Mapping[str, tuple[str | None, ...]],
+    expected: Mapping[str, Any],
+    what: str,
+) -> dict[str, int]:
+    """The size that most tensors give each axis; what is expected counts as one that comes first.
 
     Raises:
       UserError: no tensor tells a size.
@@ -121,7 +126,8 @@ def _vote(shapes: Shapes, axes: Mapping[str, tuple[str | None, ...]], what: str)
             if len(shape) == len(names) and re.fullmatch(pattern, name):
                 for axis, size in zip(names, shape, strict=True):
                     if axis is not None:
-                        votes.setdefault(axis, Counter())[size] += 1
+                        first = [expected[axis]] if type(expected.get(axis)) is int else []
+                        votes.setdefault(axis, Counter(first))[size] += 1
     for pattern, names in axes.items():
         for axis in filter(None, names):
             if not votes.get(axis) or not votes[axis].most_common(1)[0][0]:
@@ -173,7 +179,7 @@ def measure_tokenizer(shapes: Shapes, given: Any, what: str) -> TokenizerConfig:
     Raises:
       UserError: sizes are not told, contradict each other, or do not fit.
     """
-    votes = _vote(shapes, _TOKENIZER_AXES, what)
+    votes = _vote(shapes, _TOKENIZER_AXES, given if isinstance(given, Mapping) else {}, what)
     measured: dict[str, Any] = {
         "in_channels": 3,
         "patch_size": votes["patch_size"],
@@ -212,19 +218,29 @@ def measure_tokenizer(shapes: Shapes, given: Any, what: str) -> TokenizerConfig:
     return tokenizer_config(bae, scale)
 
 
-def measure_generator(shapes: Shapes, kind: str, given: Any, what: str) -> dict[str, int]:
+def measure_generator(
+    shapes: Shapes, kind: str, given: Any, expected: Mapping[str, int], what: str
+) -> dict[str, int]:
     """Works out a generator's sizes, arguments of both generators here, from its tensors' shapes.
 
     Args:
       shapes: shapes by the reference's names.
       kind: "diffusion" or "ar".
       given: the same sizes by the reference's names, checked against the shapes; may be empty.
+      expected: what the tokenizer and the text encoder tell: "num_tokens", "bits", "text_width".
       what: the file's name, for messages.
 
     Raises:
       UserError: sizes are not told or contradict each other.
     """
-    votes = _vote(shapes, _GENERATOR_AXES, what)
+    # The published autoregressive weights have a position for the split token too.
+    more = int(kind == "ar")
+    others = {
+        "positions": expected["num_tokens"] + more,
+        "codebook_size": expected["bits"],
+        "text_cond_dim": expected["text_width"],
+    }
+    votes = _vote(shapes, _GENERATOR_AXES, others, what)
     head_dim = votes["attention_head_dim"]
     measured = {
         "num_layers": _count(shapes, "transformer_blocks"),
@@ -232,9 +248,10 @@ def measure_generator(shapes: Shapes, kind: str, given: Any, what: str) -> dict[
         "num_attention_heads": _heads(votes["width"], head_dim, what),
         "text_cond_dim": votes["text_cond_dim"],
     }
-    # The published autoregressive weights have a position for the split token too.
-    tokens = votes["positions"] - (kind == "ar")
-    code = {"num_latent_tkns": tokens, "codebook_size": votes["codebook_size"]}
+    code = {
+        "num_latent_tkns": votes["positions"] - more,
+        "codebook_size": votes["codebook_size"],
+    }
     return generator_sizes(_settle(measured, given, {}, what), code)
 
 
