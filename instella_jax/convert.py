@@ -21,8 +21,8 @@ Tensors = Mapping[str, np.ndarray]
 
 
 @functools.cache
-def shapes_by_path(network: Network) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a network's parameters by path, "encoder/out/kernel"; nothing is allocated."""
+def shapes_by_path(network: Any) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a `Network`'s parameters by path, "encoder/out/kernel"; nothing is allocated."""
     return _flat(sharding.values(abstract_params(network)))
 
 

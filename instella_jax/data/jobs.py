@@ -51,19 +51,19 @@ class Job:
           UserError: the folder holds something else, or cannot be written.
         """
         self.folder, self.units = Path(out).expanduser(), list(units)
-        plan = json.loads(json.dumps({**plan, "units": self.units}))
+        whole = json.loads(json.dumps({**plan, "units": self.units}))
         path = self.folder / _PLAN
         try:
             (self.folder / _SHARDS).mkdir(parents=True, exist_ok=True)
             if path.exists():
-                _check_plan(path, plan)
+                _check_plan(path, whole)
                 return
             others = [p.name for p in self.folder.iterdir() if p.name != _SHARDS]
             if [name for name in others if not name.startswith(".")]:
                 raise UserError(
                     f"{self.folder} is not empty ({sorted(others)[0]}); choose another folder."
                 )
-            write_json(path, plan)
+            write_json(path, whole)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written ({error.strerror}).") from None
 

@@ -161,7 +161,8 @@ def read_unit(
     if unit.kind == "tfds":
         from instella_jax.data.tfds_reader import read_tfds
 
-        return read_tfds(unit.path, unit.split, *unit.rows, keys, image_key)
+        start, end = unit.rows
+        return read_tfds(unit.path, unit.split, start, end, keys, image_key)
     return _read_folder(unit, keys)
 
 

@@ -243,9 +243,8 @@ class Records:
         if len(self) == 0:
             raise UserError(f"{self.folder} has {self._total} record(s), none for {split}.")
         allow_flags()
-        self._records = ArrayRecordDataSource(
-            [_Piece(str(self.folder / s.file), 0, s.records, s.records) for s in shards]
-        )
+        pieces: Any = [_Piece(str(self.folder / s.file), 0, s.records, s.records) for s in shards]
+        self._records = ArrayRecordDataSource(pieces)
 
     def __len__(self) -> int:
         """The number of records, broken ones included."""

@@ -26,9 +26,10 @@ def _builder(path: str | os.PathLike[str], split: str) -> Any:
     if split not in builder.info.splits:
         known = ", ".join(builder.info.splits)
         raise UserError(f"{path} has no split {split!r}, only {known}; choose one by --split.")
-    if builder.info.file_format.value != "array_record":
+    form = builder.info.file_format
+    if form is None or form.value != "array_record":
         raise UserError(
-            f"{path} is in {builder.info.file_format.value} files; prepare it with "
+            f"{path} is in {form.value if form else 'unknown'} files; prepare it with "
             "file_format='array_record', which needs no TensorFlow to be read."
         )
     return builder
