@@ -20,9 +20,13 @@ from instella_jax.reference_names import FORMS, Entry, copies, entries, unused_s
 Tensors = Mapping[str, np.ndarray]
 
 
+def shapes_by_path(network: Network) -> dict[str, jax.ShapeDtypeStruct]:
+    """Shapes of a network's parameters by path, "encoder/out/kernel"; nothing is allocated."""
+    return _shapes(network)  # pyright: ignore[reportArgumentType] (linen modules can be hashed)
+
+
 @functools.cache
-def shapes_by_path(network: Any) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a `Network`'s parameters by path, "encoder/out/kernel"; nothing is allocated."""
+def _shapes(network: Network) -> dict[str, jax.ShapeDtypeStruct]:
     return _flat(sharding.values(abstract_params(network)))
 
 
