@@ -1,0 +1,30 @@
+#!/usr/bin/env bash
+# Runs a config on the nodes of a Slurm job, one process for each GPU.
+#
+#   sbatch --nodes=2 launch/slurm.sh --config=FILE[:VARIANT] --workdir=/shared/run ...
+#   launch/slurm.sh --dry-run --config=...        # prints the srun command
+#
+# The workdir must be on a file system that all nodes share. instella-jax reads Slurm's own
+# variables: the first node coordinates, on a port made of the job's number.
+#SBATCH --job-name=instella-jax
+#SBATCH --ntasks-per-node=8
+#SBATCH --gpus-per-node=8
+#SBATCH --cpus-per-task=12
+#SBATCH --output=%x-%j.log
+# Two minutes before the time is up: every process saves the same step and ends.
+#SBATCH --signal=TERM@120
+# A job that was preempted starts again and goes on from its checkpoint.
+#SBATCH --requeue
+#SBATCH --open-mode=append
+
+# Slurm runs a copy of this script, so that its neighbours are found from where sbatch was called.
+here="${SLURM_SUBMIT_DIR:-.}/launch"
+[[ -r "$here/run.sh" ]] || here="$(dirname "${BASH_SOURCE[0]}")"
+# shellcheck source=launch/run.sh
+source "$here/run.sh"
+
+# Share of the memory that jax takes at the start; what --mode=plan counts on.
+setting XLA_PYTHON_CLIENT_MEM_FRACTION=.9
+
+# --kill-on-bad-exit: if one process fails, the others do not wait for it.
+launch srun --kill-on-bad-exit=1 "$python" -m instella_jax.main --distributed=slurm "$@"
