@@ -54,4 +54,4 @@ case "$kind" in
     ;;
 esac
 
-launch "$python" -m instella_jax.main "$@"
+launch "$PYTHON" -m instella_jax.main "$@"

@@ -24,7 +24,7 @@ signalled=false
 trap 'signalled=true; stop_all' TERM INT
 
 for ((index = 0; index < count; index++)); do
-  launch env JAX_PROCESS_ID="$index" "$python" -m instella_jax.main "$@" &
+  launch env JAX_PROCESS_ID="$index" "$PYTHON" -m instella_jax.main "$@" &
   processes+=("$!")
 done
 

@@ -10,7 +10,7 @@ if [[ "${1:-}" == --dry-run ]]; then
 fi
 
 # The interpreter that has instella-jax installed.
-python="${PYTHON:-python}"
+: "${PYTHON:=python}"
 
 # Prints a command as it can be pasted, then becomes it; with --dry-run it only prints.
 launch() {

@@ -27,4 +27,4 @@ source "$here/run.sh"
 setting XLA_PYTHON_CLIENT_MEM_FRACTION=.9
 
 # --kill-on-bad-exit: if one process fails, the others do not wait for it.
-launch srun --kill-on-bad-exit=1 "$python" -m instella_jax.main --distributed=slurm "$@"
+launch srun --kill-on-bad-exit=1 "$PYTHON" -m instella_jax.main --distributed=slurm "$@"
