@@ -62,26 +62,20 @@ class Block(nn.Module):
     def step(
         self, x: jax.Array, cache: KeysValues, index: jax.Array, visible: jax.Array
     ) -> tuple[jax.Array, KeysValues]:
-        """Maps x [B, 1, D] at position `index`, the positions before it being in the cache.
+        """Maps x [B, D] at position `index`, the positions before it being in the cache.
 
         Args:
-          x: [B, 1, D].
-          cache: this layer's keys and values of [text ; image], [B, L + N, H, Dh] each.
+          x: [B, D].
+          cache: this layer's keys and values of [text ; image], [B, H, L + N, Dh] each.
           index: scalar position.
-          visible: bool [B, 1, 1, L + N].
+          visible: bool [B, L + N], what is before this position.
 
         Returns:
-          x [B, 1, D], and the keys and values [B, 1, H, Dh] of this position.
+          x [B, D], and the keys and values [B, H, Dh] of this position.
         """
-        position = jax.lax.dynamic_slice_in_dim(self.pos_emb, index, 1).astype(x.dtype)
-        h = self.attention_norm(x) + position
-        new = self.attention.keys_values(h)
-        slot = cache[0].shape[1] - self.num_tokens + index
-        k, v = (
-            jax.lax.dynamic_update_slice_in_dim(old, own, slot, axis=1)
-            for old, own in zip(cache, new, strict=True)
-        )
-        x += self.attention.look(h, (k, v), visible)
+        h = self.attention_norm(x) + self.pos_emb[index].astype(x.dtype)
+        mixed, new = self.attention.recall(h, cache, visible)
+        x += mixed
         return x + self.mlp(self.mlp_norm(x)), new
 
     def text_kv(self, carry: None, features: jax.Array) -> tuple[None, KeysValues]:
@@ -149,7 +143,9 @@ class ArTransformer(nn.Module):
           logits [B, T, K] of the bits of the first T tokens.
         """
         batch, length = z.shape[0], z.shape[1] + 1
-        x = jnp.concatenate([self._split(batch), self.bits_in(z.astype(self.run.dtype))], axis=1)
+        split = self.split_token.astype(self.run.dtype)
+        split = jnp.broadcast_to(split, (batch, 1, split.shape[0]))
+        x = jnp.concatenate([split, self.bits_in(z.astype(self.run.dtype))], axis=1)
         causal = jnp.broadcast_to(
             jnp.tril(jnp.ones((length, length), bool)), (batch, 1, length, length)
         )
@@ -157,10 +153,6 @@ class ArTransformer(nn.Module):
         of_text = jnp.broadcast_to(of_text, (batch, 1, length, text_mask.shape[1]))
         x, _ = self.blocks(x, text, jnp.concatenate([of_text, causal], axis=-1))
         return self._logits(x)
-
-    def _split(self, batch: int) -> jax.Array:
-        split = self.split_token.astype(self.run.dtype)
-        return jnp.broadcast_to(split, (batch, 1, split.shape[0]))
 
     def _logits(self, x: jax.Array) -> jax.Array:
         return self.bits_out(self.out_norm(x)).astype(self.run.output_dtype)
@@ -184,11 +176,11 @@ class ArTransformer(nn.Module):
           text: features [layers, B, L, Dt], or the keys and values that `text_kv` made of them.
 
         Returns:
-          k, v: [layers, B, L + N, H, Dh] each.
+          k, v: [layers, B, H, L + N, Dh] each.
         """
         k, v = text if isinstance(text, tuple) else self.text_kv(text)
-        room = ((0, 0), (0, 0), (0, self.num_tokens), (0, 0), (0, 0))
-        return jnp.pad(k, room), jnp.pad(v, room)
+        room = ((0, 0), (0, 0), (0, 0), (0, self.num_tokens), (0, 0))
+        return jnp.pad(k.swapaxes(2, 3), room), jnp.pad(v.swapaxes(2, 3), room)
 
     def step(
         self, previous: jax.Array, index: jax.Array, cache: KeysValues, text_mask: jax.Array
@@ -205,14 +197,13 @@ class ArTransformer(nn.Module):
           logits [B, K] of the bits of token `index`, and the cache for the next one.
         """
         batch, length = text_mask.shape
-        embedded = self.bits_in(previous.astype(self.run.dtype))[:, None]
-        x = jnp.where(index == 0, self._split(batch), embedded)
-        seen = jnp.arange(self.num_tokens) <= index
-        seen = jnp.broadcast_to(seen, (batch, self.num_tokens))
-        visible = jnp.concatenate([text_mask.astype(bool), seen], axis=1)[:, None, None, :]
+        embedded = self.bits_in(previous.astype(self.run.dtype))
+        x = jnp.where(index == 0, self.split_token.astype(self.run.dtype), embedded)
+        before = jnp.broadcast_to(jnp.arange(self.num_tokens) < index, (batch, self.num_tokens))
+        visible = jnp.concatenate([text_mask.astype(bool), before], axis=1)
         x, new = self.blocks.step(x, cache, index, visible)
         k, v = (
-            jax.lax.dynamic_update_slice_in_dim(old, own, length + index, axis=2)
+            jax.lax.dynamic_update_slice_in_dim(old, own[:, :, :, None], length + index, axis=3)
             for old, own in zip(cache, new, strict=True)
         )
-        return self._logits(x)[:, 0], (k, v)
+        return self._logits(x), (k, v)

@@ -3,6 +3,8 @@
 Axes: B batch, T image positions, L text length, H heads, Dh head width, D width = H * Dh.
 """
 
+import math
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -46,18 +48,41 @@ class JointAttention(nn.Module):
         """Keys and values [B, L, H, Dh] of one layer's text features [B, L, Dt]."""
         return self.keys_values(self.text(features.astype(self.run.dtype)))
 
-    def look(self, h: jax.Array, keys_values: KeysValues, visible: jax.Array) -> jax.Array:
-        """Attends from h [B, T, D] to given keys and values [B, S, H, Dh]: [B, T, D].
+    def __call__(self, h: jax.Array, text: KeysValues, visible: jax.Array) -> jax.Array:
+        """Attends from h [B, T, D] to [text ; h]: [B, T, D].
 
-        `visible` is bool, broadcastable to [B, 1, T, S].
+        `visible` is bool, broadcastable to [B, 1, T, L + T].
         """
         q = self.q_norm(self._heads(self.q(h)))
-        return self.o(attend(q, *keys_values, visible, self.run))
-
-    def __call__(self, h: jax.Array, text: KeysValues, visible: jax.Array) -> jax.Array:
-        """Attends from h [B, T, D] to [text ; h]: [B, T, D]; `visible` has L + T columns."""
         k, v = (
             jnp.concatenate([of_text, of_image], axis=1)
             for of_text, of_image in zip(text, self.keys_values(h), strict=True)
         )
-        return self.look(h, (k, v), visible)
+        return self.o(attend(q, k, v, visible, self.run))
+
+    def recall(
+        self, h: jax.Array, cache: KeysValues, visible: jax.Array
+    ) -> tuple[jax.Array, KeysValues]:
+        """Attends from one position to a cache and to itself.
+
+        The cache is only read, and has the heads before the positions: on a CPU that is several
+        times as fast as writing this position into it and calling `attend`.
+
+        Args:
+          h: [B, D].
+          cache: keys and values [B, H, S, Dh] each.
+          visible: bool [B, S], which of them are seen.
+
+        Returns:
+          [B, D], and this position's keys and values [B, H, Dh].
+        """
+        q = self.q_norm(self._heads(self.q(h)[:, None]))[:, 0]
+        own_k, own_v = (x[:, 0] for x in self.keys_values(h[:, None]))
+        k, v = cache
+        past = jnp.einsum("bhd,bhsd->bhs", q, k, preferred_element_type=jnp.float32)
+        past = jnp.where(visible[:, None], past, jnp.finfo(jnp.float32).min)
+        own = jnp.einsum("bhd,bhd->bh", q, own_k, preferred_element_type=jnp.float32)[..., None]
+        logits = jnp.concatenate([past, own], axis=-1) / math.sqrt(self.head_dim)
+        weights = jax.nn.softmax(logits).astype(v.dtype)
+        mixed = jnp.einsum("bhs,bhsd->bhd", weights[..., :-1], v) + weights[..., -1:] * own_v
+        return self.o(mixed.reshape(h.shape)), (own_k, own_v)
