@@ -226,6 +226,18 @@ def test_either_generator_draws(model, quick_compile):
     assert not np.array_equal(*drawn)
 
 
+def test_what_is_trained_on_top_finds_the_frozen_parts(model, tmp_path):
+    stage = make_stage(stage_config(configs.t2i_ar, model))
+    trained = {"generator": model_folder.load(model, "ar", stage.network, "bfloat16")}
+    model_folder.save(tmp_path, stage.describe(), trained)
+    with pytest.raises(UserError, match="has no text"):
+        InstellaPipeline.from_folder(tmp_path, model)
+    pipeline = InstellaPipeline.from_folder(tmp_path, model, text_encoder=model)
+    assert pipeline.max_length == stage.config.text.max_length
+    assert pipeline.text_tokenizer.pad_id == 1
+    assert set(pipeline.params) == {"generator", "text", "tokenizer"}
+
+
 def test_a_generator_that_is_not_there(source, tmp_path):
     (source / "model/ar.safetensors").unlink()
     import_model(source / "model", source / "olmo", tmp_path / "model", META)
