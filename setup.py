@@ -16,6 +16,7 @@ assert VERSION is not None
 # the next release line that may break: jax 0.12 is tested on Python 3.12.
 REQUIRES = [
     "absl-py>=2.1",
+    "array-record>=0.8.1",
     "clu>=0.0.12",
     "flax>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
@@ -25,6 +26,7 @@ REQUIRES = [
     "optax>=0.2.8,<0.3",
     "orbax-checkpoint>=0.12.8,<1",
     "pillow>=11.3",
+    "pyarrow>=18",
     "safetensors>=0.5",
     "tensorboardX>=2.6.4",
     "tensorflow-datasets>=4.9.9",
