@@ -9,6 +9,11 @@ Published sizes, on your own pictures, with a tokenizer and OLMo as model folder
   python -m instella_jax.main --config=configs/t2i_diffusion.py:instella_512 \
       --config.tokenizer=/models/tokenizer --config.text.encoder=/models/olmo \
       --config.data.folder.path=/my/pictures
+The same on codes made by `instella-jax data encode`, two data sets mixed 3 to 1:
+  python -m instella_jax.main --config=configs/t2i_diffusion.py:instella_512 \
+      --config.tokenizer=/models/tokenizer --config.text.encoder=/models/olmo \
+      --config.data.kind=codes --config.data.codes.weights=3:1 \
+      --config.data.codes.path=/data/laion-codes,/data/synthetic-codes
 """
 
 from ml_collections import ConfigDict
