@@ -23,14 +23,10 @@ def read_parquet(path: str, keys: Sequence[str], image_key: str = "") -> Iterato
       image_key: column of the pictures, bytes or a struct with "bytes"; "" for the usual names.
 
     Raises:
-      UserError: pyarrow is not installed, the file is not there, or has no such column.
+      UserError: the file is not there, or has no such column.
     """
-    try:
-        from pyarrow import ArrowException, parquet
-    except ImportError:
-        raise UserError(
-            "parquet files need pyarrow, which is not installed; `pip install pyarrow`."
-        ) from None
+    from pyarrow import ArrowException, parquet
+
     row = 0
     try:
         with parquet.ParquetFile(path) as file:
