@@ -56,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     give.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     add_data_parser(commands)
+    commands.add_parser("doctor", help="what jax computes with here, and what is wrong with it")
     return parser
 
 
@@ -69,6 +70,10 @@ def run(arguments: Sequence[str]) -> None:
     if options.command == "data":
         run_data(options)
         return
+    if options.command == "doctor":
+        from instella_jax import doctor
+
+        sys.exit(doctor.main())
     # Nothing is computed: an accelerator that someone trains on stays as it is.
     os.environ["JAX_PLATFORMS"] = "cpu"
     # So that a command that is told to stop still clears its unfinished output away.
