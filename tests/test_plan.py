@@ -56,7 +56,8 @@ def test_frozen_parameters_are_those_that_training_loads(tiny_diffusion_config):
     assert plan.count(shapes) == sum(x.size for x in jax.tree.leaves(loaded))
 
 
-def test_accumulation_and_rematerialisation_take_less(tiny_tokenizer_config):
+@pytest.mark.slow
+def test_accumulation_takes_less(tiny_tokenizer_config):
     base = edit(tiny_tokenizer_config, train__batch_size=32, data__image_size=64)
     mesh = sharding.make_mesh(base.mesh, jax.devices()[:1])
     plain = plan.measure(base, mesh)[0].working
@@ -81,6 +82,7 @@ def test_a_step_that_fits_is_planned_without_warning(tiny_tokenizer_config, caps
     assert "(e) is estimated" in text
 
 
+@pytest.mark.slow
 def test_a_step_that_does_not_fit_names_what_would(tiny_tokenizer_config):
     config = edit(tiny_tokenizer_config, train__batch_size=64, plan__devices=1)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
@@ -98,6 +100,7 @@ def test_a_step_that_does_not_fit_names_what_would(tiny_tokenizer_config):
     assert "does NOT fit" in text and f"--config.{next(iter(changes))}=" in text
 
 
+@pytest.mark.slow
 def test_nothing_fits_in_no_memory(tiny_tokenizer_config):
     config = edit(tiny_tokenizer_config, mesh__data=2, plan__devices=2, plan__memory_gb=1e-9)
     made = plan.make_plan(config)
