@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from instella_jax import binary_diffusion, sampling
+from instella_jax import binary_diffusion, sampling, sharding
+from instella_jax.models import functional
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 
@@ -141,3 +142,21 @@ def test_cached_sampling_equals_uncached():
     uniforms = jax.random.uniform(jax.random.key(5), (3, 6, 5))
     bits = sample("ar", text, mask, SEEDS, uniforms=uniforms, guidance=3.0, temperature=0.8)
     np.testing.assert_array_equal(bits, uncached(params(AR), text, mask, uniforms, 3.0, 0.8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["diffusion_1", "ar"])
+def test_sharding_changes_no_bit(name):
+    text, mask = prompts(4)
+    seeds = jnp.arange(4)
+    bits = sample(name, text, mask, seeds)
+    network, function = SAMPLERS[name].args[0], SAMPLERS[name]
+    mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+    with sharding.use(mesh):
+        shardings = sharding.tree_shardings(functional.abstract_params(network), mesh)
+        rows = sharding.batch_sharding(mesh)
+        text = jax.device_put(text, sharding.batch_sharding(mesh, 1))
+        mask, keys = jax.device_put((mask, sampling.image_keys(seeds)), rows)
+        sharded = function(jax.device_put(params(network), shardings), text, mask, keys)
+    assert len(sharded.sharding.device_set) == 8
+    np.testing.assert_array_equal(sharded, bits)
