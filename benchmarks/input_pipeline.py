@@ -1,7 +1,7 @@
 """How fast data arrive: decoding, cropping, shards, codes, all per core where it can be told.
 
-  python benchmarks/input_pipeline.py
-  python benchmarks/input_pipeline.py --side=512 --source-side=768 --workers=0,2
+  python -m benchmarks.input_pipeline
+  python -m benchmarks.input_pipeline --side=512 --source-side=768 --workers=0,2
 
 Pictures are JPEG files of smooth noise, about as large as photographs of that size. In the end the
 demo's generator trains on pictures and on their codes, with the shipped tokenizer or --tokenizer.

@@ -11,6 +11,7 @@ Axes: B batch, N latent tokens, K bits, L text length, T sequence, D width, P pa
 
 import dataclasses
 import itertools
+import math
 from typing import Any
 
 from instella_jax import model_folder
@@ -101,10 +102,18 @@ def olmo_forward(sizes: OlmoConfig, text_length: int) -> int:
     return sizes.num_hidden_layers * layer
 
 
-def _trunk(width: int, layers: int, grids: list[int], ends: list[int], latent: int) -> int:
+def _convolution(grid: tuple[int, int], padding: int, fan_in: int, fan_out: int) -> int:
+    """3x3, at each point of the output grid; each axis leaves out `padding` rows of zeros."""
+    rows, columns = grid
+    return _dense((3 * rows - padding) * (3 * columns - padding), fan_in, fan_out)
+
+
+def _trunk(
+    width: int, layers: int, grids: list[tuple[int, int]], ends: list[int], latent: int
+) -> int:
     total = 0
-    for pixels, (start, end) in zip(grids, itertools.pairwise([0, *ends, layers]), strict=True):
-        tokens = latent + pixels
+    for grid, (start, end) in zip(grids, itertools.pairwise([0, *ends, layers]), strict=True):
+        tokens = latent + math.prod(grid)
         block = 4 * _dense(tokens, width, width) + 3 * _dense(tokens, width, 4 * width)
         total += (end - start) * (block + _attention(tokens, tokens, width))
     return total
@@ -114,9 +123,9 @@ def encoder_forward(sizes: TokenizerConfig, height: int, width: int) -> int:
     """Forward pass from an image of height x width pixels to the logits of its bits."""
     rows, columns = sizes.grid(height, width, len(sizes.downsample_after))
     wide, ends = sizes.encoder_width, [i + 1 for i in sorted(sizes.downsample_after)]
-    grids = [rows * columns // 4**level for level in range(len(ends) + 1)]
-    total = _dense(grids[0], 3 * sizes.patch_size**2, wide)
-    total += sum(_dense(grid, 9 * wide, wide) for grid in grids[1:])
+    grids = [(rows // 2**level, columns // 2**level) for level in range(len(ends) + 1)]
+    total = _dense(math.prod(grids[0]), 3 * sizes.patch_size**2, wide)
+    total += sum(_convolution(grid, 1, wide, wide) for grid in grids[1:])
     total += _trunk(wide, sizes.encoder_layers, grids, ends, sizes.num_tokens)
     return total + _dense(sizes.num_tokens, wide, wide + sizes.bits)
 
@@ -127,11 +136,12 @@ def decoder_forward(sizes: TokenizerConfig, height: int, width: int) -> int:
     rows, columns = sizes.grid(height, width, levels)
     wide, ends = sizes.decoder_width, [i + 1 for i in sorted(sizes.upsample_after)]
     shrink = 2 * levels or 1
-    grids = [(rows // shrink) * (columns // shrink) * 4**level for level in range(levels + 1)]
+    rows, columns = rows // shrink, columns // shrink
+    grids = [(rows * 2**level, columns * 2**level) for level in range(levels + 1)]
     total = _dense(sizes.num_tokens, sizes.bits + wide, sizes.encoder_width)
-    total += sum(_dense(grid, 9 * wide, 4 * wide) for grid in grids[:-1])
+    total += sum(_convolution(grid, 2, wide, 4 * wide) for grid in grids[:-1])
     total += _trunk(wide, sizes.decoder_layers, grids, ends, sizes.num_tokens)
-    return total + _dense(grids[-1], wide, 3 * sizes.patch_size**2)
+    return total + _dense(math.prod(grids[-1]), wide, 3 * sizes.patch_size**2)
 
 
 def training(config: Config) -> dict[str, int]:

@@ -10,7 +10,7 @@ import pytest
 
 from instella_jax import model_folder, sharding
 from instella_jax.stages import init_stage, make_stage
-from tests import tiny_diffusion, tiny_tokenizer
+from tests import tiny_ar, tiny_diffusion, tiny_tokenizer
 
 DEVICES = 8
 
@@ -63,5 +63,13 @@ def tiny_tokenizer_folder(tmp_path_factory):
 def tiny_diffusion_config(tiny_tokenizer_folder):
     """Config of a tiny diffusion stage on a tiny tokenizer."""
     config = tiny_diffusion.get_config()
+    config.tokenizer = str(tiny_tokenizer_folder)
+    return config.lock()
+
+
+@pytest.fixture
+def tiny_ar_config(tiny_tokenizer_folder):
+    """Config of a tiny autoregressive stage on a tiny tokenizer."""
+    config = tiny_ar.get_config()
     config.tokenizer = str(tiny_tokenizer_folder)
     return config.lock()

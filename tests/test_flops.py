@@ -47,8 +47,7 @@ def test_published_speed_is_the_published_utilisation():
     assert 220 * with_text / peak == pytest.approx(0.18, abs=0.005)
 
 
-# XLA also counts element-wise work, a few per cent at these widths, and not the padding of a
-# convolution.
+# XLA also counts element-wise work, a few per cent at these widths.
 SLACK = 0.08
 
 
@@ -84,12 +83,12 @@ def test_tokenizer_against_xla(levels):
     network = BinaryTokenizer(sizes, RUN)
     encoder = flops.encoder_forward(sizes, 64, 96)
     got = counted(network, floats(1, 64, 96, 3), method="encode")
-    assert 0.99 * encoder <= got <= (1 + SLACK) * encoder
+    assert encoder <= got <= (1 + SLACK) * encoder
     params = values(abstract_params(network))
     decode = jax.jit(lambda p, code: apply(network, p, code, 64, 96, method="decode"))
     got = decode.lower(params, floats(1, 16, 24)).cost_analysis()["flops"]
     decoder = flops.decoder_forward(sizes, 64, 96)
-    assert 0.99 * decoder <= got <= (1 + SLACK) * decoder
+    assert decoder <= got <= (1 + SLACK) * decoder
 
 
 def test_what_is_frozen_counts_once_and_codes_leave_the_encoder_out():

@@ -1,0 +1,167 @@
+"""What the command line says of mistakes: one sentence, a status, nothing touched."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+ROOT = Path(__file__).resolve().parents[1]
+TINY = "--config=tests/tiny_tokenizer.py"
+TINY_T2I = "--config=tests/tiny_diffusion.py"
+TOKENIZER = "--config=configs/tokenizer.py"
+
+
+def run(*arguments):
+    """Runs main as a user does; returns status, standard output and standard error."""
+    result = subprocess.run(
+        [sys.executable, "-m", "instella_jax.main", *map(str, arguments)],
+        cwd=ROOT,
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        capture_output=True,
+        text=True,
+        check=False,
+        timeout=300,
+    )
+    return result.returncode, result.stdout, result.stderr
+
+
+def mistake(*arguments):
+    """Runs main, checks that it refuses in one sentence, and returns the sentence."""
+    status, _, err = run(*arguments)
+    assert status == 2, err
+    assert err.startswith("error: ") and err.count("\n") == 1, err
+    return err.removeprefix("error: ").strip()
+
+
+def contents(folder):
+    """Every file below a folder with what is in it."""
+    return {path: path.read_bytes() for path in folder.rglob("*") if path.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("arguments", "sentence"),
+    [
+        ([], "--config is missing: for example --config=configs/t2i_diffusion.py"),
+        (["--config.train.steps=3"], "--config is missing"),
+        (["--config=nowhere.py"], "config file 'nowhere.py' does not exist: expected a Python"),
+        (["--config=nowhere.py", "--config.seed=1"], "config file 'nowhere.py' does not exist"),
+        (["--config", "README.md"], "config file 'README.md' does not exist: expected a Python"),
+        (["--config=configs/tokenizer.py:huge"], "unknown variant 'huge': expected none (the"),
+        (
+            [TOKENIZER, "--config.train.stepz=3"],
+            "unknown key 'stepz' in --config.train.stepz: did you mean 'steps'?",
+        ),
+        (
+            [TOKENIZER, "--config.trian.steps", "3"],
+            "unknown key 'trian' in --config.trian.steps: did you mean 'train'?",
+        ),
+        ([TOKENIZER, "--config.seed.x=1"], "unknown key 'seed.x' in --config.seed.x"),
+        (
+            [TOKENIZER, "--config.train.steps=many"],
+            "flag --config.train.steps=many: invalid literal for int() with base 10: 'many'",
+        ),
+        ([TOKENIZER, "--config.run.unroll=perhaps"], "flag --config.run.unroll=perhaps: "),
+        ([TOKENIZER, "--config.train=3"], "flag --config.train=3: Failed to parse '3' as a"),
+        ([TOKENIZER, "--wrkdir=x"], "Unknown command line flag 'wrkdir'. Did you mean: workdir ?"),
+        ([TOKENIZER, "--mode=trian"], "flag --mode=trian: value should be one of <train|eval|"),
+        ([TOKENIZER, "train"], "unexpected argument 'train': values are given as --flag=value"),
+    ],
+)
+def test_flags_that_cannot_be_read(arguments, sentence):
+    assert mistake(*arguments).startswith(sentence)
+
+
+def test_help_suffices():
+    status, out, _ = run("--help")
+    assert status == 0
+    for word in ("--config", "--workdir", "--mode", "train", "eval", "sample", "runs/"):
+        assert word in out
+    assert "python -m instella_jax.main --config=configs/t2i_diffusion.py" in out
+
+
+def test_a_workdir_of_another_run_is_left_alone(tmp_path):
+    workdir = tmp_path / "run"
+    status, _, err = run(TINY, f"--workdir={workdir}")
+    assert status == 0, err
+    before = contents(tmp_path)
+    sentence = mistake(TINY, f"--workdir={workdir}", "--config.optimizer.learning_rate=0.5")
+    assert "belongs to a run with optimizer.learning_rate=0.002, this one has 0.5" in sentence
+    assert "choose another --workdir" in sentence
+    assert "belongs to a run with" in mistake(
+        "--config=configs/t2i_diffusion.py", f"--workdir={workdir}"
+    )
+    assert contents(tmp_path) == before
+
+
+def test_a_workdir_that_cannot_be_written(tmp_path):
+    (tmp_path / "file").write_text("something of the user's")
+    for place in ("file", "file/run"):
+        sentence = mistake(TINY, f"--workdir={tmp_path / place}")
+        assert sentence.startswith(f"workdir {tmp_path / place} cannot be written (")
+        assert "choose another --workdir" in sentence
+    assert (tmp_path / "file").read_text() == "something of the user's"
+
+
+@pytest.fixture
+def pictures(tmp_path):
+    """A folder of two pictures without captions."""
+    from PIL import Image
+
+    folder = tmp_path / "pictures"
+    folder.mkdir()
+    for name in "ab":
+        Image.fromarray(np.full((40, 40, 3), 128, np.uint8)).save(folder / f"{name}.png")
+    return folder
+
+
+def test_data_and_weights_that_are_not_there_leave_no_trace(
+    pictures, tiny_tokenizer_folder, tmp_path
+):
+    workdir = tmp_path / "run"
+    folder = (TINY_T2I, f"--workdir={workdir}", "--config.data.kind=folder")
+    tokenizer = f"--config.tokenizer={tiny_tokenizer_folder}"
+    sentence = mistake(*folder, tokenizer, f"--config.data.folder.path={pictures}")
+    assert sentence.startswith(f"{pictures} has no captions; expected metadata.jsonl")
+    sentence = mistake(*folder, tokenizer, f"--config.data.folder.path={tmp_path / 'no'}")
+    assert sentence.startswith(f"{tmp_path / 'no'} is not a folder")
+    sentence = mistake(TINY_T2I, f"--workdir={workdir}", f"--config.tokenizer={tmp_path / 'no'}")
+    assert sentence.startswith(f"no model at {tmp_path / 'no'}: cannot read ")
+    sentence = mistake(TINY_T2I, f"--workdir={workdir}")
+    assert sentence.startswith("config.tokenizer names no model folder: give --config.tokenizer=")
+    assert not list(workdir.iterdir())
+
+
+def test_sizes_that_do_not_fit(tmp_path):
+    workdir = f"--workdir={tmp_path / 'run'}"
+    sentence = mistake(TINY, workdir, "--config.mesh.data=3")
+    assert sentence.startswith("train.batch_size=8 does not split into 3 parts")
+    sentence = mistake(TINY, workdir, "--config.data.image_size=40")
+    assert sentence.startswith("image size 40x40 does not fit this tokenizer")
+    sentence = mistake(TINY, workdir, "--config.run.remat=all")
+    assert sentence.startswith("run.remat is 'all': expected one of")
+    sentence = mistake(TINY, workdir, "--config.mesh.data=0")
+    assert sentence.startswith("mesh data=0, fsdp=1, tensor=1 does not fit")
+
+
+def test_prompts_that_are_not_there(tmp_path):
+    (tmp_path / "empty.txt").write_text("\n  \n")
+    sample = (TINY_T2I, "--mode=sample", f"--config.sample.out={tmp_path / 'out'}")
+    assert mistake(*sample).startswith("nothing to draw: give --config.sample.prompt=")
+    sentence = mistake(*sample, f"--config.sample.prompts_file={tmp_path / 'empty.txt'}")
+    assert sentence == f"prompt file {tmp_path / 'empty.txt'} is empty: expected one prompt a line"
+    sentence = mistake(*sample, f"--config.sample.prompts_file={tmp_path / 'no.txt'}")
+    assert sentence.startswith(f"prompt file {tmp_path / 'no.txt'} cannot be read")
+    assert mistake(TINY, "--mode=sample").startswith("a tokenizer does not draw prompts")
+    assert not (tmp_path / "out").exists()
+
+
+def test_workdirs_without_a_run(tmp_path):
+    for mode in ("eval", "sample"):
+        sentence = mistake(
+            TINY_T2I, f"--mode={mode}", f"--workdir={tmp_path}", "--config.sample.prompt=a heart",
+            f"--config.sample.out={tmp_path / 'out'}",
+        )  # fmt: skip
+        assert sentence.startswith(f"{tmp_path} is not the workdir of a run: cannot read config")
