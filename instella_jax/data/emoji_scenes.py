@@ -5,7 +5,7 @@ from typing import Any
 import numpy as np
 
 from instella_jax.data import captions, sprites
-from instella_jax.data.scene_maker import World, scene_at
+from instella_jax.data.scene_maker import PLACES, World, scene_at
 from instella_jax.data.scenes import Scene, Stream
 from instella_jax.errors import UserError
 
@@ -50,7 +50,7 @@ class EmojiScenes:
           split: "train", without the held-out combinations, or "heldout", each with one.
           concepts: "core" (48), "all" (about 1,000) or names of concepts.
           styles: out of `sprites.styles()`; each scene is drawn in one of them.
-          places: "snapped" to a grid of eighths, or "free".
+          places: "thirds", nine places; "snapped" to a grid of eighths; or "free", any pixel.
           max_objects: 1 to 3.
           length: how many indices there are.
 
@@ -63,8 +63,8 @@ class EmojiScenes:
             )
         if split not in SPLITS:
             raise UserError(f"unknown split {split!r}: expected one of {SPLITS}")
-        if places not in ("snapped", "free"):
-            raise UserError(f"unknown places {places!r}: expected 'snapped' or 'free'")
+        if places not in PLACES:
+            raise UserError(f"unknown places {places!r}: expected one of {tuple(PLACES)}")
         if max_objects not in (1, 2, 3):
             raise UserError(f"max_objects is {max_objects}: expected 1, 2 or 3")
         unknown = [style for style in styles if style not in sprites.styles()]
@@ -108,13 +108,15 @@ def heldout_prompts(
     seed: int = 0,
     concepts: str | tuple[str, ...] = "core",
     styles: tuple[str, ...] = ("twemoji",),
+    places: str = "snapped",
     max_objects: int = 3,
 ) -> list[tuple[str, Scene]]:
     """Prompts for evaluation, each of a held-out combination, with the facts they describe.
 
-    Each names all objects, their number and place, and the background.
+    Each names all objects, their number and place, and the background. The arguments are those of
+    `EmojiScenes`.
     """
-    source = EmojiScenes(64, seed, "heldout", concepts, styles, "snapped", max_objects)
+    source = EmojiScenes(64, seed, "heldout", concepts, styles, places, max_objects)
     prompts: list[tuple[str, Scene]] = []
     for index in range(len(source)):
         if len(prompts) >= n:

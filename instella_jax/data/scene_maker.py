@@ -18,6 +18,9 @@ _REPEATS = {
     2: ((2,), (1, 1), (1, 1)),
     3: ((3,), (2, 1), (1, 2), (1, 1, 1), (1, 1, 1)),
 }
+# Places of objects by name: multiples of how many eighths of the side, 0 for any pixel. "thirds" are
+# the nine places that captions have words for.
+PLACES = {"thirds": 2, "snapped": 1, "free": 0}
 _HELDOUT_KINDS = ("background", "count", "relation")
 Box = tuple[float, float, float]
 
@@ -29,24 +32,24 @@ def _apart(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool
 
 
 @functools.cache
-def _layouts(sides: tuple[int, ...]) -> tuple[tuple[tuple[int, int, int], ...], ...]:
-    """All ways to put boxes of these sides on the grid without overlap."""
+def _layouts(sides: tuple[int, ...], step: int) -> tuple[tuple[tuple[int, int, int], ...], ...]:
+    """All ways to put boxes of these sides on every `step`-th line of the grid without overlap."""
     if not sides:
         return ((),)
     last = sides[-1]
-    spots = range(GRID - last + 1)
+    spots = range(0, GRID - last + 1, step)
     return tuple(
         (*before, (x, y, last))
-        for before in _layouts(sides[:-1])
+        for before in _layouts(sides[:-1], step)
         for x in spots
         for y in spots
         if all(_apart((x, y, last), other) for other in before)
     )
 
 
-def _snapped_boxes(stream: Stream, n: int) -> list[tuple[float, float, float]]:
+def _snapped_boxes(stream: Stream, n: int, step: int) -> list[tuple[float, float, float]]:
     sides = tuple(stream.choice((SMALL, LARGE)) for _ in range(n))
-    return [(x / GRID, y / GRID, w / GRID) for x, y, w in stream.choice(_layouts(sides))]
+    return [(x / GRID, y / GRID, w / GRID) for x, y, w in stream.choice(_layouts(sides, step))]
 
 
 def _free_boxes(stream: Stream, n: int, size: int) -> list[tuple[float, float, float]]:
@@ -60,11 +63,13 @@ def _free_boxes(stream: Stream, n: int, size: int) -> list[tuple[float, float, f
                 boxes.append(box)
         if len(boxes) == n:
             return boxes
-    return _snapped_boxes(stream, n)
+    return _snapped_boxes(stream, n, PLACES["snapped"])
 
 
 def _boxes(stream: Stream, n: int, places: str, size: int) -> list[tuple[float, float, float]]:
-    return _snapped_boxes(stream, n) if places == "snapped" else _free_boxes(stream, n, size)
+    if step := PLACES[places]:
+        return _snapped_boxes(stream, n, step)
+    return _free_boxes(stream, n, size)
 
 
 @dataclass(frozen=True)
@@ -74,7 +79,7 @@ class World:
     Attributes:
       concepts: names of objects.
       styles: drawing styles; each scene is drawn in one.
-      places: "snapped" to a grid of eighths, or "free": any pixel.
+      places: one of PLACES.
       max_objects: 1 to 3.
       size: the side of the picture in pixels, a multiple of 8; "free" places depend on it.
     """

@@ -70,7 +70,12 @@ def prompts_report(
     """Draws held-out prompts and judges the pictures by the facts the prompts were made of."""
     scenes = config.data.scenes
     prompts = heldout_prompts(
-        count, config.data.seed, scenes.concepts, tuple(scenes.styles), scenes.max_objects
+        count,
+        config.data.seed,
+        scenes.concepts,
+        tuple(scenes.styles),
+        scenes.places,
+        scenes.max_objects,
     )
     texts, facts = [text for text, _ in prompts], [scene for _, scene in prompts]
     drawn = pipeline(texts, options_from_config(config.sample))

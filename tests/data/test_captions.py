@@ -47,7 +47,7 @@ def is_true(claims: dict, scene: Scene) -> bool:
     return True
 
 
-@pytest.mark.parametrize("places", ["snapped", "free"])
+@pytest.mark.parametrize("places", ["thirds", "snapped", "free"])
 @pytest.mark.parametrize("split", ["train", "heldout"])
 def test_captions_are_true(places: str, split: str):
     source = EmojiScenes(split=split, places=places, styles=("twemoji", "fluent"))

@@ -91,7 +91,7 @@ def _ink(source: EmojiScenes, scene: Scene, image: np.ndarray) -> None:
 
 
 @pytest.mark.parametrize("size", [64, 96, 128])
-@pytest.mark.parametrize("places", ["snapped", "free"])
+@pytest.mark.parametrize("places", ["thirds", "snapped", "free"])
 @pytest.mark.parametrize("styles", [("twemoji",), ("fluent",), STYLES])
 def test_pixels_show_the_facts(size: int, places: str, styles: tuple[str, ...]):
     source = EmojiScenes(size=size, places=places, styles=styles, concepts="core")
@@ -118,6 +118,15 @@ def test_snapped_scenes_lie_on_the_grid():
             assert (placed.left * 8) % 1 == 0
             assert (placed.top * 8) % 1 == 0
             assert placed.side in (3 / 8, 4 / 8)
+
+
+def test_thirds_are_the_nine_places_that_captions_tell():
+    source = EmojiScenes(places="thirds")
+    things = [placed for index in range(500) for placed in source.facts(index).objects]
+    spots = {(placed.left, placed.top) for placed in things}
+    assert spots == {(x / 4, y / 4) for x in range(3) for y in range(3)}
+    assert len({(spot, placed.place) for spot in spots for placed in things
+                if spot == (placed.left, placed.top)}) == 9  # fmt: skip
 
 
 def test_snapped_facts_are_the_same_at_every_size():
@@ -163,7 +172,7 @@ def test_no_held_out_combination_in_100_000_training_scenes():
 
 
 @pytest.mark.parametrize("max_objects", [1, 2, 3])
-@pytest.mark.parametrize("places", ["snapped", "free"])
+@pytest.mark.parametrize("places", ["thirds", "snapped", "free"])
 def test_held_out_scenes_hold_a_held_out_combination(max_objects: int, places: str):
     source = EmojiScenes(split="heldout", max_objects=max_objects, places=places)
     for index in range(1000):

@@ -12,7 +12,7 @@ class Painter:
     tokenizer, params = None, {"tokenizer": None}
 
     def __init__(self, count, wrong=()):
-        self.scenes = dict(heldout_prompts(count))
+        self.scenes = dict(heldout_prompts(count, places="thirds"))
         self.wrong = set(wrong)
 
     def __call__(self, prompts, options):
