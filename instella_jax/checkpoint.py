@@ -24,7 +24,7 @@ logger = logging.getLogger(__name__)
 # What may change between the runs of one workdir: how long, how often, where, what is drawn.
 _FREE = ("train.steps", "train.log_every", "train.eval_every", "train.save_every",
          "train.image_every", "train.keep", "train.max_skipped", "mesh", "sample", "eval", "run",
-         "data.workers", "plan", "init_from", "shipped")  # fmt: skip
+         "data.workers", "plan", "profile", "init_from", "shipped")  # fmt: skip
 
 
 class Checkpoints:

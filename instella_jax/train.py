@@ -22,6 +22,7 @@ from instella_jax.distributed import Agreement
 from instella_jax.errors import UserError
 from instella_jax.grids import save_grid
 from instella_jax.metrics import MetricsWriter, Progress, Throughput, progress_line
+from instella_jax.profiling import StepTrace
 from instella_jax.stages import Stage, init_stage, make_stage
 from instella_jax.train_state import TrainState, init_state, make_optimizer, make_step
 
@@ -196,6 +197,8 @@ class _Run:
         self.watch = DataWatch(part_names(config.data))
         self.operations = sum(flops.training(config).values())
         self.agreed = Agreement(mesh)
+        calls = config.profile, config.train.steps_per_call, self.progress.message
+        self.trace = StepTrace(workdir / "profile", *calls)
 
     def go(self) -> dict[str, float]:
         """Restores, trains, evaluates."""
@@ -246,8 +249,9 @@ class _Run:
         for step in range(start, train.steps, train.steps_per_call):
             if self.agreed(stop.requested):
                 break
-            batch = sharding.place(arrays(self.watch.take(self.loader)), rows)
-            self.state, metrics = self.step_function(self.state, self.frozen, batch)
+            with self.trace.call(step, self.state):
+                batch = sharding.place(arrays(self.watch.take(self.loader)), rows)
+                self.state, metrics = self.step_function(self.state, self.frozen, batch)
             # The device works on this step while the host reads the one before it.
             if pending is not None:
                 self.log(*pending)
@@ -258,6 +262,7 @@ class _Run:
                 self.log(*pending)
                 pending = None
                 self.occasionally(done, due)
+        self.trace.close(self.state)
         if pending is not None:
             self.log(*pending)
         return done >= train.steps

@@ -1,0 +1,59 @@
+"""A trace of some training steps, to look at with xprof or TensorBoard's profile plugin."""
+
+import contextlib
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import jax
+
+from instella_jax.errors import UserError
+
+# Calls before the trace: the first compiles, the second fills what is made on first use.
+WARM_UP = 2
+
+
+class StepTrace:
+    """Records the calls of the compiled step that hold `steps` steps, once per run."""
+
+    def __init__(self, folder: Path, steps: int, per_call: int, tell: Callable[[str], None]):
+        """Plans the trace.
+
+        Args:
+          folder: where it goes.
+          steps: how many to record, rounded up to whole calls; 0 for no trace.
+          per_call: steps in one call.
+          tell: is told where the trace is.
+
+        Raises:
+          UserError: the number of steps is negative.
+        """
+        if steps < 0:
+            raise UserError(f"profile is {steps}: expected a number of steps, 0 for no trace")
+        # One process of several suffices: all compute the same program.
+        self._calls = -(-steps // per_call) if jax.process_index() == 0 else 0
+        self._folder, self._tell = folder, tell
+        self._seen, self._open = 0, False
+
+    @contextlib.contextmanager
+    def call(self, step: int, state: Any) -> Iterator[None]:
+        """Goes around a call that begins at a step; `state` is what the call before returned."""
+        if self._seen == WARM_UP + self._calls:
+            self.close(state)
+        if self._seen == WARM_UP and self._calls:
+            jax.block_until_ready(state)
+            options = jax.profiler.ProfileOptions()
+            options.python_tracer_level = 0  # thousands of events of the loader's threads
+            jax.profiler.start_trace(str(self._folder), profiler_options=options)
+            self._open = True
+        self._seen += 1
+        with jax.profiler.StepTraceAnnotation("train", step_num=step):
+            yield
+
+    def close(self, state: Any) -> None:
+        """Ends the trace, if it runs, once `state` is computed."""
+        if self._open:
+            self._open = False
+            jax.block_until_ready(state)
+            jax.profiler.stop_trace()
+            self._tell(f"profile: {self._folder}")

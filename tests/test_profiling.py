@@ -1,0 +1,36 @@
+import pytest
+
+from instella_jax.errors import UserError
+from instella_jax.profiling import StepTrace
+from instella_jax.train import train
+
+
+@pytest.mark.usefixtures("quick_compile")
+def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_tokenizer_config, tmp_path, capsys):
+    from jax.profiler import ProfileData
+
+    config = tiny_tokenizer_config
+    config.profile = 3
+    config.mesh.data = 8
+    train(config, tmp_path)
+    assert f"profile: {tmp_path / 'profile'}" in capsys.readouterr().out
+    (file,) = (tmp_path / "profile").rglob("*.xplane.pb")
+    steps = sorted(
+        dict(event.stats)["step_num"]
+        for plane in ProfileData.from_file(str(file)).planes
+        for line in plane.lines
+        for event in line.events
+        if event.name == "train"
+    )
+    assert steps == [2, 3, 4]
+
+
+def test_no_trace_unless_asked_for(tmp_path):
+    trace = StepTrace(tmp_path / "profile", 0, 1, print)
+    for step in range(5):
+        with trace.call(step, None):
+            pass
+    trace.close(None)
+    assert not (tmp_path / "profile").exists()
+    with pytest.raises(UserError, match="profile is -1: expected a number of steps"):
+        StepTrace(tmp_path, -1, 1, print)
