@@ -1,6 +1,7 @@
 """The only training loop."""
 
 import contextlib
+import errno
 import functools
 import logging
 import os
@@ -25,6 +26,7 @@ from instella_jax.metrics import MetricsWriter, Progress, Throughput, progress_l
 from instella_jax.profiling import StepTrace
 from instella_jax.stages import Stage, init_stage, make_stage
 from instella_jax.train_state import TrainState, init_state, make_optimizer, make_step
+from instella_jax.workdir_lock import only_run
 
 logger = logging.getLogger(__name__)
 
@@ -170,8 +172,16 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     check_sizes(config, mesh)
     claim_workdir(workdir, config)
     stage = make_stage(config)
-    with sharding.use(mesh):
-        return _Run(config, Path(workdir), stage, mesh).go()
+    try:
+        with only_run(workdir), sharding.use(mesh):
+            return _Run(config, Path(workdir), stage, mesh).go()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"workdir {workdir} cannot be written ({error.strerror}): make room there and run "
+            "the same command again, which goes on from the newest checkpoint"
+        ) from error
 
 
 class _Run:
@@ -255,6 +265,7 @@ class _Run:
             # The device works on this step while the host reads the one before it.
             if pending is not None:
                 self.log(*pending)
+            self.checkpoints.check()
             done = step + train.steps_per_call
             pending = (done, metrics)
             if done < train.steps and (due := self.due(done)):

@@ -1,73 +1,18 @@
 """Real processes that are killed, terminated and started again."""
 
-import os
 import random
 import shutil
 import signal
-import subprocess
-import sys
-import time
-from pathlib import Path
 
 import pytest
 
-from instella_jax.metrics import read_metrics
+from benchmarks.faults import Runs, finish, kill, last_step, lines, same, wait_for
 
-ROOT = Path(__file__).resolve().parents[1]
-STEPS = 40
-LIMIT = 300
+RUNS = Runs(steps=40)
+STEPS = RUNS.steps
+start, run = RUNS.start, RUNS.run
 
 pytestmark = pytest.mark.slow
-
-
-def start(workdir):
-    """Starts the same small run as any other call."""
-    command = [
-        sys.executable, "-m", "instella_jax.main", "--config=tests/tiny_tokenizer.py",
-        f"--workdir={workdir}", f"--config.train.steps={STEPS}", "--config.train.save_every=5",
-        "--config.train.eval_every=10",
-    ]  # fmt: skip
-    return subprocess.Popen(
-        command,
-        cwd=ROOT,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        stdout=subprocess.PIPE,
-        stderr=subprocess.PIPE,
-        text=True,
-    )
-
-
-def finish(process):
-    """Waits; returns exit status, standard output and standard error."""
-    out, err = process.communicate(timeout=LIMIT)
-    return process.returncode, out, err
-
-
-def run(workdir):
-    return finish(start(workdir))
-
-
-def lines(workdir):
-    """Metrics without what depends on the clock."""
-    rows = read_metrics(workdir)
-    clock = ("second", "flops", "data_wait")
-    return [{k: v for k, v in row.items() if not any(c in k for c in clock)} for row in rows]
-
-
-def last_step(workdir):
-    return max((row["step"] for row in lines(workdir)), default=-1)
-
-
-def wait_for(process, workdir, step):
-    """Waits until a run has told of a step; False if it ends before."""
-    end = time.monotonic() + LIMIT
-    while time.monotonic() < end:
-        if process.poll() is not None:
-            return False
-        if last_step(workdir) >= step:
-            return True
-        time.sleep(0.005)
-    raise TimeoutError(f"step {step} was not reached in {LIMIT} s")
 
 
 @pytest.fixture(scope="module")
@@ -82,25 +27,13 @@ def undisturbed(tmp_path_factory):
 
 def assert_like(workdir, undisturbed):
     assert lines(workdir) == lines(undisturbed)
-    for name in ("tokenizer.safetensors", "config.json"):
-        assert (workdir / "model" / name).read_bytes() == (
-            undisturbed / "model" / name
-        ).read_bytes()
+    assert same(workdir, undisturbed)
 
 
 def test_killed_runs_end_like_one_that_was_not(undisturbed, tmp_path):
     workdir = tmp_path / "run"
-    rng = random.Random(0)
-    kills = 0
-    for progress in (0, rng.randint(1, 6), rng.randint(3, 9), rng.randint(3, 9)):
-        process = start(workdir)
-        if wait_for(process, workdir, max(0, last_step(workdir)) + progress):
-            # Anywhere in a step, a save or the writing of a line.
-            time.sleep(rng.uniform(0, 0.05))
-            process.kill()
-            kills += 1
-        finish(process)
-    assert kills == 4 and last_step(workdir) < STEPS
+    kills, halves = kill(RUNS, workdir, 6, random.Random(0))
+    assert kills == 6 and halves >= 1 and last_step(workdir) < STEPS
     status, out, err = run(workdir)
     assert status == 0, err
     assert "continuing from step" in out
@@ -112,7 +45,7 @@ def test_killed_runs_end_like_one_that_was_not(undisturbed, tmp_path):
 def test_a_terminated_run_saves_exits_with_0_and_goes_on(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     process = start(workdir)
-    assert wait_for(process, workdir, 7)
+    assert wait_for(process, lambda: last_step(workdir) >= 7)
     process.send_signal(signal.SIGTERM)
     status, out, err = finish(process)
     assert status == 0, err
@@ -134,16 +67,49 @@ def test_a_finished_run_repeats_its_result_only(undisturbed, tmp_path):
     assert "step 1/" not in out
 
 
-def test_a_damaged_newest_checkpoint_is_told_in_a_sentence(undisturbed, tmp_path):
+def test_a_flipped_bit_is_told_and_the_checkpoint_before_it_used(undisturbed, tmp_path):
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     newest = workdir / "checkpoints" / str(STEPS)
-    for path in (newest / "state").rglob("*"):
-        if path.is_file():
-            path.write_bytes(b"")
-    status, _, err = run(workdir)
-    assert status == 2 and err.startswith("error: ") and "Traceback" not in err
-    assert f"checkpoint {STEPS} of" in err and "remove that folder" in err
-    shutil.rmtree(newest)
+    files = [path for path in (newest / "state").rglob("*") if path.is_file()]
+    path = max(files, key=lambda path: path.stat().st_size)
+    data = bytearray(path.read_bytes())
+    data[len(data) // 2] ^= 1
+    path.write_bytes(bytes(data))
     status, out, err = run(workdir)
     assert status == 0 and "continuing from step 35" in out, err
+    assert f"checkpoint {STEPS} of" in err and path.name in err
+    assert newest.with_name(f"{STEPS}.damaged").is_dir() and "Traceback" not in err
     assert_like(workdir, undisturbed)
+
+
+def test_a_second_run_on_a_workdir_is_refused_in_a_sentence(tmp_path):
+    process = start(tmp_path, "--config.train.steps=100000")
+    try:
+        assert wait_for(process, lambda: last_step(tmp_path) >= 1)
+        status, _, err = run(tmp_path, "--config.train.steps=100000")
+        assert status == 2 and err.count("\n") == 1
+        assert err.startswith("error: ") and f"in use by another run (process {process.pid}" in err
+        assert process.poll() is None
+    finally:
+        process.kill()
+        finish(process)
+
+
+def test_a_save_without_room_keeps_the_last_one_and_goes_on_later(undisturbed, tmp_path):
+    workdir = tmp_path / "run"
+    assert run(workdir, "--config.train.steps=10")[0] == 0
+    status, _, err = run(workdir, largest_file=100_000)
+    assert status == 2 and err.count("\n") == 1, err
+    assert err.startswith("error: a checkpoint cannot be written") and "File too large" in err
+    assert (workdir / "checkpoints" / "10").is_dir()
+    status, out, err = run(workdir)
+    assert status == 0 and "continuing from step 10" in out, err
+    assert_like(workdir, undisturbed)
+
+
+def test_a_run_that_diverges_ends_after_some_skipped_steps(tmp_path):
+    options = ("learning_rate=1e38", "warmup_steps=0")
+    options = [f"--config.optimizer.{option}" for option in options]
+    status, _, err = run(tmp_path, "--config.train.max_skipped=7", *options)
+    # TensorBoard's writer warns of what is not a number, line by line.
+    assert status == 2 and err.splitlines()[-1].startswith("error: 7 steps in a row"), err

@@ -1,6 +1,7 @@
 """The loop: what a run leaves, and what comes of stopping, going on and failing."""
 
 import contextlib
+import errno
 import os
 import signal
 
@@ -10,7 +11,7 @@ import numpy as np
 import pytest
 from toy_stage import Points, ToyStage
 
-from instella_jax import model_folder, sharding, train
+from instella_jax import checkpoint, model_folder, sharding, train
 from instella_jax.checkpoint import Checkpoints
 from instella_jax.errors import UserError
 from instella_jax.metrics import read_metrics
@@ -308,15 +309,80 @@ def remove_arrays(folder):
 
 
 @pytest.mark.parametrize("harm", [damage_files, empty, remove_data, remove_arrays])
-def test_a_damaged_checkpoint_is_named_and_the_one_before_it_serves(toy, config, tmp_path, harm):
+def test_a_damaged_checkpoint_is_set_aside_for_the_one_before_it(
+    toy, config, tmp_path, harm, caplog, capsys
+):
     whole = train.train(config, tmp_path)
+    before = lines(tmp_path)
     harm(tmp_path / "checkpoints" / "8")
-    with pytest.raises(UserError, match=r"checkpoint 8 of .* cannot be restored.*remove that"):
-        train.train(config, tmp_path)
-    assert (tmp_path / "checkpoints" / "8").is_dir()
-    empty(tmp_path / "checkpoints" / "8")
-    (tmp_path / "checkpoints" / "8").rmdir()
+    capsys.readouterr()
     assert train.train(config, tmp_path) == whole
+    assert "continuing from step 4" in capsys.readouterr().out
+    assert "checkpoint 8 of" in caplog.text and "DAMAGED" in caplog.text
+    assert lines(tmp_path) == before
+    names = sorted(p.name for p in (tmp_path / "checkpoints").iterdir())
+    assert names == ["4", "8", "8.damaged"]
+    # And again: the second is not put in the place of the first.
+    harm(tmp_path / "checkpoints" / "8")
+    assert train.train(config, tmp_path) == whole
+    assert (tmp_path / "checkpoints" / "8.damaged1").is_dir()
+
+
+def test_where_no_checkpoint_is_whole_nothing_is_touched(toy, config, tmp_path):
+    train.train(config, tmp_path)
+    for step in ("4", "8"):
+        damage_files(tmp_path / "checkpoints" / step)
+    before = lines(tmp_path)
+    with pytest.raises(UserError, match="no checkpoint of .* is whole .step 8.*step 4"):
+        train.train(config, tmp_path)
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
+    assert lines(tmp_path) == before
+
+
+def test_a_run_moves_over_8_4_1_and_8_devices(toy, config, tmp_path):
+    config.train.update(steps=12, keep=12)
+    config.mesh.update(data=8)
+    train.train(config, tmp_path / "whole")
+    for stop, (data, fsdp) in ((3, (4, 2)), (6, (2, 2)), (9, (1, 1)), (12, (1, 8))):
+        config.mesh.update(data=data, fsdp=fsdp)
+        toy.at(2 if stop < 12 else -1, terminate)
+        train.train(config, tmp_path / "moved")
+        assert steps(tmp_path / "moved") == list(range(1, stop + 1))
+    both = [
+        [row["train/loss"] for row in lines(tmp_path / name) if "train/loss" in row]
+        for name in ("whole", "moved")
+    ]
+    np.testing.assert_allclose(*both, rtol=1e-5)
+
+
+def full(*_, **__):
+    raise OSError(errno.ENOSPC, "No space left on device")
+
+
+def test_a_disk_that_is_full_while_saving_costs_that_checkpoint_only(
+    toy, config, tmp_path, monkeypatch, capsys
+):
+    whole = train.train(config, tmp_path / "whole")
+    write = checkpoint.write_manifest
+
+    def full_at_8(folder, **options):
+        return full() if folder.name.startswith("8.") else write(folder, **options)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(checkpoint, "write_manifest", full_at_8)
+        with pytest.raises(UserError, match="cannot be written to .*No space left.*make room"):
+            train.train(config, tmp_path / "parts")
+    assert (tmp_path / "parts" / "checkpoints" / "4").is_dir()
+    capsys.readouterr()
+    assert train.train(config, tmp_path / "parts") == whole
+    assert "continuing from step 4" in capsys.readouterr().out
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_a_disk_too_full_for_metrics_is_told_in_a_sentence(toy, config, tmp_path, monkeypatch):
+    monkeypatch.setattr(train.MetricsWriter, "scalars", full)
+    with pytest.raises(UserError, match="cannot be written .No space left on device.: make room"):
+        train.train(config, tmp_path)
 
 
 def tiny_state(config, mesh):
