@@ -4,6 +4,7 @@ Axes: B images, N latent tokens, K bits, S steps, L text length, Dt text width. 
 2B rows: B conditional ones, then B unconditional ones (the empty or a negative prompt).
 """
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -131,6 +132,8 @@ def sample_ar(
     Returns:
       bits [B, N, K], float32 of 0 and 1.
     """
+    # Unrolled, XLA would copy every layer's slice of the stacked weights at once for each token.
+    network = network.clone(run=dataclasses.replace(network.run, unroll=False))
     apply = _bound(network, params)
     cache = apply(text, method="start_cache")
 

@@ -6,10 +6,11 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from instella_jax import binary_diffusion, sampling, sharding
+from instella_jax import sampling, sharding
 from instella_jax.models import functional
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from tests import uncached
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -114,17 +115,6 @@ def test_draws_are_independent_per_image_and_step():
     assert len(np.unique(values)) == values.size and 0 <= values.min() and values.max() < 1
 
 
-def uncached(params, text, mask, uniforms, guidance, temperature):
-    """Recomputes the whole prefix for each token, as the published code does."""
-    bits, apply = jnp.zeros_like(uniforms), jax.jit(AR.apply)
-    for n in range(uniforms.shape[1]):
-        both = jnp.concatenate([bits, bits])[:, :-1]
-        conditional, unconditional = jnp.split(apply({"params": params}, both, text, mask), 2)
-        logits = binary_diffusion.guided(conditional, unconditional, guidance, temperature)
-        bits = bits.at[:, n].set(uniforms[:, n] < jax.nn.sigmoid(logits[:, n]))
-    return bits
-
-
 def test_cache_gives_the_logits_of_the_whole_prefix():
     text, mask = prompts(3)
     z = (jax.random.uniform(jax.random.key(3), (6, 6, 5)) < 0.5).astype(jnp.float32)
@@ -141,7 +131,8 @@ def test_cached_sampling_equals_uncached():
     text, mask = prompts(3)
     uniforms = jax.random.uniform(jax.random.key(5), (3, 6, 5))
     bits = sample("ar", text, mask, SEEDS, uniforms=uniforms, guidance=3.0, temperature=0.8)
-    np.testing.assert_array_equal(bits, uncached(params(AR), text, mask, uniforms, 3.0, 0.8))
+    whole = jax.jit(functools.partial(uncached.sample_ar, AR))
+    np.testing.assert_array_equal(bits, whole(params(AR), text, mask, uniforms, 3.0, 0.8))
 
 
 @pytest.mark.slow

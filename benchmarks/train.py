@@ -1,0 +1,220 @@
+"""Times the training step of a config on the devices that are here.
+
+    python -m benchmarks.train --config=configs/t2i_diffusion.py
+    python -m benchmarks.train --config=configs/t2i_diffusion.py --vary=unroll,remat,attention
+    python -m benchmarks.train --config=configs/t2i_diffusion.py:instella_512 --synthetic \\
+        --config.data.kind=codes --config.train.batch_size=64
+
+--vary gives a row to each other value of these `run` keys. Every row is measured in a process of
+its own, so that its memory is its own. --synthetic needs no files: random weights in place of the
+frozen ones, one random batch in place of the data. Tokens are latent tokens; memory is the peak
+of the fullest device, or on a CPU of the whole process.
+"""
+
+import json
+import resource
+import subprocess
+import sys
+import time
+from typing import Any
+
+from absl import app, flags
+from ml_collections import config_flags
+
+from instella_jax.arguments import NO_CONFIG, parse
+from instella_jax.config import Config
+from instella_jax.errors import UserError
+
+OTHERS = {
+    "unroll": (False, True),
+    "remat": ("none", "dots", "full"),
+    "attention": ("xla", "cudnn"),
+}
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "As in instella_jax.main.")
+_VARY = flags.DEFINE_list("vary", [], f"Keys of `run` to vary: {', '.join(OTHERS)}.")
+_STEPS = flags.DEFINE_integer("steps", 50, "Steps to time, rounded up to whole calls.")
+_SYNTHETIC = flags.DEFINE_bool("synthetic", False, "Random weights and data: needs no files.")
+_ONE = flags.DEFINE_bool("one", False, "Measure in this process and print JSON.")
+
+
+def synthetic(config: Config, stage: Any, mesh: Any) -> tuple[Any, Any]:
+    """Random frozen parameters, and a loader that gives one random batch for ever."""
+    import itertools
+
+    import jax
+    import jax.numpy as jnp
+    import numpy as np
+
+    from instella_jax import plan
+
+    shapes = plan.frozen_shapes(stage, config, mesh)
+
+    def draw() -> Any:
+        return jax.tree.map(
+            lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), shapes
+        )
+
+    frozen = jax.jit(draw, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
+    rows = config.train.batch_size // jax.process_count()
+    batch = plan.batch_shapes(config, rows, (config.train.steps_per_call,))
+    rng = np.random.default_rng(0)
+    # Small enough for token ids, and every mask is True.
+    values = {
+        name: (rng.integers(1, 256, x.shape) if x.dtype != jnp.bool_ else np.ones(x.shape)).astype(
+            x.dtype
+        )
+        for name, x in batch.items()
+    }
+    return frozen, itertools.repeat(values)
+
+
+def peak_memory() -> int:
+    """Peak bytes of the fullest device, or of this process where devices do not tell."""
+    import jax
+
+    stats = [device.memory_stats() or {} for device in jax.local_devices()]
+    device = max(s.get("peak_bytes_in_use", 0) for s in stats)
+    return device or resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+def measure(config: Config, steps: int, made_up: bool) -> dict[str, Any]:
+    """Times the step of a config as the training loop runs it."""
+    import jax
+
+    from benchmarks.timing import where
+    from instella_jax import flops, platform, sharding, train
+    from instella_jax.data.watch import DataWatch
+    from instella_jax.stages import make_stage
+    from instella_jax.train_state import make_step
+
+    platform.start(config)
+    # Compiling is measured, not reading what was compiled before.
+    jax.config.update("jax_enable_compilation_cache", False)
+    mesh = sharding.make_mesh(config.mesh)
+    train.check_sizes(config, mesh)
+    stage, size = make_stage(config), config.train
+    with sharding.use(mesh):
+        if made_up:
+            frozen, loader = synthetic(config, stage, mesh)
+        else:
+            frozen = train.load_frozen(stage, mesh)
+            loader = stage.loader(
+                "train", batch_size=size.batch_size, steps_per_call=size.steps_per_call
+            )
+        state, optimizer = train.initial_state(stage, config, mesh)
+        rows, watch = sharding.batch_sharding(mesh, leading=1), DataWatch()
+
+        def take() -> Any:
+            return sharding.place(train.arrays(watch.take(loader)), rows)
+
+        batch = take()
+        start = time.perf_counter()
+        step = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
+        compiled = step.lower(state, frozen, batch).compile()
+        compile_seconds = time.perf_counter() - start
+        state, metrics = compiled(state, frozen, batch)
+        jax.block_until_ready(metrics)
+        watch.report()
+        calls, seconds = -(-steps // size.steps_per_call), []
+        begin = time.perf_counter()
+        for _ in range(calls):
+            state, following = compiled(state, frozen, take())
+            # As in the loop: the device works on this call while the host reads the one before.
+            jax.device_get(metrics)
+            metrics, now = following, time.perf_counter()
+            seconds.append((now - begin) / size.steps_per_call)
+            begin = now
+        jax.block_until_ready(metrics)
+        seconds = seconds[1:] or seconds  # the first found the device idle
+        waited = watch.report()["data_wait"]
+    seconds.sort()
+    median = seconds[len(seconds) // 2]
+    operations = sum(flops.training(config).values())
+    kind = mesh.devices.flat[0].device_kind
+    speed = flops.speed(size.batch_size / median, operations, kind, mesh.size)
+    return {
+        "where": where(),
+        "median": median,
+        "least": seconds[0],
+        "most": seconds[-1],
+        "data_wait": waited,
+        "compile_seconds": compile_seconds,
+        "peak_memory": peak_memory(),
+        "tokens_per_second": speed["images_per_second"] * config.model.num_tokens,
+        **speed,
+    }
+
+
+def variations(config: Config, keys: list[str]) -> list[tuple[str, str]]:
+    """Rows of the table: what is changed, "" for the config as it is, and the flag that does it.
+
+    Raises:
+      UserError: a key is none of `OTHERS`.
+    """
+    rows = [("", "")]
+    for key in keys:
+        if key not in OTHERS:
+            raise UserError(f"--vary has {key!r}: expected some of {sorted(OTHERS)}")
+        for value in OTHERS[key]:
+            if value != config.run[key]:
+                rows.append((f"run.{key}={value}", f"--config.run.{key}={value}"))
+    return rows
+
+
+def show(name: str, result: dict[str, Any]) -> None:
+    """Prints a row."""
+    used = result.get("model_flops_utilisation")
+    print(
+        f"{name:22}{1e3 * result['median']:9.1f} "
+        f"{1e3 * result['least']:8.1f}-{1e3 * result['most']:<8.1f}"
+        f"{result['data_wait']:6.1%}{result['compile_seconds']:9.1f}"
+        f"{result['images_per_second']:10.1f}{result['tokens_per_second']:11.0f}"
+        f"{result['model_tflops_per_device']:9.3f}"
+        f"{'not known' if used is None else f'{used:.1%}':>11}"
+        f"{result['peak_memory'] / 1e9:8.2f}",
+        flush=True,
+    )
+
+
+def run(argv: list[str]) -> None:
+    """Measures the config, or starts a process for each row."""
+    if _CONFIG.value is None:
+        raise UserError(NO_CONFIG)
+    if _STEPS.value < 1:
+        raise UserError(f"--steps is {_STEPS.value}: expected at least 1")
+    if _ONE.value:
+        print(json.dumps(measure(_CONFIG.value, _STEPS.value, _SYNTHETIC.value)))
+        return
+    head = False
+    for name, change in variations(_CONFIG.value, _VARY.value):
+        command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--one"]
+        done = subprocess.run(
+            [*command, change] if change else command, stdout=subprocess.PIPE,
+            stderr=subprocess.PIPE, text=True, check=False,
+        )  # fmt: skip
+        if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
+            print(f"{name or 'as configured':22}  not measured: {reason[:160]}", flush=True)
+            continue
+        result = json.loads(done.stdout.splitlines()[-1])
+        if not head:
+            print(
+                f"{result['where']}\n{'':22}{'ms/step':>9} {'range':^17}{'waits':>6}{'compile':>9}"
+                f"{'images/s':>10}{'tokens/s':>11}{'TFLOP/s':>9}{'of peak':>11}{'GB':>8}"
+            )
+            head = True
+        show(name or "as configured", result)
+
+
+def main() -> None:
+    """Command-line entry; a user's mistake is one sentence."""
+    try:
+        app.run(run, flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
