@@ -1,6 +1,6 @@
 """Times the sampling kernel and its reference on the device that is here.
 
-    python benchmarks/binary_sampling.py [--batch 64 --tokens 128 --bits 64 --dtype bfloat16]
+    python -m benchmarks.binary_sampling [--batch 64 --tokens 128 --bits 64 --dtype bfloat16]
 
 For both operations and every implementation that the device can run: microseconds a call, bytes
 that must move, and that rate as a share of what a plain copy reaches on the same device. The last
@@ -16,6 +16,7 @@ from collections.abc import Callable
 import jax
 import jax.numpy as jnp
 
+from benchmarks.timing import where
 from instella_jax.errors import UserError
 from instella_jax.kernels import binary_sampling
 
@@ -127,7 +128,7 @@ def main() -> None:
     calls = options.calls or (10 if jax.default_backend() == "cpu" else 1000)
 
     rate = copy_rate()
-    print(f"jax {jax.__version__}, {jax.devices()[0].device_kind}: copies {rate / 1e9:.1f} GB/s")
+    print(f"{where()}: copies {rate / 1e9:.1f} GB/s")
     keys = jax.random.split(jax.random.key(0), options.batch)
     shape = (options.batch, options.tokens, options.bits)
     logits = 2 * jax.random.normal(jax.random.key(1), (2, *shape))

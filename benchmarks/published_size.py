@@ -1,6 +1,6 @@
 """Imports random weights of the published size and draws with them: seconds and peak memory.
 
-python benchmarks/published_size.py SCRATCH
+    python -m benchmarks.published_size SCRATCH
 
 Each step runs in a process of its own, whose peak resident memory includes the pages of files that
 it maps. Takes 16 GB of disk and, on two CPU cores, some minutes for each picture.

@@ -189,10 +189,8 @@ def run(argv: list[str]) -> None:
     head = False
     for name, change in variations(_CONFIG.value, _VARY.value):
         command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--one"]
-        done = subprocess.run(
-            [*command, change] if change else command, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, text=True, check=False,
-        )  # fmt: skip
+        command += [change] if change else []
+        done = subprocess.run(command, capture_output=True, text=True, check=False)
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             print(f"{name or 'as configured':22}  not measured: {reason[:160]}", flush=True)

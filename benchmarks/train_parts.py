@@ -1,0 +1,124 @@
+"""Where the time of a generator's training step goes: each part compiled and timed alone.
+
+    python -m benchmarks.train_parts --config=configs/t2i_diffusion.py
+
+Seconds are of the processor, summed over its cores, so that other programs take none of them: of
+use on a CPU alone. Parts that are fused in the real step may add up to more than it.
+"""
+
+import statistics
+import sys
+import time
+from collections.abc import Callable
+from typing import Any
+
+import jax
+import optax
+from absl import app, flags
+from ml_collections import config_flags
+
+from benchmarks.timing import where
+from instella_jax import platform, sharding, train
+from instella_jax.arguments import NO_CONFIG, parse
+from instella_jax.config import Config
+from instella_jax.errors import UserError
+from instella_jax.stages import make_stage
+from instella_jax.train_state import gradients, make_step
+
+_CONFIG = config_flags.DEFINE_config_file("config", None, "Of a generator.")
+_REPEATS = flags.DEFINE_integer("repeats", 10, "Timed calls of each part.")
+
+
+def seconds(call: Callable[[], Any], repeats: int) -> float:
+    """Median processor seconds of a call, the first of which compiles."""
+    jax.block_until_ready(call())
+    times = []
+    for _ in range(repeats):
+        start = time.process_time()
+        jax.block_until_ready(call())
+        times.append(time.process_time() - start)
+    return statistics.median(times)
+
+
+def measure(config: Config, repeats: int) -> tuple[float, dict[str, float]]:
+    """Seconds of a whole step, and of its parts.
+
+    Raises:
+      UserError: the stage is no generator, or trains on codes.
+    """
+    if config.stage == "tokenizer" or config.data.kind == "codes":
+        raise UserError("the parts are those of a generator that trains on pictures")
+    mesh = sharding.make_mesh(config.mesh)
+    stage: Any = make_stage(config)
+    with sharding.use(mesh):
+        frozen, key = train.load_frozen(stage, mesh), jax.random.key(0)
+        loader = stage.loader("train", batch_size=config.train.batch_size, prefetch=0)
+        spent = {"data": seconds(lambda: next(loader)["image"], repeats)}
+        loader.close()
+        batch = sharding.place(train.arrays(next(stage.loader(
+            "train", batch_size=config.train.batch_size
+        ))), sharding.batch_sharding(mesh))  # fmt: skip
+        state, optimizer = train.initial_state(stage, config, mesh)
+        params = state.params
+
+        def timed(function: Callable[..., Any], *args: Any) -> float:
+            compiled = jax.jit(function)
+            return seconds(lambda: compiled(*args), repeats)
+
+        spent["image encoder"] = timed(stage.encode, frozen, batch["image"])
+        code = jax.jit(stage.encode)(frozen, batch["image"])
+        ids, mask = batch["ids"], batch["mask"]
+        features = jax.jit(stage.text_features)(params, frozen, ids, mask)
+
+        def generator(params: Any, features: Any) -> Any:
+            return stage.code_metrics(params, code, features, mask, key, True)[0]
+
+        def text(params: Any) -> Any:
+            return stage.text_features(params, frozen, ids, mask)
+
+        def text_backward(params: Any) -> Any:
+            return jax.vjp(text, params)[1](features)
+
+        spent["text encoder"] = timed(text_backward if config.text.trainable else text, params)
+        forward = timed(generator, params, features)
+        spent["generator, forward"] = forward
+        both = timed(jax.grad(generator, (0, 1)), params, features)
+        spent["generator, backward"] = both - forward
+        grads, _ = jax.jit(
+            lambda p: gradients(stage, 1, p, frozen, batch, key, 0)
+        )(params)  # fmt: skip
+
+        def update(grads: Any, state: Any) -> Any:
+            updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+            new = optax.apply_updates(state.params, updates)
+            return new, opt_state, optax.incremental_update(new, state.ema, 1e-3)
+
+        spent["optimizer and average"] = timed(update, grads, state)
+        step = make_step(stage, optimizer, config)
+        one = jax.tree.map(lambda x: x[None], batch)
+        whole = timed(step, state, frozen, one) + spent["data"]
+    return whole, spent
+
+
+def run(argv: list[str]) -> None:
+    """Prints the table."""
+    if _CONFIG.value is None:
+        raise UserError(NO_CONFIG)
+    platform.start(_CONFIG.value)
+    whole, spent = measure(_CONFIG.value, _REPEATS.value)
+    print(f"{where()}; batch {_CONFIG.value.train.batch_size}; processor time")
+    for name, part in {"data + step": whole, **spent, "sum": sum(spent.values())}.items():
+        print(f"{name:24}{1e3 * part:9.1f} ms {part / whole:7.1%}")
+
+
+def main() -> None:
+    """Command-line entry; a user's mistake is one sentence."""
+    try:
+        app.run(run, flags_parser=parse)
+    except UserError as error:
+        print(f"error: {error}", file=sys.stderr)
+        sys.exit(2)
+
+
+if __name__ == "__main__":
+    main()
