@@ -150,6 +150,8 @@ def generator(variant: str) -> dict:
             width=0,
             # Pictures drawn at a time.
             batch_size=16,
+            # What draws the bits: "xla", "pallas" (TPU and GPU), or "auto", the faster one.
+            kernel="auto",
             # Folder for the PNG files; "" is "drawn", in the workdir where one is given.
             out="",
         ),

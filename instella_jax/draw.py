@@ -7,6 +7,7 @@ import re
 import time
 from pathlib import Path
 
+import jax
 import numpy as np
 
 from instella_jax import model_folder, sharding
@@ -62,12 +63,13 @@ def load_pipeline(
     from instella_jax.stages import make_stage
     from instella_jax.stages.generator import GeneratorStage
 
+    mesh = sharding.make_mesh(config.mesh)
     if workdir is not None:
         stage = make_stage(config)
         if not isinstance(stage, GeneratorStage):
             raise UserError(f"a {config.stage} does not draw prompts; use a t2i config")
         step, params, frozen = restore(config, workdir)
-        pipeline = InstellaPipeline.from_stage(stage, {**frozen, **params})
+        pipeline = InstellaPipeline.from_stage(stage, {**frozen, **params}, mesh)
         return pipeline, f"step {step} of {workdir}"
     folder = model_folder.find_weights(config)
     description = model_folder.read_description(folder)
@@ -81,14 +83,13 @@ def load_pipeline(
         model_folder.execution(config.run),
         kind=config.stage,
         text_encoder=model_folder.find(encoder, "text.encoder") if encoder else None,
+        mesh=mesh,
     )
     return pipeline, str(folder)
 
 
 def restore(config: Config, workdir: str | os.PathLike[str]):
     """Returns (step, averaged parameters, frozen parameters) of a workdir's newest checkpoint."""
-    import jax
-
     from instella_jax.checkpoint import check_config, restore_average
     from instella_jax.stages import init_stage, make_stage
     from instella_jax.train import load_frozen
@@ -106,8 +107,10 @@ def restore(config: Config, workdir: str | os.PathLike[str]):
     return step, params, load_frozen(stage, mesh)
 
 
-def draw(config: Config, workdir: str | os.PathLike[str] | None) -> Path:
+def draw(config: Config, workdir: str | os.PathLike[str] | None) -> Path | None:
     """Draws the prompts of a config.
+
+    Several processes draw together, and the first of them writes.
 
     Writes `<number>-<words of the prompt>-seed<seed>.png` for each picture, `grid-<number>.png`,
     and a line for each picture in `metadata.jsonl`. Numbers go on from what is there: nothing is
@@ -118,7 +121,7 @@ def draw(config: Config, workdir: str | os.PathLike[str] | None) -> Path:
       workdir: of a training run; None for `init_from` or the shipped weights.
 
     Returns:
-      Path of the grid.
+      Path of the grid, None in other processes than the first.
 
     Raises:
       UserError: see `read_prompts`, `load_pipeline` and `Options`.
@@ -128,18 +131,24 @@ def draw(config: Config, workdir: str | os.PathLike[str] | None) -> Path:
     prompts = read_prompts(config.sample)
     options = options_from_config(config.sample)
     out = Path(config.sample.out or (Path(workdir) / "drawn" if workdir else "drawn"))
-    try:
-        out.mkdir(parents=True, exist_ok=True)
-    except OSError as error:
-        raise UserError(f"cannot write pictures to {out} ({error.strerror})") from None
+    first = jax.process_index() == 0
+    if first:
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise UserError(f"cannot write pictures to {out} ({error.strerror})") from None
     pipeline, source = load_pipeline(config, workdir)
-    print(f"drawing {len(prompts) * options.images_per_prompt} picture(s) with {source}")
+    count = len(prompts) * options.images_per_prompt
+    if first:
+        print(f"drawing {count} picture(s) with {source}")
     start = time.perf_counter()
     pictures = pipeline(prompts, options)
     seconds = time.perf_counter() - start
+    if not first:
+        return None
     captions = [p for p in prompts for _ in range(options.images_per_prompt)]
     grid = write(out, pictures, captions, options.seed, options.images_per_prompt, config)
-    print(f"{len(pictures)} picture(s) in {seconds:.1f} s, compiling included: {grid}")
+    print(f"{count} picture(s) in {seconds:.1f} s, compiling included: {grid}")
     return grid
 
 

@@ -87,7 +87,7 @@ def dispatch(argv: list[str]) -> None:
         os.environ, _DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     )
     distributed.join(setup)
-    platform.start(_CONFIG.value, setup.processes)
+    platform.start(_CONFIG.value, setup.processes, training=_MODE.value != "sample")
     workdir = _WORKDIR.value or default_workdir(config_argument())
     if _MODE.value == "train":
         from instella_jax.train import train

@@ -241,15 +241,32 @@ def load_boxed(folder: str | os.PathLike[str], part: str, network: Network, dtyp
     )
 
 
-def load(folder: str | os.PathLike[str], part: str, network: Network, dtype: str) -> Any:
+def load(
+    folder: str | os.PathLike[str],
+    part: str,
+    network: Network,
+    dtype: str,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Any:
     """Reads the parameters of a part as plain device arrays, one after the other.
+
+    Args:
+      folder: a model folder.
+      part: one of `PARTS`.
+      network: the network they are for.
+      dtype: type to hold them in.
+      mesh: where they go, sharded by their logical axes; None is the default device.
 
     Raises:
       UserError: see `open_part`.
     """
+    places: dict[str, Any] = {}
+    if mesh is not None:
+        shardings = sharding.tree_shardings(abstract_params(network), mesh)
+        places = dict(flatten_dict(shardings, sep="/"))
     with open_part(folder, part, network) as tensors:
         values = {
-            name: jax.numpy.asarray(value.astype(dtype, copy=False))
+            name: jax.device_put(value.astype(dtype, copy=False), places.get(name))
             for name, value in tensors.items()
         }
     return unflatten_dict(values, sep="/")

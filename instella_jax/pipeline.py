@@ -3,6 +3,7 @@
 Axes: B pictures, U different prompts, N latent tokens, K bits, L text length.
 """
 
+import contextlib
 import dataclasses
 import functools
 import os
@@ -13,11 +14,13 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.sharding import Mesh
 
 from instella_jax import binary_diffusion, model_folder, model_parts, sampling, sharding
 from instella_jax.binary_diffusion import Target
 from instella_jax.config import Config
 from instella_jax.errors import UserError
+from instella_jax.kernels import binary_sampling
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import apply
@@ -55,6 +58,7 @@ class Options:
       height: of the pictures in pixels; 0 is the size that the model was trained at.
       width: likewise.
       batch_size: pictures drawn at a time.
+      kernel: what draws the bits, see `kernels.binary_sampling.resolve`.
     """
 
     negative_prompt: str = ""
@@ -68,6 +72,7 @@ class Options:
     height: int = 0
     width: int = 0
     batch_size: int = 16
+    kernel: str = "auto"
 
     def __post_init__(self) -> None:
         """Checks ranges.
@@ -93,6 +98,8 @@ class Options:
             raise UserError(
                 f"protocol is {self.protocol}: expected one of {binary_diffusion.PROTOCOLS}"
             )
+        if self.kernel not in binary_sampling.NAMES:
+            raise UserError(f"kernel is {self.kernel!r}: expected one of {binary_sampling.NAMES}")
 
 
 def options_from_config(config: Config) -> Options:
@@ -107,6 +114,9 @@ def text_features(network: Olmo, params: Params, ids: jax.Array, mask: jax.Array
     return apply(network, params, ids, mask)[1:]
 
 
+image_keys = jax.jit(sampling.image_keys)
+
+
 @functools.partial(jax.jit, static_argnames=("network", "height", "width"))
 def decode(
     network: BinaryTokenizer, params: Params, code: jax.Array, height: int, width: int
@@ -118,7 +128,9 @@ def decode(
 class InstellaPipeline:
     """A text encoder, a generator and a tokenizer, ready to draw.
 
-    A picture depends on the parameters, its prompt, its seed and the options alone.
+    A picture depends on the parameters, its prompt, its seed and the options alone. With a mesh,
+    each batch is spread over its devices; where they are those of several processes, all of them
+    must ask for the same pictures, and all get them.
     """
 
     def __init__(
@@ -132,6 +144,7 @@ class InstellaPipeline:
         max_length: int,
         image_size: int,
         target: Target = "epsilon",
+        mesh: Mesh | None = None,
     ):
         """Joins the parts.
 
@@ -144,11 +157,12 @@ class InstellaPipeline:
           max_length: longest prompt in tokens.
           image_size: side in pixels that the model was trained at.
           target: what a diffusion generator was trained to tell, see `binary_diffusion`.
+          mesh: devices to draw on, on which the parameters are; None is the default device.
         """
         self.generator, self.text, self.tokenizer = generator, text, tokenizer
         self.params = params
         self.text_tokenizer, self.max_length = text_tokenizer, max_length
-        self.image_size, self.target = image_size, target
+        self.image_size, self.target, self.mesh = image_size, target, mesh
 
     @classmethod
     def from_folder(
@@ -159,6 +173,7 @@ class InstellaPipeline:
         *,
         kind: str | None = None,
         text_encoder: str | os.PathLike[str] | None = None,
+        mesh: Mesh | None = None,
     ) -> "InstellaPipeline":
         """Reads a model folder.
 
@@ -169,6 +184,7 @@ class InstellaPipeline:
           kind: "diffusion" or "ar", which generator is wanted where the folder holds both; None
             for the one there is, or the diffusion one.
           text_encoder: folder of the text encoder; not looked at where `folder` holds it.
+          mesh: devices to draw on; None is the default device.
 
         Raises:
           UserError: a part is missing, damaged, or the parts do not fit each other.
@@ -191,7 +207,7 @@ class InstellaPipeline:
             values = model_folder.read_description(place)
             network = model_parts.make_network(place, values, name, run)
             networks[part] = network
-            params[part] = model_folder.load(place, name, network, run.param_dtype)
+            params[part] = model_folder.load(place, name, network, run.param_dtype, mesh)
         return cls(
             **networks,
             params=params,
@@ -199,11 +215,14 @@ class InstellaPipeline:
             max_length=description["text"]["max_length"],
             image_size=description["image_size"],
             target=description.get("target", "epsilon"),
+            mesh=mesh,
         )
 
     @classmethod
-    def from_stage(cls, stage: GeneratorStage, params: Mapping[str, Params]) -> "InstellaPipeline":
-        """Draws with a stage's networks and given parameters.
+    def from_stage(
+        cls, stage: GeneratorStage, params: Mapping[str, Params], mesh: Mesh | None = None
+    ) -> "InstellaPipeline":
+        """Draws with a stage's networks and given parameters, on their mesh.
 
         The image tokenizer's are read from its folder where they are not given: training on codes
         has no use for them.
@@ -211,7 +230,7 @@ class InstellaPipeline:
         tokenizer = stage.tokenizer_network()
         if "tokenizer" not in params:
             dtype = stage.run.param_dtype
-            loaded = model_folder.load(stage.tokenizer_folder, "tokenizer", tokenizer, dtype)
+            loaded = model_folder.load(stage.tokenizer_folder, "tokenizer", tokenizer, dtype, mesh)
             params = {**params, "tokenizer": loaded}
         return cls(
             generator=stage.network,
@@ -222,6 +241,7 @@ class InstellaPipeline:
             max_length=stage.config.text.max_length,
             image_size=stage.config.data.image_size,
             target=stage.config.loss.get("target", "epsilon"),
+            mesh=mesh,
         )
 
     def __call__(self, prompts: Sequence[str], options: Options = Options()) -> np.ndarray:
@@ -249,14 +269,16 @@ class InstellaPipeline:
         seeds = options.seed + np.tile(np.arange(options.images_per_prompt), len(prompts))
         negative = options.negative_prompt
         length = self.padded_length([*prompts, negative])
-        size = min(options.batch_size, len(rows))
+        parts = sharding.batch_parts(self.mesh) if self.mesh else 1
+        size = -(-min(options.batch_size, len(rows)) // parts) * parts
         for start in range(0, len(rows), size):
             # The last batch is filled up, so that all have the compiled shape.
             chosen = np.minimum(np.arange(start, start + size), len(rows) - 1)
             texts = [*(prompts[row] for row in rows[chosen]), *[negative] * size]
-            features, mask = self.describe(texts, length)
-            code = self.codes(features, mask, seeds[chosen], options)
-            drawn = decode(self.tokenizer, self.params["tokenizer"], code, height, width)
+            with sharding.use(self.mesh) if self.mesh else contextlib.nullcontext():
+                features, mask = self.describe(texts, length)
+                code = self.codes(features, mask, seeds[chosen], options)
+                drawn = decode(self.tokenizer, self.params["tokenizer"], code, height, width)
             yield sharding.fetch(drawn)[: len(rows) - start]
 
     def padded_length(self, prompts: Sequence[str]) -> int:
@@ -295,11 +317,16 @@ class InstellaPipeline:
         return text_features(self.text, self.params["text"], ids, mask)
 
     def codes(
-        self, features: jax.Array, mask: np.ndarray, seeds: np.ndarray, options: Options
+        self, features: jax.Array, mask: Any, seeds: np.ndarray, options: Options
     ) -> jax.Array:
         """Samples codes [B, N, K] for text of 2B rows, conditional ones first."""
-        keys = sampling.image_keys(jnp.asarray(seeds, jnp.uint32))
+        rows: Any = seeds.astype(np.uint32)
+        if self.mesh is not None:
+            rows, mask = jax.device_put((rows, mask), sharding.batch_sharding(self.mesh))
+            features = jax.device_put(features, sharding.batch_sharding(self.mesh, leading=1))
+        keys = image_keys(rows)
         params = self.params["generator"]
+        kernel = binary_sampling.resolve(options.kernel, jax.default_backend())
         if isinstance(self.generator, ArTransformer):
             return sampling.sample_ar(
                 self.generator,
@@ -309,6 +336,7 @@ class InstellaPipeline:
                 keys,
                 guidance=options.guidance,
                 temperature=options.temperature,
+                kernel=kernel,
             )
         return sampling.sample_diffusion(
             self.generator,
@@ -322,4 +350,5 @@ class InstellaPipeline:
             rho=options.rho,
             protocol=options.protocol,
             target=self.target,
+            kernel=kernel,
         )

@@ -45,12 +45,14 @@ def use_cache() -> None:
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
-def start(config: Config, processes: int = 1) -> None:
+def start(config: Config, processes: int = 1, training: bool = True) -> None:
     """Turns the persistent compilation cache on and says which devices are used.
 
     Args:
       config: its `mesh`, `run` and batch sizes decide how many devices a CPU becomes.
       processes: how many share the mesh; 0 where only jax knows.
+      training: whether batches are large; else a CPU is one device, as the mesh allows: each more
+        would hold the weights once more.
     """
     import jax
 
@@ -60,11 +62,12 @@ def start(config: Config, processes: int = 1) -> None:
         sizes = list(config.mesh.values())
         train = config.train
         share = max(1, train.accumulate) * max(1, processes)
-        given = (
-            cpu_devices([train.batch_size // share, config.eval.batch_size])
-            if -1 in sizes
-            else math.prod(sizes) // max(1, processes)
-        )
+        if -1 not in sizes:
+            given = math.prod(sizes) // max(1, processes)
+        elif training:
+            given = cpu_devices([train.batch_size // share, config.eval.batch_size])
+        else:
+            given = 1
     if given > 0:
         jax.config.update("jax_num_cpu_devices", given)
     devices = jax.devices()

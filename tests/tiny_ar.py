@@ -1,4 +1,4 @@
-"""The autoregressive stage in a size that compiles in seconds, on the codes of the tiny tokenizer."""
+"""The autoregressive stage in a size that compiles in seconds, on codes of the tiny tokenizer."""
 
 from configs import t2i_ar
 from tests import tiny_diffusion

@@ -18,8 +18,8 @@ _REPEATS = {
     2: ((2,), (1, 1), (1, 1)),
     3: ((3,), (2, 1), (1, 2), (1, 1, 1), (1, 1, 1)),
 }
-# Places of objects by name: multiples of how many eighths of the side, 0 for any pixel. "thirds" are
-# the nine places that captions have words for.
+# Places of objects by name: multiples of how many eighths of the side, 0 for any pixel. "thirds"
+# are the nine places that captions have words for.
 PLACES = {"thirds": 2, "snapped": 1, "free": 0}
 _HELDOUT_KINDS = ("background", "count", "relation")
 Box = tuple[float, float, float]

@@ -4,7 +4,9 @@ import os
 from pathlib import Path
 from typing import Any
 
+import jax
 import numpy as np
+from jax.sharding import Mesh
 
 from instella_jax import model_folder, sharding
 from instella_jax.config import Config
@@ -40,34 +42,41 @@ def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> d
             params, frozen = load_params(stage, config, mesh), load_frozen(stage, mesh)
             source = str(model_folder.find_weights(config))
         metrics = evaluate(make_stage(config), params, frozen, config, mesh)
-    print(f"held out, with {source}:")
+    tell(f"held out, with {source}:")
     show(metrics)
     if config.data.kind == "scenes":
         out = Path(workdir or "drawn") / f"heldout-{config.stage}.png"
-        report_scenes(make_stage(config), {**frozen, **params}, config, out)
+        report_scenes(make_stage(config), {**frozen, **params}, config, mesh, out)
     return metrics
 
 
-def report_scenes(stage: Stage, params: Any, config: Config, out: Path) -> None:
+def report_scenes(stage: Stage, params: Any, config: Config, mesh: Mesh, out: Path) -> None:
     """Prints what the facts of emoji scenes allow to measure, and draws a grid."""
     if isinstance(stage, GeneratorStage):
-        report = scenes.prompts_report(InstellaPipeline.from_stage(stage, params), config)
-        print(f"share right of {scenes.PROMPTS} held-out prompts:")
+        report = scenes.prompts_report(InstellaPipeline.from_stage(stage, params, mesh), config)
+        tell(f"share right of {scenes.PROMPTS} held-out prompts:")
         show(report.drawn)
-        print("the same of true pictures through the tokenizer (the ceiling):")
+        tell("the same of true pictures through the tokenizer (the ceiling):")
         show(report.ceiling)
         pictures, captions = list(report.pictures[:GRID]), report.prompts[:GRID]
     elif isinstance(stage, TokenizerStage):
-        print("512 held-out scenes, and PCA with as many bits:")
+        tell("512 held-out scenes, and PCA with as many bits:")
         show(scenes.tokenizer_report(stage.network, params["tokenizer"], config))
         pictures, captions = stage.pictures(params, {}, GRID // 2)
     else:
         return
-    save_grid(out, np.stack(pictures), captions)
-    print(f"pictures: {out}")
+    if jax.process_index() == 0:
+        save_grid(out, np.stack(pictures), captions)
+    tell(f"pictures: {out}")
+
+
+def tell(line: str) -> None:
+    """Prints a line, in the first of several processes."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
 
 
 def show(metrics: dict[str, float]) -> None:
     """Prints a line for each metric."""
     for name, value in metrics.items():
-        print(f"  {name.replace('_', ' ')} {value:.4f}", flush=True)
+        tell(f"  {name.replace('_', ' ')} {value:.4f}")

@@ -5,6 +5,7 @@ from typing import Any
 
 import numpy as np
 
+from instella_jax import sharding
 from instella_jax.config import Config
 from instella_jax.data.emoji_scenes import draw, heldout_prompts
 from instella_jax.data.sources import scenes_source
@@ -28,7 +29,7 @@ def psnr(copies: np.ndarray, pictures: np.ndarray) -> float:
 def through_code(network: BinaryTokenizer, params: Any, pictures: np.ndarray) -> np.ndarray:
     """Sends pictures uint8 [n, h, w, 3] through their codes, a batch at a time."""
     parts = np.array_split(pictures, -(-len(pictures) // BATCH))
-    return np.concatenate([np.asarray(reconstruct(network, params, p)[0]) for p in parts])
+    return np.concatenate([sharding.fetch(reconstruct(network, params, p)[0]) for p in parts])
 
 
 def tokenizer_report(network: BinaryTokenizer, params: Any, config: Config) -> dict[str, float]:

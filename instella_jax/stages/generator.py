@@ -217,7 +217,10 @@ class GeneratorStage(abc.ABC):
         from instella_jax.pipeline import InstellaPipeline, options_from_config
 
         texts = next(self.loader("heldout", batch_size=count, drop_remainder=False))["text"]
-        pipeline = InstellaPipeline.from_stage(self, {**frozen, **params})
+        mesh = jax.sharding.get_mesh()
+        pipeline = InstellaPipeline.from_stage(
+            self, {**frozen, **params}, None if mesh.empty else mesh
+        )
         return list(pipeline(texts, options_from_config(self.config.sample))), texts
 
     def describe(self) -> dict[str, Any]:
