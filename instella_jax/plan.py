@@ -156,11 +156,12 @@ def count(tree: Any) -> int:
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
-def measure(config: Config, mesh: jax.sharding.Mesh) -> tuple[Memory, Any, Any]:
-    """Compiles a config's step.
+def abstract_step(
+    config: Config, mesh: jax.sharding.Mesh
+) -> tuple[jax.stages.Wrapped, tuple[Any, Any, Any]]:
+    """Returns a config's jitted step, and the shapes of its arguments with their shardings.
 
-    Returns:
-      What it needs of one device, and the shapes of the train state and of the frozen parameters.
+    The arguments are the train state, the frozen parameters and a batch.
 
     Raises:
       UserError: sizes in the config do not fit each other.
@@ -174,14 +175,26 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> tuple[Memory, Any, Any]:
         ),
         mesh,
     )
-    frozen = frozen_shapes(stage, config, mesh)
     rows = sharding.batch_sharding(mesh, leading=1)
     batch = jax.tree.map(
         lambda x: x.update(sharding=rows),
         batch_shapes(config, config.train.batch_size, (config.train.steps_per_call,)),
     )
+    step = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
+    return step, (state, frozen_shapes(stage, config, mesh), batch)
+
+
+def measure(config: Config, mesh: jax.sharding.Mesh) -> tuple[Memory, Any, Any]:
+    """Compiles a config's step.
+
+    Returns:
+      What it needs of one device, and the shapes of the train state and of the frozen parameters.
+
+    Raises:
+      UserError: sizes in the config do not fit each other.
+    """
+    step, (state, frozen, batch) = abstract_step(config, mesh)
     with sharding.use(mesh):
-        step = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
         analysis = step.lower(state, frozen, batch).compile().memory_analysis()
     if analysis is None:
         raise UserError("this version of jax tells nothing of the memory of compiled programs")
