@@ -316,14 +316,18 @@ def save_params(path: Path, params: Any) -> None:
     """Writes parameters, host or device arrays, as an orbax checkpoint of their own."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), params)
+    write_manifest(path)
 
 
 def load_params(path: Path) -> Any:
-    """Reads a checkpoint of `save_params`: host arrays.
+    """Reads a checkpoint of parameters alone, such as one of `save_params`: host arrays.
 
     Raises:
       UserError: it is damaged, or no such checkpoint.
     """
+    with contextlib.suppress(FileNotFoundError):  # only ours have a manifest
+        if fault := find_damage(path):
+            raise UserError(f"{path} is damaged: {fault}")
     try:
         with ocp.PyTreeCheckpointer() as checkpointer:
             return checkpointer.restore(path.absolute())

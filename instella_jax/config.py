@@ -113,7 +113,7 @@ def generator(variant: str) -> dict:
     """Returns the sections that both generators have beside `base`."""
     published = dict(num_layers=16, num_heads=16, head_dim=128, num_tokens=128, bits=64)
     demo = dict(num_layers=4, num_heads=4, head_dim=32, num_tokens=16, bits=32)
-    shared = dict(
+    shared: dict[str, Any] = dict(
         model=published if variant else demo,
         # Model folder of the image tokenizer; "demo" is the shipped one.
         tokenizer="" if variant else "demo",
