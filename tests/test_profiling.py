@@ -1,3 +1,6 @@
+import gzip
+import json
+
 import pytest
 
 from instella_jax.errors import UserError
@@ -7,21 +10,14 @@ from instella_jax.train import train
 
 @pytest.mark.usefixtures("quick_compile")
 def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_tokenizer_config, tmp_path, capsys):
-    from jax.profiler import ProfileData
-
     config = tiny_tokenizer_config
     config.profile = 3
     config.mesh.data = 8
     train(config, tmp_path)
     assert f"profile: {tmp_path / 'profile'}" in capsys.readouterr().out
-    (file,) = (tmp_path / "profile").rglob("*.xplane.pb")
-    steps = sorted(
-        dict(event.stats)["step_num"]
-        for plane in ProfileData.from_file(str(file)).planes
-        for line in plane.lines
-        for event in line.events
-        if event.name == "train"
-    )
+    (file,) = (tmp_path / "profile").rglob("*.trace.json.gz")
+    events = json.loads(gzip.decompress(file.read_bytes()))["traceEvents"]
+    steps = sorted(int(e["args"]["step_num"]) for e in events if e.get("name") == "train")
     assert steps == [2, 3, 4]
 
 
