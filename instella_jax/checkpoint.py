@@ -11,6 +11,7 @@ import json
 import logging
 import os
 import re
+import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -50,6 +51,20 @@ def _told_anyway(record: logging.LogRecord) -> bool:
     """Leaves out of a log the errors that are raised as well: they are told in a sentence."""
     orphan = "never retrieved" in record.getMessage()
     return not (record.exc_info and (orphan or "orbax" in record.pathname))
+
+
+def hush_closed_loops() -> None:
+    """Keeps this process from printing what storage says to an event loop that an error closed.
+
+    Only the error itself, which is raised, tells anything.
+    """
+    before = sys.unraisablehook
+
+    def hook(args: Any) -> None:
+        if "Event loop is closed" not in str(args.exc_value):
+            before(args)
+
+    sys.unraisablehook = hook
 
 
 class Checkpoints:

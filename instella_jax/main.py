@@ -90,8 +90,10 @@ def dispatch(argv: list[str]) -> None:
     platform.start(_CONFIG.value, setup.processes, training=_MODE.value != "sample")
     workdir = _WORKDIR.value or default_workdir(config_argument())
     if _MODE.value == "train":
+        from instella_jax.checkpoint import hush_closed_loops
         from instella_jax.train import train
 
+        hush_closed_loops()
         train(_CONFIG.value, workdir)
     elif _MODE.value == "eval":
         from instella_jax.evaluation.run import evaluate_config
