@@ -55,7 +55,7 @@ def main() -> None:
             import_random(source, folder)
         else:
             draw(folder, options.step[0], int(options.step[1]), options.steps)
-        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1e6
+        peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         print(f"  peak resident memory {peak:.2f} GB", flush=True)
         return
     if not source.exists():
