@@ -83,7 +83,7 @@ def measure(config: Config, steps: int, made_up: bool) -> dict[str, Any]:
     import jax
 
     from benchmarks.timing import where
-    from instella_jax import flops, platform, sharding, train
+    from instella_jax import flops, platform, run_setup, sharding
     from instella_jax.data.watch import DataWatch
     from instella_jax.stages import make_stage
     from instella_jax.train_state import make_step
@@ -92,21 +92,21 @@ def measure(config: Config, steps: int, made_up: bool) -> dict[str, Any]:
     # Compiling is measured, not reading what was compiled before.
     jax.config.update("jax_enable_compilation_cache", False)
     mesh = sharding.make_mesh(config.mesh)
-    train.check_sizes(config, mesh)
+    run_setup.check_sizes(config, mesh)
     stage, size = make_stage(config), config.train
     with sharding.use(mesh):
         if made_up:
             frozen, loader = synthetic(config, stage, mesh)
         else:
-            frozen = train.load_frozen(stage, mesh)
+            frozen = run_setup.load_frozen(stage, mesh)
             loader = stage.loader(
                 "train", batch_size=size.batch_size, steps_per_call=size.steps_per_call
             )
-        state, optimizer = train.initial_state(stage, config, mesh)
+        state, optimizer = run_setup.initial_state(stage, config, mesh)
         rows, watch = sharding.batch_sharding(mesh, leading=1), DataWatch()
 
         def take() -> Any:
-            return sharding.place(train.arrays(watch.take(loader)), rows)
+            return sharding.place(sharding.arrays(watch.take(loader)), rows)
 
         batch = take()
         start = time.perf_counter()

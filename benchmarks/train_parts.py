@@ -18,7 +18,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from benchmarks.timing import where
-from instella_jax import platform, sharding, train
+from instella_jax import platform, run_setup, sharding
 from instella_jax.arguments import NO_CONFIG, parse
 from instella_jax.config import Config
 from instella_jax.errors import UserError
@@ -51,14 +51,14 @@ def measure(config: Config, repeats: int) -> tuple[float, dict[str, float]]:
     mesh = sharding.make_mesh(config.mesh)
     stage: Any = make_stage(config)
     with sharding.use(mesh):
-        frozen, key = train.load_frozen(stage, mesh), jax.random.key(0)
+        frozen, key = run_setup.load_frozen(stage, mesh), jax.random.key(0)
         loader = stage.loader("train", batch_size=config.train.batch_size, prefetch=0)
         spent = {"data": seconds(lambda: next(loader)["image"], repeats)}
         loader.close()
-        batch = sharding.place(train.arrays(next(stage.loader(
+        batch = sharding.place(sharding.arrays(next(stage.loader(
             "train", batch_size=config.train.batch_size
         ))), sharding.batch_sharding(mesh))  # fmt: skip
-        state, optimizer = train.initial_state(stage, config, mesh)
+        state, optimizer = run_setup.initial_state(stage, config, mesh)
         params = state.params
 
         def timed(function: Callable[..., Any], *args: Any) -> float:

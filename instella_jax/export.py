@@ -71,7 +71,7 @@ def export_model(source: Path, form: str, out: Path) -> None:
                 if form == "reference":
                     _write_reference(folder, source, description, part, network, tensors)
                 elif form == "orbax":
-                    from instella_jax.checkpoint import save_params
+                    from instella_jax.params_checkpoint import save_params
 
                     save_params(folder / part, convert.nested(tensors))
                 else:

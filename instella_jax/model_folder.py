@@ -205,7 +205,7 @@ def open_part(folder: str | os.PathLike[str], part: str, network: Network) -> It
         if path.is_file():
             tensors = stack.enter_context(open_safetensors(path))
         else:
-            from instella_jax.checkpoint import load_params
+            from instella_jax.params_checkpoint import load_params
 
             path = Path(folder) / part
             arrays = flatten(load_params(path))

@@ -20,8 +20,8 @@ from instella_jax.config import Config
 from instella_jax.data import codes
 from instella_jax.errors import UserError
 from instella_jax.models.functional import abstract_params
+from instella_jax.run_setup import check_sizes
 from instella_jax.stages import Stage, init_stage, make_stage
-from instella_jax.train import check_sizes
 from instella_jax.train_state import init_state, make_optimizer, make_step
 
 # The rest of a device's memory is for the runtime, libraries and fragmentation.

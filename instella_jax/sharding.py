@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
@@ -71,6 +72,11 @@ def constrain(x: jax.Array) -> jax.Array:
     if mesh.empty or x.shape[0] % batch_parts(mesh):
         return x
     return nn.with_logical_constraint(x, ("batch", "sequence", "width"))
+
+
+def arrays(batch: dict[str, Any]) -> dict[str, np.ndarray]:
+    """Returns what of a batch goes to the devices."""
+    return {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:

@@ -2,11 +2,7 @@
 
 import contextlib
 import errno
-import functools
-import logging
 import os
-import signal
-from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
@@ -14,141 +10,23 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instella_jax import flops, model_folder, model_parts, sharding
-from instella_jax.checkpoint import Checkpoints, claim_workdir, note_config
+from instella_jax import flops, model_folder, sharding
+from instella_jax.checkpoint import Checkpoints
 from instella_jax.config import Config
 from instella_jax.data.sources import part_names
 from instella_jax.data.watch import DataWatch
 from instella_jax.distributed import Agreement
 from instella_jax.errors import UserError
+from instella_jax.evaluation.heldout import evaluate
 from instella_jax.grids import save_grid
 from instella_jax.metrics import MetricsWriter, Progress, Throughput, progress_line
 from instella_jax.profiling import StepTrace
-from instella_jax.stages import Stage, init_stage, make_stage
-from instella_jax.train_state import TrainState, init_state, make_optimizer, make_step
+from instella_jax.run_setup import check_sizes, initial_state, load_frozen, load_params
+from instella_jax.stages import Stage, make_stage
+from instella_jax.stop_signals import StopRequest
+from instella_jax.train_state import make_step
+from instella_jax.workdir_config import claim_workdir, note_config
 from instella_jax.workdir_lock import only_run
-
-logger = logging.getLogger(__name__)
-
-Params = Any
-
-
-def arrays(batch: dict[str, Any]) -> dict[str, np.ndarray]:
-    """What of a batch goes to the device."""
-    return {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
-
-
-def check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Checks ranges, and what must divide what.
-
-    Raises:
-      UserError: naming the numbers.
-    """
-    train = config.train
-    least = [(train, "train", n, 1) for n in ("batch_size", "accumulate", "steps_per_call")]
-    least += [(train, "train", n, 1) for n in ("log_every", "keep", "max_skipped")]
-    least += [(train, "train", n, 0) for n in ("steps", "eval_every", "save_every", "image_every")]
-    least += [(config.eval, "eval", n, 1) for n in ("batch_size", "batches")]
-    for section, of, name, low in least:
-        if section[name] < low:
-            raise UserError(f"{of}.{name} is {section[name]}: expected at least {low}")
-    parts = sharding.batch_parts(mesh) * train.accumulate
-    if train.batch_size % parts:
-        raise UserError(
-            f"train.batch_size={train.batch_size} does not split into {parts} parts "
-            f"(data x fsdp devices x train.accumulate): use a multiple of {parts}"
-        )
-    if sharding.batch_parts(mesh) % jax.process_count():
-        raise UserError(
-            f"mesh data={mesh.shape['data']}, fsdp={mesh.shape['fsdp']} does not split the batch "
-            f"over {jax.process_count()} processes: mesh.tensor must not span several of them"
-        )
-    every = ("steps", "log_every", "eval_every", "save_every", "image_every")
-    for name in every:
-        if train[name] % train.steps_per_call:
-            raise UserError(
-                f"train.{name}={train[name]} is not a multiple of "
-                f"train.steps_per_call={train.steps_per_call}"
-            )
-
-
-def load_frozen(stage: Stage, mesh: jax.sharding.Mesh) -> Params:
-    """Puts the stage's frozen parameters on the mesh."""
-    boxed = stage.frozen()
-    return jax.device_put(sharding.values(boxed), sharding.tree_shardings(boxed, mesh))
-
-
-def load_params(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Params:
-    """Puts the trainable parameters of `init_from`, or else the shipped ones, on the mesh."""
-    folder = model_folder.find_weights(config)
-    sizes, boxed = stage.describe(), {}
-    for part, network in stage.networks.items():
-        key = "text.model" if part == "text" else "model"
-        name = model_parts.matching_part(folder, part, sizes[part], key)
-        boxed[part] = model_folder.load_boxed(folder, name, network, config.run.param_dtype)
-    return jax.device_put(sharding.values(boxed), sharding.tree_shardings(boxed, mesh))
-
-
-def initial_state(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, Any]:
-    """Returns the state before step 0, sharded, and the optimizer."""
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
-
-    def init(key: jax.Array) -> TrainState:
-        init_key, run_key = jax.random.split(key)
-        return init_state(init_stage(stage, init_key), optimizer, run_key)
-
-    return sharding.sharded_init(init, jax.random.key(config.seed), mesh), optimizer
-
-
-@functools.lru_cache(maxsize=2)
-def evaluator(stage: Stage) -> Callable[..., dict[str, jax.Array]]:
-    """Compiles a stage's evaluation, once per stage."""
-    return jax.jit(stage.evaluate)
-
-
-def evaluate(stage: Stage, params: Params, frozen: Params, config: Config, mesh) -> dict:
-    """Means of the stage's held-out metrics over at most `eval.batches` batches.
-
-    Where the held-out data end before, the last batch may be short; each row counts alike.
-    """
-    function = evaluator(stage)
-    loader = stage.loader("heldout", batch_size=config.eval.batch_size)
-    totals: list[dict[str, jax.Array]] = []
-    counts: list[int] = []
-    with contextlib.closing(loader):
-        for index, batch in zip(range(config.eval.batches), loader, strict=False):
-            rows = arrays(batch)
-            counts.append(len(next(iter(rows.values()))))
-            key = jax.random.fold_in(jax.random.key(config.seed), index)
-            totals.append(function(params, frozen, sharding.place_copy(rows, mesh), key))
-    if not totals:
-        raise UserError("there are no held-out data to evaluate on")
-    fetched = jax.device_get(totals)
-    return {
-        name: float(np.average([t[name] for t in fetched], weights=counts)) for name in fetched[0]
-    }
-
-
-class _Stop:
-    """Turns SIGTERM and the first Ctrl-C into a request that the loop reads between steps."""
-
-    def __init__(self) -> None:
-        self.requested = False
-
-    @contextlib.contextmanager
-    def listening(self) -> Iterator[None]:
-        def ask(signum: int, _: Any) -> None:
-            if self.requested and signum == signal.SIGINT:
-                raise KeyboardInterrupt
-            self.requested = True
-
-        old = {s: signal.signal(s, ask) for s in (signal.SIGTERM, signal.SIGINT)}
-        try:
-            yield
-        finally:
-            for number, handler in old.items():
-                # None is a handler that Python did not set, such as that of jax.distributed.
-                signal.signal(number, signal.SIG_DFL if handler is None else handler)
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
@@ -225,7 +103,7 @@ class _Run:
         if self.first:
             note_config(self.workdir, self.config)
         start = int(self.state.step)
-        stop = _Stop()
+        stop = StopRequest()
         with (
             # A run from the beginning keeps no line of one before it.
             MetricsWriter(self.workdir, start_step=start or -1, enabled=self.first) as self.writer,
@@ -251,7 +129,7 @@ class _Run:
                 self.progress.close()
                 self.checkpoints.close()
 
-    def loop(self, start: int, stop: _Stop) -> bool:
+    def loop(self, start: int, stop: StopRequest) -> bool:
         """Runs steps until the end (True) or a request to stop (False)."""
         train = self.config.train
         rows = sharding.batch_sharding(self.mesh, leading=1)
@@ -260,7 +138,7 @@ class _Run:
             if self.agreed(stop.requested):
                 break
             with self.trace.call(step, self.state):
-                batch = sharding.place(arrays(self.watch.take(self.loader)), rows)
+                batch = sharding.place(sharding.arrays(self.watch.take(self.loader)), rows)
                 self.state, metrics = self.step_function(self.state, self.frozen, batch)
             # The device works on this step while the host reads the one before it.
             if pending is not None:
@@ -350,7 +228,7 @@ class _Run:
         self.progress.message(f"model: {folder}")
 
 
-def print_overview(params: Params) -> None:
+def print_overview(params: Any) -> None:
     """Prints name, shape and size of every parameter."""
     from clu import parameter_overview
 

@@ -14,9 +14,10 @@ import pytest
 from toy_stage import ToyStage
 
 from instella_jax import checkpoint
-from instella_jax.checkpoint import Checkpoints, restore_average
+from instella_jax.checkpoint import Checkpoints
 from instella_jax.errors import UserError
 from instella_jax.manifest import MANIFEST, find_damage, write_manifest
+from instella_jax.params_checkpoint import restore_average
 from instella_jax.train_state import TrainState
 from instella_jax.workdir_lock import only_run
 

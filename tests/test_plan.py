@@ -10,8 +10,8 @@ import pytest
 
 from instella_jax import flops, plan, plan_report, sharding
 from instella_jax.errors import UserError
+from instella_jax.run_setup import initial_state, load_frozen
 from instella_jax.stages import make_stage
-from instella_jax.train import initial_state, load_frozen
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 

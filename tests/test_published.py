@@ -19,7 +19,7 @@ from tokenizers import Tokenizer, models
 
 import configs.t2i_ar
 import configs.t2i_diffusion
-from instella_jax import convert, model_folder, model_parts, reference_sizes, sharding, train
+from instella_jax import convert, model_folder, model_parts, reference_sizes, run_setup, sharding
 from instella_jax.errors import UserError
 from instella_jax.export import export_model
 from instella_jax.models.layers import Execution
@@ -192,21 +192,21 @@ def test_training_starts_from_it(model, tmp_path, module):
     for folder in (model, tmp_path / "orbax"):
         config = stage_config(module, folder)
         stage, mesh = make_stage(config), sharding.make_mesh(config.mesh)
-        params = train.load_params(stage, config, mesh)
+        params = run_setup.load_params(stage, config, mesh)
         stored = load_file(model / f"{stage.kind}.safetensors")
         assert params["generator"]["bits_in"]["kernel"].dtype == jnp.float32
         same(
             model_folder.flatten(params["generator"]),
             {name: value.astype(np.float32) for name, value in stored.items()},
         )
-        assert set(train.load_frozen(stage, mesh)) == {"tokenizer", "text"}
+        assert set(run_setup.load_frozen(stage, mesh)) == {"tokenizer", "text"}
 
 
 def test_sizes_that_disagree_are_named(model):
     config = stage_config(configs.t2i_ar, model)
     config.model.head_dim = 8
     with pytest.raises(UserError, match=r"head_dim=16, config\.model\.head_dim is 8") as error:
-        train.load_params(make_stage(config), config, sharding.make_mesh(config.mesh))
+        run_setup.load_params(make_stage(config), config, sharding.make_mesh(config.mesh))
     assert str(model) in str(error.value)
     config = stage_config(configs.t2i_ar, model)
     config.text.model.rope_theta = 5.0

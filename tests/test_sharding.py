@@ -11,8 +11,8 @@ from flax.traverse_util import flatten_dict
 
 from instella_jax import sharding
 from instella_jax.errors import UserError
+from instella_jax.run_setup import initial_state, load_frozen
 from instella_jax.stages import init_stage, make_stage
-from instella_jax.train import arrays, initial_state, load_frozen
 from instella_jax.train_state import init_state, make_optimizer, make_step
 
 MESHES = {
@@ -63,7 +63,8 @@ def two_steps(config, sizes, state):
         frozen = load_frozen(stage, mesh)
         step = jax.jit(make_step(stage, optimizer, config))
         for _ in range(2):
-            rows = sharding.place(arrays(next(loader)), sharding.batch_sharding(mesh, leading=1))
+            batch = sharding.arrays(next(loader))
+            rows = sharding.place(batch, sharding.batch_sharding(mesh, leading=1))
             state, metrics = step(state, frozen, rows)
             losses.append(float(metrics["loss"]))
     return losses, state

@@ -11,11 +11,13 @@ import numpy as np
 import pytest
 from toy_stage import Points, ToyStage
 
-from instella_jax import checkpoint, model_folder, sharding, train
+from instella_jax import checkpoint, model_folder, run_setup, sharding, train
 from instella_jax.checkpoint import Checkpoints
 from instella_jax.errors import UserError
+from instella_jax.evaluation.heldout import evaluate
 from instella_jax.metrics import read_metrics
 from instella_jax.stages import init_stage, make_stage
+from instella_jax.stop_signals import StopRequest
 from instella_jax.train_state import TrainState
 
 
@@ -47,7 +49,7 @@ def toy(monkeypatch):
 
     monkeypatch.setattr(sharding, "place", watched)
     monkeypatch.setattr(train, "make_stage", lambda config: stage)
-    monkeypatch.setattr(train, "init_stage", lambda stage, key: stage.init(key))
+    monkeypatch.setattr(run_setup, "init_stage", lambda stage, key: stage.init(key))
     monkeypatch.setattr(train, "print_overview", lambda params: None)
     monkeypatch.setattr(model_folder, "save", lambda *args, **options: None)
     return stage
@@ -161,7 +163,8 @@ def close(run):
 def test_a_saved_state_outlives_the_steps_that_reuse_its_memory(toy, config, tmp_path):
     run = new_run(toy, config, tmp_path)
     with sharding.use(run.mesh):
-        rows = sharding.place(train.arrays(next(run.loader)), sharding.batch_sharding(run.mesh, 1))
+        batch = sharding.arrays(next(run.loader))
+        rows = sharding.place(batch, sharding.batch_sharding(run.mesh, 1))
         state, _ = run.step_function(run.state, {}, rows)
         wanted = jax.tree.map(np.array, (state.params, state.ema, state.opt_state))
         run.checkpoints.save(state, run.loader, 1)
@@ -200,7 +203,7 @@ def test_metrics_are_fetched_a_step_late_and_nothing_else_is(toy, config, tmp_pa
     run.writer = train.MetricsWriter(tmp_path, tensorboard=False)
     monkeypatch.setattr(jax, "device_get", lambda tree: tree)
     with run.writer, sharding.use(run.mesh), jax.transfer_guard("disallow"):
-        assert run.loop(0, train._Stop())
+        assert run.loop(0, StopRequest())
     monkeypatch.undo()
     close(run)
     later = [event for n in range(2, 9) for event in (("step", n), ("read", n - 1))]
@@ -225,7 +228,7 @@ def test_a_few_steps_that_are_not_finite_are_counted(toy, config, tmp_path):
 def test_each_held_out_row_counts_alike(toy, config):
     params = {"line": {"w": jnp.arange(4.0), "b": jnp.ones(())}}
     config.eval.batches = 5
-    result = train.evaluate(toy, params, {}, config, mesh_of())
+    result = evaluate(toy, params, {}, config, mesh_of())
     points = toy.heldout
     wanted = np.mean((points.x @ np.arange(4.0) + 1 - points.y) ** 2)
     assert result["loss"] == pytest.approx(wanted, rel=1e-5)
@@ -242,9 +245,9 @@ def test_held_out_rows_need_not_split_over_the_devices(toy, config):
     params = {"line": {"w": jnp.arange(4.0), "b": jnp.ones(())}}
     config.eval.batches = 5
     with sharding.use(mesh):
-        many = train.evaluate(toy, params, {}, config, mesh)
+        many = evaluate(toy, params, {}, config, mesh)
     assert many["loss"] == pytest.approx(
-        train.evaluate(toy, params, {}, config, mesh_of())["loss"], rel=1e-5
+        evaluate(toy, params, {}, config, mesh_of())["loss"], rel=1e-5
     )
 
 
@@ -264,7 +267,7 @@ def test_sizes_that_do_not_fit_are_named(config, key, value, message):
     config.update_from_flattened_dict({key: value})
     mesh = mesh_of(data=4, fsdp=2)
     with pytest.raises(UserError, match=message):
-        train.check_sizes(config, mesh)
+        run_setup.check_sizes(config, mesh)
 
 
 def test_another_config_is_refused_where_a_run_has_saved(toy, config, tmp_path):

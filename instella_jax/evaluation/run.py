@@ -12,12 +12,13 @@ from instella_jax import model_folder, sharding
 from instella_jax.config import Config
 from instella_jax.draw import restore
 from instella_jax.evaluation import scenes
+from instella_jax.evaluation.heldout import evaluate
 from instella_jax.grids import save_grid
 from instella_jax.pipeline import InstellaPipeline
+from instella_jax.run_setup import load_frozen, load_params
 from instella_jax.stages import Stage, make_stage
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.stages.tokenizer import TokenizerStage
-from instella_jax.train import evaluate, load_frozen, load_params
 
 GRID = 32
 
