@@ -1,11 +1,12 @@
 """`--mode=sample`: prompts of a config -> PNG files and a grid."""
 
+import contextlib
 import json
-import logging
 import os
 import re
 import time
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
@@ -14,9 +15,8 @@ from instella_jax import model_folder, sharding
 from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.grids import save_grid, save_png
+from instella_jax.metrics import Progress, Throughput, progress_line
 from instella_jax.pipeline import InstellaPipeline, options_from_config
-
-logger = logging.getLogger(__name__)
 
 MAX_PROMPTS = 100_000
 
@@ -90,9 +90,10 @@ def load_pipeline(
 
 def restore(config: Config, workdir: str | os.PathLike[str]):
     """Returns (step, averaged parameters, frozen parameters) of a workdir's newest checkpoint."""
-    from instella_jax.checkpoint import check_config, restore_average
+    from instella_jax.params_checkpoint import restore_average
+    from instella_jax.run_setup import load_frozen
     from instella_jax.stages import init_stage, make_stage
-    from instella_jax.train import load_frozen
+    from instella_jax.workdir_config import check_config
 
     check_config(workdir, config)
     stage = make_stage(config)
@@ -112,19 +113,19 @@ def draw(config: Config, workdir: str | os.PathLike[str] | None) -> Path | None:
 
     Several processes draw together, and the first of them writes.
 
-    Writes `<number>-<words of the prompt>-seed<seed>.png` for each picture, `grid-<number>.png`,
-    and a line for each picture in `metadata.jsonl`. Numbers go on from what is there: nothing is
-    overwritten.
+    Writes, batch by batch, `<number>-<words of the prompt>-seed<seed>.png` for each picture, a
+    line for each in `metadata.jsonl`, and `grid-<number of its first picture>.png` for every
+    `pictures_in_a_grid`. Numbers go on from what is there: nothing is overwritten.
 
     Args:
       config: a config of a generator.
       workdir: of a training run; None for `init_from` or the shipped weights.
 
     Returns:
-      Path of the grid, None in other processes than the first.
+      Path of the last grid, None in other processes than the first.
 
     Raises:
-      UserError: see `read_prompts`, `load_pipeline` and `Options`.
+      UserError: see `read_prompts`, `load_pipeline`, `Options` and `Album`.
     """
     if "sample" not in config:
         raise UserError(f"a {config.stage} does not draw prompts; use a t2i config")
@@ -136,48 +137,98 @@ def draw(config: Config, workdir: str | os.PathLike[str] | None) -> Path | None:
         try:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
-            raise UserError(f"cannot write pictures to {out} ({error.strerror})") from None
+            raise _cannot_write(out, error) from None
     pipeline, source = load_pipeline(config, workdir)
-    count = len(prompts) * options.images_per_prompt
-    if first:
-        print(f"drawing {count} picture(s) with {source}")
-    start = time.perf_counter()
-    pictures = pipeline(prompts, options)
-    seconds = time.perf_counter() - start
-    if not first:
-        return None
     captions = [p for p in prompts for _ in range(options.images_per_prompt)]
-    grid = write(out, pictures, captions, options.seed, options.images_per_prompt, config)
-    print(f"{count} picture(s) in {seconds:.1f} s, compiling included: {grid}")
+    progress, rate = Progress(enabled=first), Throughput()
+    progress.message(f"drawing {len(captions)} picture(s) with {source}")
+    album = Album(out, captions, config.sample) if first else None
+    start, done = time.perf_counter(), 0
+    with contextlib.closing(progress):
+        for pictures in pipeline.batches(prompts, options):
+            if album is not None:
+                album.add(pictures)
+            done += len(pictures)
+            # The first batch, which compiles, says nothing of the speed.
+            rate.update(done)
+            line = progress_line(done, len(captions), {}, rate.steps_per_second, noun="picture")
+            progress.update(line)
+    if album is None:
+        return None
+    grid = album.close()
+    seconds = time.perf_counter() - start
+    print(f"{len(captions)} picture(s) in {seconds:.1f} s, compiling included: {grid}")
     return grid
 
 
-def write(
-    out: Path,
-    pictures: np.ndarray,
-    captions: list[str],
-    seed: int,
-    per_prompt: int,
-    config: Config,
-) -> Path:
-    """Writes pictures, metadata and grid; returns the grid's path."""
-    number = next_number(out)
-    first = number
-    with (out / "metadata.jsonl").open("a", encoding="utf-8") as lines:
-        for index, (picture, caption) in enumerate(zip(pictures, captions, strict=True)):
-            own_seed = seed + index % per_prompt
-            words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60]
-            name = f"{number:05d}-{words}-seed{own_seed}.png"
-            save_png(out / name, picture)
-            settings = {
-                k: v for k, v in config.sample.items() if k not in ("prompt", "prompts_file", "out")
-            }
-            row = {"file_name": name, "text": caption, **settings, "seed": own_seed}
-            lines.write(json.dumps(row) + "\n")
-            number += 1
-    path = out / f"grid-{first:05d}.png"
-    save_grid(path, pictures, captions)
-    return path
+class Album:
+    """Writes pictures as they come: PNG files, `metadata.jsonl`, and a grid every so often."""
+
+    def __init__(self, out: Path, captions: list[str], sample: Config):
+        """Goes on after the numbers that are there.
+
+        Args:
+          out: the folder.
+          captions: prompt of each picture that will come, those of a prompt together.
+          sample: the config's `sample` section, which `metadata.jsonl` repeats.
+        """
+        self._out, self._captions, self._sample = out, captions, sample
+        self._first, self._done = next_number(out), 0
+        self._sheet: list[np.ndarray] = []
+        self._grid = out
+
+    def add(self, pictures: np.ndarray) -> None:
+        """Writes the next pictures, uint8 [n, height, width, 3].
+
+        Raises:
+          UserError: the folder cannot be written; what was written before stays.
+        """
+        try:
+            with (self._out / "metadata.jsonl").open("a", encoding="utf-8") as lines:
+                for picture in pictures:
+                    lines.write(json.dumps(self._write(picture)) + "\n")
+                    self._sheet.append(picture)
+                    if len(self._sheet) == pictures_in_a_grid(*picture.shape[:2]):
+                        self._write_grid()
+        except OSError as error:
+            raise _cannot_write(self._out, error) from None
+
+    def close(self) -> Path:
+        """Writes the last grid and returns its path."""
+        try:
+            if self._sheet:
+                self._write_grid()
+        except OSError as error:
+            raise _cannot_write(self._out, error) from None
+        return self._grid
+
+    def _write(self, picture: np.ndarray) -> dict[str, Any]:
+        """Writes one PNG and returns its line of metadata."""
+        caption = self._captions[self._done]
+        seed = self._sample.seed + self._done % self._sample.images_per_prompt
+        words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60]
+        name = f"{self._first + self._done:05d}-{words}-seed{seed}.png"
+        save_png(self._out / name, picture)
+        self._done += 1
+        left_out = ("prompt", "prompts_file", "out")
+        settings = {k: v for k, v in self._sample.items() if k not in left_out}
+        return {"file_name": name, "text": caption, **settings, "seed": seed}
+
+    def _write_grid(self) -> None:
+        """Writes the grid of the pictures since the last one, with the number of its first."""
+        start = self._done - len(self._sheet)
+        self._grid = self._out / f"grid-{self._first + start:05d}.png"
+        save_grid(self._grid, np.stack(self._sheet), self._captions[start : self._done])
+        self._sheet = []
+
+
+def pictures_in_a_grid(height: int, width: int) -> int:
+    """Returns how many pictures of a size are shown together: at most 64, and 64 megapixels."""
+    return max(1, min(64, 64 * 2**20 // (height * width)))
+
+
+def _cannot_write(out: Path, error: OSError) -> UserError:
+    return UserError(f"cannot write pictures to {out} ({error.strerror})")
 
 
 def next_number(out: Path) -> int:

@@ -178,6 +178,7 @@ def progress_line(
     metrics: Mapping[str, Any],
     steps_per_second: float | None = None,
     batch_size: int = 1,
+    noun: str = "step",
 ) -> str:
     """Return e.g. "step 120/400  loss 0.3121  bit accuracy 0.874  103 images/s  ETA 1:02".
 
@@ -187,8 +188,9 @@ def progress_line(
       metrics: Numbers by name; loss, bit_accuracy and psnr are shown where they are there.
       steps_per_second: The rate, when it is known.
       batch_size: Images per step.
+      noun: What is counted.
     """
-    parts = [f"step {step:>{len(str(total))}}/{total}"]
+    parts = [f"{noun} {step:>{len(str(total))}}/{total}"]
     for name in _ON_THE_LINE:
         if name in metrics:
             parts.append(f"{name.replace('_', ' ')} {float(metrics[name]):.4f}")

@@ -47,10 +47,18 @@ def test_nothing_to_draw_is_said(config):
         draw.read_prompts(config.sample)
 
 
+def write(folder, drawn, captions, sample):
+    album = draw.Album(folder, captions, sample)
+    for start in range(0, len(drawn), 3):
+        album.add(drawn[start : start + 3])
+    return album.close()
+
+
 def test_files_hold_the_pictures_and_say_how_they_were_made(config, tmp_path):
     drawn = pictures(4)
     captions = ["A cat / dog!"] * 2 + ["a tree"] * 2
-    grid = draw.write(tmp_path, drawn, captions, 7, 2, config)
+    config.sample.update(seed=7, images_per_prompt=2)
+    grid = write(tmp_path, drawn, captions, config.sample)
     rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
     assert [row["text"] for row in rows] == captions
     assert [row["seed"] for row in rows] == [7, 8, 7, 8]
@@ -62,9 +70,31 @@ def test_files_hold_the_pictures_and_say_how_they_were_made(config, tmp_path):
 
 
 def test_nothing_is_overwritten(config, tmp_path):
-    draw.write(tmp_path, pictures(2), ["a cat", "a dog"], 0, 1, config)
+    write(tmp_path, pictures(2), ["a cat", "a dog"], config.sample)
     before = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
-    draw.write(tmp_path, pictures(2)[::-1], ["a cat", "a dog"], 0, 1, config)
+    write(tmp_path, pictures(2)[::-1], ["a cat", "a dog"], config.sample)
     after = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
     assert len(after) == 2 * len(before)
     assert all(after[name] == data for name, data in before.items())
+
+
+def test_many_pictures_make_several_grids(config, tmp_path):
+    last = write(tmp_path, pictures(130), ["a cat"] * 130, config.sample)
+    grids = sorted(p.name for p in tmp_path.glob("grid-*.png"))
+    assert grids == ["grid-00000.png", "grid-00064.png", "grid-00128.png"]
+    assert last.name == grids[-1]
+    assert draw.next_number(tmp_path) == 130
+
+
+def test_pictures_drawn_before_an_interruption_are_there(config, tmp_path):
+    album = draw.Album(tmp_path, ["a cat"] * 5, config.sample)
+    album.add(pictures(2))
+    rows = (tmp_path / "metadata.jsonl").read_text().splitlines()
+    names = sorted(json.loads(row)["file_name"] for row in rows)
+    assert names == sorted(p.name for p in tmp_path.glob("*.png")) and len(names) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(config, tmp_path):
+    (tmp_path / "metadata.jsonl").mkdir()
+    with pytest.raises(UserError, match="cannot write pictures to .* \\(Is a directory\\)"):
+        draw.Album(tmp_path, ["a cat"], config.sample).add(pictures(1))
