@@ -23,7 +23,7 @@ from ml_collections import config_flags
 
 from instella_jax.arguments import NO_CONFIG, parse
 from instella_jax.config import Config
-from instella_jax.errors import UserError
+from instella_jax.errors import UserError, command_line
 
 OTHERS = {
     "unroll": (False, True),
@@ -207,11 +207,8 @@ def run(argv: list[str]) -> None:
 
 def main() -> None:
     """Command-line entry; a user's mistake is one sentence."""
-    try:
+    with command_line():
         app.run(run, flags_parser=parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

@@ -7,7 +7,6 @@ use on a CPU alone. Parts that are fused in the real step may add up to more tha
 """
 
 import statistics
-import sys
 import time
 from collections.abc import Callable
 from typing import Any
@@ -21,7 +20,7 @@ from benchmarks.timing import where
 from instella_jax import platform, run_setup, sharding
 from instella_jax.arguments import NO_CONFIG, parse
 from instella_jax.config import Config
-from instella_jax.errors import UserError
+from instella_jax.errors import UserError, command_line
 from instella_jax.stages import make_stage
 from instella_jax.train_state import gradients, make_step
 
@@ -113,11 +112,8 @@ def run(argv: list[str]) -> None:
 
 def main() -> None:
     """Command-line entry; a user's mistake is one sentence."""
-    try:
+    with command_line():
         app.run(run, flags_parser=parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
 
 
 if __name__ == "__main__":

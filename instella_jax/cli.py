@@ -9,7 +9,7 @@ from pathlib import Path
 
 from instella_jax.data_cli import add_parser as add_data_parser
 from instella_jax.data_cli import run as run_data
-from instella_jax.errors import UserError
+from instella_jax.errors import command_line
 
 
 def make_parser() -> argparse.ArgumentParser:
@@ -99,10 +99,5 @@ def main() -> None:
 
         run_config()
         return
-    try:
+    with command_line():
         run(arguments)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)

@@ -10,7 +10,6 @@ The files in configs/ say what each of them does and which keys it has.
 
 import logging
 import os
-import sys
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +17,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from instella_jax.arguments import NO_CONFIG, parse
-from instella_jax.errors import UserError
+from instella_jax.errors import UserError, command_line
 
 MODES = ("train", "eval", "sample", "plan")
 
@@ -109,12 +108,8 @@ def main() -> None:
     """Command-line entry: a user's mistake is one sentence on stderr and exit status 2."""
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
-        app.run(dispatch, flags_parser=parse)
-    except UserError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        with command_line():
+            app.run(dispatch, flags_parser=parse)
     except BrokenPipeError:
         os._exit(1)
 
