@@ -17,6 +17,8 @@ from typing import Any, TextIO
 
 import numpy as np
 
+from instella_jax.event_files import EventFile
+
 logger = logging.getLogger(__name__)
 
 # Shown first and in this order; whatever else a step reports goes to the files.
@@ -49,7 +51,7 @@ class MetricsWriter:
           tensorboard: Also write TensorBoard event files, in `workdir/tensorboard`.
         """
         self._file: TextIO | None = None
-        self._events: Any = None
+        self._events: EventFile | None = None
         if not enabled:
             return
         path = Path(workdir) / "metrics.jsonl"
@@ -57,11 +59,8 @@ class MetricsWriter:
         _drop_after(path, start_step)
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
-            from tensorboardX import SummaryWriter
-
-            self._events = SummaryWriter(
-                str(path.parent / "tensorboard"),
-                purge_step=start_step + 1 if start_step else None,
+            self._events = EventFile(
+                path.parent / "tensorboard", purge_step=start_step + 1 if start_step else None
             )
 
     def scalars(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
@@ -73,27 +72,21 @@ class MetricsWriter:
         self._file.write(json.dumps({"step": int(step), **plain}, allow_nan=False) + "\n")
         self._file.flush()
         if self._events is not None:
-            for name, value in named.items():
-                self._events.add_scalar(name, value, int(step))
+            self._events.scalars(int(step), named)
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Write a picture, uint8 [H, W, 3], to TensorBoard."""
         if self._events is not None:
-            self._events.add_image(name, picture, int(step), dataformats="HWC")
-
-    def text(self, step: int, name: str, text: str) -> None:
-        """Write a text, shown as it is (not as Markdown), to TensorBoard."""
-        if self._events is not None:
-            indented = "\n".join("    " + line for line in text.splitlines())
-            self._events.add_text(name, indented, int(step))
+            self._events.image(int(step), name, picture)
 
     def close(self) -> None:
         """Flush and close; writing afterwards does nothing."""
-        if self._file is not None:
-            self._file.close()
-        if self._events is not None:
-            self._events.close()
+        file, events = self._file, self._events
         self._file = self._events = None
+        if events is not None:
+            events.close()
+        if file is not None:
+            file.close()
 
     def __enter__(self) -> MetricsWriter:
         """Return self."""

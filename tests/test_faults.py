@@ -108,9 +108,15 @@ def test_a_save_without_room_keeps_the_last_one_and_goes_on_later(undisturbed, t
     assert_like(workdir, undisturbed)
 
 
+def test_a_disk_too_full_for_metrics_is_told_in_a_sentence(tmp_path):
+    status, out, err = run(tmp_path, "--config.train.save_every=0", largest_file=8)
+    assert status == 2 and one_sentence(err), err
+    assert err.splitlines()[-1].startswith(f"error: workdir {tmp_path} cannot be written (File")
+    assert last_step(tmp_path) >= 1 and f"step {STEPS}/" not in out
+
+
 def test_a_run_that_diverges_ends_after_some_skipped_steps(tmp_path):
     options = ("learning_rate=1e38", "warmup_steps=0")
     options = [f"--config.optimizer.{option}" for option in options]
     status, _, err = run(tmp_path, "--config.train.max_skipped=7", *options)
-    # TensorBoard's writer warns of what is not a number, line by line.
-    assert status == 2 and err.splitlines()[-1].startswith("error: 7 steps in a row"), err
+    assert status == 2 and err.startswith("error: 7 steps in a row") and one_sentence(err), err

@@ -4,10 +4,13 @@ import contextlib
 import io
 import json
 import os
+import subprocess
 import sys
+from pathlib import Path
 
 import numpy as np
 import pytest
+from PIL import Image
 from tensorboardX.proto.event_pb2 import Event
 
 from instella_jax.metrics import (
@@ -17,6 +20,8 @@ from instella_jax.metrics import (
     progress_line,
     read_metrics,
 )
+
+ROOT = Path(__file__).resolve().parents[1]
 
 
 def test_scalars_are_strict_json_lines(tmp_path):
@@ -63,36 +68,84 @@ def test_other_processes_write_nothing(tmp_path):
     with MetricsWriter(tmp_path / "run", enabled=False) as writer:
         writer.scalars(1, {"loss": 1})
         writer.image(1, "grid", np.zeros((2, 2, 3), np.uint8))
-        writer.text(1, "config", "a = 1")
     assert not (tmp_path / "run").exists()
+
+
+def masked_crc(data):
+    """CRC-32C bit by bit, masked as TensorBoard's records have it."""
+    crc = 0xFFFFFFFF
+    for byte in data:
+        crc ^= byte
+        for _ in range(8):
+            crc = crc >> 1 ^ (0x82F63B78 if crc & 1 else 0)
+    crc ^= 0xFFFFFFFF
+    rotated = crc >> 15 | crc << 17 & 0xFFFFFFFF
+    return (rotated + 0xA282EAD8 & 0xFFFFFFFF).to_bytes(4, "little")
 
 
 def read_events(folder):
     """Parse TensorBoard's record format: length (8 bytes), crc (4), data, crc (4)."""
-    values = []
+    events = []
     for path in sorted(folder.iterdir()):
         data = path.read_bytes()
         while data:
-            length = int.from_bytes(data[:8], "little")
-            event = Event.FromString(data[12 : 12 + length])
-            values += [(event.step, value) for value in event.summary.value]
-            data = data[16 + length :]
-    return values
+            end = 12 + int.from_bytes(data[:8], "little")
+            assert data[8:12] == masked_crc(data[:8])
+            assert data[end : end + 4] == masked_crc(data[12:end])
+            events.append(Event.FromString(data[12:end]))
+            data = data[end + 4 :]
+    return events
 
 
 def test_tensorboard_events_without_tensorflow(tmp_path):
     with MetricsWriter(tmp_path) as writer:
-        writer.scalars(7, {"loss": 0.25}, prefix="eval")
+        writer.scalars(7, {"loss": 0.25, "bad": float("nan")}, prefix="eval")
         writer.image(7, "grid", np.full((4, 6, 3), 9, np.uint8))
-        writer.text(7, "config", "a = 1\nb = *2*")
-    events = {value.tag: (step, value) for step, value in read_events(tmp_path / "tensorboard")}
-    step, value = events["eval/loss"]
-    assert step == 7 and value.simple_value == 0.25
-    picture = events["grid"][1].image
+    version, *events = read_events(tmp_path / "tensorboard")
+    assert version.file_version == "brain.Event:2" and {event.step for event in events} == {7}
+    values = {value.tag: value for event in events for value in event.summary.value}
+    assert values["eval/loss"].simple_value == 0.25 and np.isnan(values["eval/bad"].simple_value)
+    picture = values["grid"].image
     assert (picture.height, picture.width) == (4, 6)
-    text = events["config/text_summary"][1].tensor.string_val[0].decode()
-    assert text.splitlines() == ["    a = 1", "    b = *2*"]
+    assert Image.open(io.BytesIO(picture.encoded_image_string)).getpixel((5, 3)) == (9, 9, 9)
     assert "tensorflow" not in sys.modules
+
+
+def test_a_run_that_goes_on_takes_later_events_back(tmp_path):
+    for start in (0, 4):
+        with MetricsWriter(tmp_path, start_step=start) as writer:
+            writer.scalars(start + 3, {"loss": 1.0})
+    events = read_events(tmp_path / "tensorboard")
+    kinds = [(event.step, event.WhichOneof("what")) for event in events]
+    assert sorted(kinds) == [
+        (0, "file_version"), (0, "file_version"), (3, "summary"), (5, "session_log"),
+        (7, "summary"),
+    ]  # fmt: skip
+
+
+def test_a_full_disk_is_an_error_of_who_writes(tmp_path):
+    """In a process that cannot write files of more than 1 kB."""
+    code = """
+import resource, sys
+from instella_jax.metrics import MetricsWriter
+resource.setrlimit(resource.RLIMIT_FSIZE, (1000, 1000))
+with MetricsWriter(sys.argv[1]) as writer:
+    for step in range(100):
+        try:
+            writer.{}
+        except OSError as error:
+            print(error.strerror)
+            break
+"""
+    for number, call in enumerate(("scalars(step, {'a': 1.0})", "image(step, 'a', picture)")):
+        script = code.format(call).replace("import resource", "import numpy, resource", 1)
+        script = script.replace("\nwith", "\npicture = numpy.zeros((9, 9, 3), 'uint8')\nwith")
+        done = subprocess.run(
+            [sys.executable, "-c", script, tmp_path / str(number)],
+            capture_output=True, text=True, check=False, cwd=ROOT,
+        )  # fmt: skip
+        assert (done.returncode, done.stdout, done.stderr) == (0, "File too large\n", "")
+        assert (tmp_path / str(number) / "tensorboard").is_dir()
 
 
 class Clock:
