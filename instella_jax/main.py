@@ -80,13 +80,22 @@ def dispatch(argv: list[str]) -> None:
         plan_report.main(_CONFIG.value)
         return
     # Before jax starts, which reads the cache folder once.
-    from instella_jax import distributed, platform
+    from instella_jax import distributed
+    from instella_jax.ending import ending_together
 
     setup = distributed.detect(
         os.environ, _DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     )
     distributed.join(setup)
-    platform.start(_CONFIG.value, setup.processes, training=_MODE.value != "sample")
+    with ending_together():
+        run(setup.processes)
+
+
+def run(processes: int) -> None:
+    """Trains, evaluates or samples, as one of several processes perhaps."""
+    from instella_jax import platform
+
+    platform.start(_CONFIG.value, processes, training=_MODE.value != "sample")
     workdir = _WORKDIR.value or default_workdir(config_argument())
     if _MODE.value == "train":
         from instella_jax.checkpoint import hush_closed_loops
