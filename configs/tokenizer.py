@@ -5,6 +5,16 @@ Demo (no variant), 64x64 emoji scenes in 16 tokens of 32 bits, on any CPU:
 Published sizes, on your own pictures:
   python -m instella_jax.main --config=configs/tokenizer.py:instella_512 \
       --config.data.folder.path=/my/pictures
+In several shapes, each batch in one of them; a picture goes to the closest, see
+`instella_jax/data/buckets.py`. Held-out pictures are measured at data.image_size, square:
+  python -m instella_jax.main --config=configs/tokenizer.py:instella_512 \
+      --config.data.folder.path=/my/pictures \
+      --config.data.buckets=512x512,384x640,640x384,768x768
+A second stage, in which the encoder and so every code stays and the decoder learns more shapes:
+  python -m instella_jax.main --config=configs/tokenizer.py:instella_512 \
+      --workdir=runs/decoder --config.init_from=runs/tokenizer-instella_512/model \
+      --config.loss.freeze_encoder=True --config.data.folder.path=/my/pictures \
+      --config.data.buckets=512x512,768x768,1024x1024
 The README's "Shipped weights" says what the demo costs and reaches.
 """
 
@@ -37,8 +47,13 @@ def get_config(variant: str = "") -> ConfigDict:
         latent_grid=False,
     )
     c.model = sizes
-    # The draw of the bits gets colder: linear from start to end over so many steps.
-    c.loss = dict(code_weight=0.01, temperature=dict(start=1.0, end=0.1, steps=50_000))
+    # The draw of the bits gets colder: linear from start to end over so many steps. With a frozen
+    # encoder nothing is drawn, and only decoder and bit vectors are trained.
+    c.loss = dict(
+        code_weight=0.01,
+        temperature=dict(start=1.0, end=0.1, steps=50_000),
+        freeze_encoder=False,
+    )
     if variant:
         c.train.update(steps=1_000_000, batch_size=256)
         c.optimizer.update(b2=0.95, warmup_steps=9_000)

@@ -92,10 +92,13 @@ def base(stage: str, variant: str) -> Config:
 
 
 def data(image_size: int, kind: str) -> dict:
-    """Returns the data section: what is read and at what size (pixels, square)."""
+    """Returns the data section: what is read and at what size (pixels)."""
     return dict(
         kind=kind,
         image_size=image_size,
+        # Shapes that the tokenizer trains on, HEIGHTxWIDTH with commas between them, such as
+        # "512x512,384x640,640x384"; "" is image_size, square. See data.buckets.
+        buckets="",
         seed=0,
         # Processes that prepare data; 0 for threads of this one.
         workers=0 if kind == "scenes" else 8,

@@ -16,6 +16,7 @@ from typing import Any
 
 from instella_jax import model_folder
 from instella_jax.config import Config
+from instella_jax.data import buckets
 from instella_jax.models.olmo import OlmoConfig
 from instella_jax.models.tokenizer import TokenizerConfig
 
@@ -144,20 +145,21 @@ def decoder_forward(sizes: TokenizerConfig, height: int, width: int) -> int:
     return total + _dense(math.prod(grids[-1]), wide, 3 * sizes.patch_size**2)
 
 
-def training(config: Config) -> dict[str, int]:
+def training(config: Config, shape: tuple[int, int] | None = None) -> dict[str, int]:
     """Operations that training takes per image, by part of the model.
 
     Args:
       config: of any stage.
+      shape: height and width of the image in pixels; None for the largest that the config has.
 
     Raises:
       UserError: sizes are missing or do not fit, or the tokenizer's folder is no model folder.
     """
-    side = config.data.image_size
+    shape = shape or buckets.shapes(config)[0]
     if config.stage == "tokenizer":
         sizes = model_folder.tokenizer_config(config.model)
-        total = encoder_forward(sizes, side, side) + decoder_forward(sizes, side, side)
-        return {"tokenizer": 3 * total}
+        encoder = encoder_forward(sizes, *shape) * (1 if config.loss.freeze_encoder else 3)
+        return {"tokenizer": encoder + 3 * decoder_forward(sizes, *shape)}
     length = config.text.max_length
     text = model_folder.build(OlmoConfig, config.text.model, "text.model")
     forward = diffusion_forward if config.stage == "diffusion" else ar_forward
@@ -168,7 +170,7 @@ def training(config: Config) -> dict[str, int]:
     if config.data.kind != "codes":
         model = config.model
         sizes = model_folder.code_sizes(config.tokenizer, model.num_tokens, model.bits)
-        parts["image encoder"] = encoder_forward(sizes, side, side)
+        parts["image encoder"] = encoder_forward(sizes, *shape)
     return parts
 
 

@@ -17,7 +17,7 @@ import jax.numpy as jnp
 
 from instella_jax import flops, sharding
 from instella_jax.config import Config
-from instella_jax.data import codes
+from instella_jax.data import buckets, codes
 from instella_jax.errors import UserError
 from instella_jax.models.functional import abstract_params
 from instella_jax.run_setup import check_sizes
@@ -124,9 +124,11 @@ def frozen_shapes(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Any:
 
 
 def batch_shapes(config: Config, rows: int, leading: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Shapes of what a training batch of the config sends to the devices, [*leading, rows, ...]."""
-    side = config.data.image_size
-    shapes: dict[str, Any] = {"image": ((side, side, 3), jnp.uint8)}
+    """Shapes of what a training batch of the config sends to the devices, [*leading, rows, ...].
+
+    Of several shapes that pictures may have it is the largest.
+    """
+    shapes: dict[str, Any] = {"image": ((*buckets.shapes(config)[0], 3), jnp.uint8)}
     if config.data.kind == "codes":
         packed = codes.packed_bytes(config.model.num_tokens, config.model.bits)
         shapes = {"code": ((packed,), jnp.uint8)}

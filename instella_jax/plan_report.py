@@ -4,6 +4,7 @@ from collections.abc import Iterator
 
 from instella_jax import flops
 from instella_jax.config import Config
+from instella_jax.data import buckets
 from instella_jax.plan import USABLE, Memory, Plan, make_plan, start
 
 NOTES = """\
@@ -73,10 +74,12 @@ def report(plan: Plan, config: Config) -> str:
     train = config.train
     mesh = " ".join(f"{axis}={n}" for axis, n in plan.mesh.items())
     parts = ", ".join(f"{name} {value / 1e9:,.0f}" for name, value in plan.flops.items())
+    (height, width), *smaller = buckets.shapes(config)
+    largest = f" (the largest of {1 + len(smaller)} buckets)" if smaller else ""
     rows = train.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
     return "\n".join(
         [
-            f"Plan of stage {config.stage}: {config.data.image_size} px, mesh {mesh}, "
+            f"Plan of stage {config.stage}: {height}x{width} px{largest}, mesh {mesh}, "
             f"batch {train.batch_size:,} ({rows:,} a device in {train.accumulate} part(s)), "
             f"remat {config.run.remat}",
             f"Step compiled in {plan.compile_seconds:.0f} s.",

@@ -13,6 +13,7 @@ import numpy as np
 from instella_jax import flops, model_folder, sharding
 from instella_jax.checkpoint import Checkpoints
 from instella_jax.config import Config
+from instella_jax.data import buckets
 from instella_jax.data.sources import part_names
 from instella_jax.data.watch import DataWatch
 from instella_jax.distributed import Agreement
@@ -83,7 +84,8 @@ class _Run:
         self.step_function = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
         self.rate = Throughput()
         self.watch = DataWatch(part_names(config.data))
-        self.operations = sum(flops.training(config).values())
+        shapes = buckets.shapes(config)
+        self.operations = {s: sum(flops.training(config, s).values()) for s in shapes}
         self.agreed = Agreement(mesh)
         calls = config.profile, config.train.steps_per_call, self.progress.message
         self.trace = StepTrace(workdir / "profile", *calls)
@@ -184,10 +186,11 @@ class _Run:
         if step % self.config.train.log_every == 0:
             speed = self.rate.steps_per_second
             size = self.config.train.batch_size
+            operations = self.watch.mean(self.operations)
             fetched |= self.watch.report()
             if speed:
                 kind, devices = self.mesh.devices.flat[0].device_kind, self.mesh.size
-                fetched |= flops.speed(speed * size, self.operations, kind, devices)
+                fetched |= flops.speed(speed * size, operations, kind, devices)
             self.writer.scalars(step, fetched, prefix="train")
             total = self.config.train.steps
             self.progress.update(progress_line(step, total, fetched, speed, size))

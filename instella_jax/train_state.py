@@ -142,7 +142,8 @@ def make_step(
         params = optax.apply_updates(state.params, updates)
         # A short warm-up of the average keeps the initial values out of it.
         decay = jnp.minimum(train.ema_decay, (1 + state.step) / (10 + state.step))
-        ema = optax.incremental_update(params, state.ema, 1 - decay)
+        # Written so that the average of what does not change is that, bit for bit.
+        ema = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state.ema, params)
         new = (params, ema, opt_state)
         old = (state.params, state.ema, state.opt_state)
         params, ema, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)

@@ -7,12 +7,14 @@ one `.txt` beside each picture, of the same name. Subfolders are read too.
 
 from __future__ import annotations
 
+import copy
 import json
 import logging
 import math
 import os
 import zlib
 from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
@@ -30,6 +32,8 @@ SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", "
 # What Pillow may take a file for, whatever its name says: no format that runs another program.
 FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 SPLITS = ("all", "train", "heldout")
+_SWAPPED = (5, 6, 7, 8)  # EXIF orientations that lay the picture on its side
+_ORIENTATION = 0x0112
 
 
 class FolderSource:
@@ -107,6 +111,31 @@ class FolderSource:
     def name(self, index: int) -> str:
         """Return the file name of a picture, relative to the folder."""
         return self._entries[index][0]
+
+    def decoded_at(self, decode_side: int | None) -> FolderSource:
+        """Return the same source with another `decode_side`."""
+        other = copy.copy(self)
+        other._decode_side = decode_side
+        return other
+
+    def sizes(self) -> np.ndarray:
+        """Read width and height of each picture from its header: int32 [n, 2].
+
+        They are 0 for a picture that cannot be read.
+        """
+
+        def size(entry: tuple[str, Any]) -> tuple[int, int]:
+            from PIL import Image
+
+            try:
+                with Image.open(self._root / entry[0], formats=FORMATS) as image:
+                    return shown_size(image)
+            except Exception as error:  # Pillow's parsers raise all kinds on broken files
+                logger.warning("no bucket for %s: %s", entry[0], error or type(error).__name__)
+                return 0, 0
+
+        with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
+            return np.array(list(pool.map(size, self._entries)), np.int32).reshape(-1, 2)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Read one picture and its captions.
@@ -194,6 +223,16 @@ def _part(entries: list[Any], split: str, heldout: float) -> list[Any]:
     ranked = sorted(names, key=lambda name: (zlib.crc32(name.encode()), name))
     kept_out = set(ranked[:count])
     return [entry for entry in entries if (entry[0] in kept_out) == (split == "heldout")]
+
+
+def shown_size(image: Image.Image) -> tuple[int, int]:
+    """Return width and height of an open picture once it is turned upright; decodes nothing."""
+    from PIL import Image
+
+    width, height = image.size
+    # That of PNG would decode the picture, for an entry that may come after it.
+    turned = Image.Image.getexif(image).get(_ORIENTATION) in _SWAPPED
+    return (height, width) if turned else (width, height)
 
 
 def read_caption(path: Path) -> tuple[str]:

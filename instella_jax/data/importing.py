@@ -19,7 +19,7 @@ from multiprocessing import get_context, parent_process
 from typing import Any
 
 from instella_jax.data import readers
-from instella_jax.data.folder import FORMATS, decode_picture
+from instella_jax.data.folder import FORMATS, decode_picture, shown_size
 from instella_jax.data.jobs import Job
 from instella_jax.data.loader import BadSample
 from instella_jax.data.readers import Item, Problem, Unit
@@ -29,8 +29,6 @@ from instella_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 _EXAMPLES = 5
-_SWAPPED = (5, 6, 7, 8)  # EXIF orientations that lay the picture on its side
-_ORIENTATION = 0x0112
 
 
 @dataclasses.dataclass(frozen=True)
@@ -92,8 +90,7 @@ def check(item: Item, filters: Filters) -> tuple[bytes, tuple[int, int]]:
     limit = Image.MAX_IMAGE_PIXELS or math.inf
     try:
         with Image.open(io.BytesIO(item.image), formats=FORMATS) as picture:
-            width, height = picture.size
-            turned = picture.getexif().get(_ORIENTATION) in _SWAPPED
+            width, height = shown_size(picture)
     except (Image.DecompressionBombError, Image.DecompressionBombWarning):
         raise _Left("too many pixels") from None
     except Exception:  # Pillow's parsers raise all kinds on broken files
@@ -110,7 +107,7 @@ def check(item: Item, filters: Filters) -> tuple[bytes, tuple[int, int]]:
         decode_picture(io.BytesIO(item.image), item.name, decode_side=256)
     except BadSample:
         raise _Left("broken picture") from None
-    return item.image, (height, width) if turned else (width, height)
+    return item.image, (width, height)
 
 
 def _watermark(meta: Mapping[str, Any]) -> float:

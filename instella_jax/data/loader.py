@@ -14,11 +14,12 @@ import dataclasses
 import logging
 import os
 import threading
-from collections.abc import Callable, Sequence
+from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, Protocol
 
 import numpy as np
 
+from instella_jax.data.collate import Collate, TextEncoder, add_ids
 from instella_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -55,24 +56,37 @@ class Mixture:
     Attributes:
       parts: the sources; their samples must have the same keys.
       weights: shares of the samples in proportion, > 0, one for each source.
+      numbers: of the sources, where they are not 0, 1, 2 ...
     """
 
     parts: tuple[Source, ...]
     weights: tuple[float, ...]
+    numbers: tuple[int, ...] = ()
 
     def __len__(self) -> int:
         """Return the number of different samples."""
         return sum(len(part) for part in self.parts)
 
 
-class TextEncoder(Protocol):
-    """What the loader needs of a text tokenizer."""
+@dataclasses.dataclass(frozen=True)
+class Buckets:
+    """Sources whose samples have shapes of their own: one of them makes each item of a loader.
 
-    def encode(
-        self, texts: list[str], /, max_length: int, pad_to: int
-    ) -> tuple[np.ndarray, np.ndarray]:
-        """Return ids int32 [B, L] and mask bool [B, L], L = pad_to."""
-        ...
+    Which one is decided by the weights and the item's number alone, alike in all processes.
+
+    Attributes:
+      parts: the sources.
+      weights: shares of the items in proportion, > 0, one for each source.
+      transforms: what makes the samples of each source ready.
+    """
+
+    parts: tuple[Source | Mixture, ...]
+    weights: tuple[float, ...]
+    transforms: tuple[Transform, ...]
+
+    def __len__(self) -> int:
+        """Return the number of different samples."""
+        return sum(len(part) for part in self.parts)
 
 
 class _SkipBad:
@@ -80,9 +94,9 @@ class _SkipBad:
 
     _PATIENCE = 10_000
 
-    def __init__(self, source_length: int):
+    def __init__(self, source_length: int, named: set[str]):
         self._limit = min(2 * source_length + 64, self._PATIENCE)
-        self._named: set[str] = set()
+        self._named = named
         self._in_a_row = 0
         self._lock = threading.Lock()
 
@@ -137,54 +151,8 @@ class _GuardedTransform:
         return self._skip_bad(self._transform, sample, rng)
 
 
-class _Collate:
-    """Stacks arrays and lists everything else, with a leading group axis when `groups` is set."""
-
-    def __init__(self, groups: int | None):
-        self._groups = groups
-
-    def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        batch = {}
-        for key, first in samples[0].items():
-            values = [sample[key] for sample in samples]
-            if isinstance(first, np.ndarray | np.generic | int | float):
-                batch[key] = self._stack(key, values)
-            elif self._groups is None:
-                batch[key] = values
-            else:
-                size = len(values) // self._groups
-                batch[key] = [values[i : i + size] for i in range(0, len(values), size)]
-        return batch
-
-    def _stack(self, key: str, values: list[Any]) -> np.ndarray:
-        shapes = {np.shape(value) for value in values}
-        if len(shapes) > 1:
-            raise UserError(
-                f"samples of one batch differ in the shape of {key!r} ({sorted(shapes)[:3]}); "
-                "give the loader a transform that makes them the same size."
-            )
-        stacked = np.stack(values)
-        if self._groups is None:
-            return stacked
-        return stacked.reshape(self._groups, -1, *stacked.shape[1:])
-
-
-def _add_ids(batch: dict[str, Any], tokenizer: TextEncoder, max_length: int) -> dict[str, Any]:
-    """Return `batch` with "ids" and "mask" beside "text"."""
-    text = batch["text"]
-    grouped = isinstance(text[0], list)
-    flat = [line for group in text for line in group] if grouped else list(text)
-    ids, mask = tokenizer.encode(flat, max_length=max_length, pad_to=max_length)
-    shape = (len(text), -1, max_length) if grouped else (len(text), max_length)
-    return {
-        **batch,
-        "ids": np.asarray(ids, np.int32).reshape(shape),
-        "mask": np.asarray(mask, bool).reshape(shape),
-    }
-
-
 def make_loader(
-    source: Source | Mixture,
+    source: Source | Mixture | Buckets,
     *,
     batch_size: int,
     seed: int,
@@ -218,7 +186,8 @@ def make_loader(
 
     Args:
       source: Random access samples, or a mixture of such sources; a mixture without `repeat` ends
-        with the source that is first used up. With workers > 0 it must pickle.
+        with the source that is first used up. With workers > 0 it must pickle. Buckets need
+        `repeat`, and bring transforms of their own.
       batch_size: Samples per batch of this process.
       seed: Any non-negative integer: decides the order and the transforms' random numbers.
       shuffle: A fresh permutation of the whole source in every epoch; else the source's order.
@@ -255,43 +224,62 @@ def make_loader(
         raise UserError(f"process_index must be in [0, {process_count}); got {process_index}.")
     if drop_remainder is None:
         drop_remainder = repeat or steps_per_call is not None
-    parts = source.parts if isinstance(source, Mixture) else (source,)
-    shares = [len(range(process_index, len(part), process_count)) for part in parts]
+    if isinstance(source, Buckets):
+        if not repeat or transform is not None:
+            raise ValueError("buckets repeat, and have transforms of their own")
+        buckets, shares = source, [len(range(process_index, len(source), process_count))]
+    else:
+        buckets = Buckets((source,), (1.0,), (transform or _as_it_is,))
+        parts = source.parts if isinstance(source, Mixture) else (source,)
+        shares = [len(range(process_index, len(part), process_count)) for part in parts]
     if min(shares) == 0 or (sum(shares) < per_item and drop_remainder and not repeat):
         raise UserError(
             f"{len(source)} samples over {process_count} process(es) do not fill one batch of "
             f"{per_item}; use more data or a smaller batch_size."
         )
-
-    skip_bad = _SkipBad(len(source))
-
-    def stream(number: int, part: Source) -> Any:
-        # Grain seeds epoch e with seed + e: hashing keeps neighbouring seeds from sharing epochs.
-        entropy = [seed, number] if number else seed
-        order_seed, transform_seed = map(int, np.random.SeedSequence(entropy).generate_state(2))
-        guarded = _GuardedSource(part, skip_bad, number if len(parts) > 1 else None)
-        data = grain.MapDataset.source(guarded)
-        if transform is not None:
-            data = data.random_map(_GuardedTransform(transform, skip_bad), seed=transform_seed)
-        if shuffle:
-            data = data.shuffle(seed=order_seed)
-        return data.repeat() if repeat else data
-
-    streams = [stream(number, part) for number, part in enumerate(parts)]
-    if isinstance(source, Mixture):
-        data = grain.MapDataset.mix(streams, weights=source.weights)
-    else:
-        (data,) = streams
-    if process_count > 1:
-        from instella_jax.data.blocks import Blocks
-
-        data = Blocks(data, batch_size, process_index, process_count)
     if threads is None:
         threads = 0 if workers else min(8, 2 * (os.cpu_count() or 1))
-    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=2 * per_item)
-    batches = data.to_iter_dataset(options).batch(
-        per_item, drop_remainder=drop_remainder, batch_fn=_Collate(steps_per_call)
-    )
+    # Buckets take turns: together they read ahead as far as one source would.
+    ahead = max(threads, 2 * per_item // len(buckets.parts))
+    options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    named: set[str] = set()
+
+    def batches_of(bucket: int) -> Any:
+        source, transform = buckets.parts[bucket], buckets.transforms[bucket]
+        skip_bad = _SkipBad(len(source), named)
+
+        def stream(number: int, part: Source, mixed: bool) -> Any:
+            # Grain seeds epoch e with seed + e: hashing keeps neighbouring seeds from sharing
+            # epochs.
+            entropy = [seed, number, bucket] if bucket else [seed, number] if number else seed
+            order_seed, transform_seed = map(int, np.random.SeedSequence(entropy).generate_state(2))
+            guarded = _GuardedSource(part, skip_bad, number if mixed else None)
+            data = grain.MapDataset.source(guarded)
+            if transform is not _as_it_is:
+                data = data.random_map(_GuardedTransform(transform, skip_bad), seed=transform_seed)
+            if shuffle:
+                data = data.shuffle(seed=order_seed)
+            return data.repeat() if repeat else data
+
+        if isinstance(source, Mixture):
+            numbers = source.numbers or range(len(source.parts))
+            streams = [stream(n, part, True) for n, part in zip(numbers, source.parts, strict=True)]
+            data = grain.MapDataset.mix(streams, weights=source.weights)
+        else:
+            data = stream(0, source, False)
+        if process_count > 1:
+            from instella_jax.data.blocks import Blocks
+
+            data = Blocks(data, batch_size, process_index, process_count)
+        return data.to_iter_dataset(options).batch(
+            per_item, drop_remainder=drop_remainder, batch_fn=Collate(steps_per_call)
+        )
+
+    streams = [batches_of(bucket) for bucket in range(len(buckets.parts))]
+    if len(streams) == 1:
+        (batches,) = streams
+    else:
+        batches = grain.IterDataset.mix(streams, weights=buckets.weights)
     if workers:
         _allow_worker_processes()
         batches = batches.mp_prefetch(
@@ -299,12 +287,17 @@ def make_loader(
         )
     if text_tokenizer is not None:
         # In this process even with workers: warnings about unknown words then come once.
-        batches = batches.map(lambda batch: _add_ids(batch, text_tokenizer, max_length))
+        batches = batches.map(lambda batch: add_ids(batch, text_tokenizer, max_length))
     if prefetch:
         batches = grain.experimental.ThreadPrefetchIterDataset(
             batches, prefetch_buffer_size=prefetch
         )
     return iter(batches)
+
+
+def _as_it_is(sample: Sample, _: np.random.Generator) -> Sample:
+    """Change nothing."""
+    return sample
 
 
 def _allow_worker_processes() -> None:

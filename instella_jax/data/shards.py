@@ -5,11 +5,13 @@ and the shards. A record is the length of its header (uint32, little-endian), th
 "key", "texts" and "size", width and height) and the payload: a picture file's bytes, or packed
 codes.
 ArrayRecord hashes every record, so damage is noticed where it is and costs that record alone.
+Beside a shard of pictures are their sizes, see `picture_sizes`.
 """
 
 from __future__ import annotations
 
 import contextlib
+import copy
 import dataclasses
 import io
 import json
@@ -23,6 +25,7 @@ import numpy as np
 
 from instella_jax.data.folder import SPLITS, decode_picture
 from instella_jax.data.loader import BadSample
+from instella_jax.data.picture_sizes import read_sizes, write_sizes
 from instella_jax.errors import UserError
 
 MANIFEST = "dataset.json"
@@ -83,6 +86,7 @@ class _ShardWriter:
         from array_record.python.array_record_module import ArrayRecordWriter
 
         self.records = 0
+        self._sizes: list[Sequence[int] | None] = []
         self._scratch, self._path = scratch, path
         with self._told():
             # One record a group: random access reads it alone. Pictures do not compress.
@@ -93,6 +97,7 @@ class _ShardWriter:
         record = pack(header, payload)
         with self._told():
             self._writer.write(record)
+        self._sizes.append(header.get("size"))
         self.records += 1
 
     def finish(self) -> None:
@@ -110,6 +115,8 @@ class _ShardWriter:
                 raise OSError(f"{found} of {self.records} records arrived on disk")
             with self._scratch.open("rb") as file:
                 os.fsync(file.fileno())
+            sizes_scratch = self._scratch.with_name(f"{self._scratch.name}.sizes")
+            write_sizes(self._path, sizes_scratch, self._sizes)
             os.replace(self._scratch, self._path)
 
     @contextlib.contextmanager
@@ -263,13 +270,24 @@ class Records:
             return index * self._period
         return index if self._split == "all" else index + index // (self._period - 1) + 1
 
+    def _numbers(self) -> np.ndarray | slice:
+        """What selects the split's records from those of the whole data set."""
+        if self._split == "all":
+            return slice(None)
+        if self._split == "heldout":
+            return slice(None, None, self._period)
+        return np.arange(self._total) % self._period != 0
+
     def read(self, index: int) -> tuple[dict[str, Any], bytes]:
         """Reads the header and the payload of a record.
 
         Raises:
           BadSample: it is damaged.
         """
-        number = self.number(index)
+        return self._read(self.number(index))
+
+    def _read(self, number: int) -> tuple[dict[str, Any], bytes]:
+        """Reads a record by its number in the whole data set; see `read`."""
         try:
             return unpack(self._records[number])
         except (RuntimeError, ValueError, IndexError) as error:
@@ -308,6 +326,22 @@ class ImageShards(Records):
         if not texts:
             raise BadSample(f"{name} has no caption")
         return {"image": self.picture(payload, name), "texts": texts}
+
+    def decoded_at(self, decode_side: int | None) -> ImageShards:
+        """The same source with another `decode_side`."""
+        other = copy.copy(self)
+        other._decode_side = decode_side
+        return other
+
+    def sizes(self) -> np.ndarray:
+        """Width and height of each picture of the split, int32 [n, 2]; 0 where it is damaged."""
+        start, found = 0, []
+        for shard in self.manifest["shards"]:
+            numbers = range(start, start + shard.records)
+            path = self.folder / shard.file
+            found.append(read_sizes(path, numbers, lambda number: self._read(number)[0]))
+            start += shard.records
+        return np.concatenate(found)[self._numbers()]
 
     def picture(self, payload: bytes, name: str) -> np.ndarray:
         """Decodes a picture file: uint8 [h, w, 3]."""

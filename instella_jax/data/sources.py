@@ -4,9 +4,12 @@ import math
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 from instella_jax.config import Config
+from instella_jax.data import buckets
 from instella_jax.data.emoji_scenes import EmojiScenes
-from instella_jax.data.loader import Mixture, make_loader
+from instella_jax.data.loader import Buckets, Mixture, make_loader
 from instella_jax.errors import UserError
 
 KINDS = ("scenes", "folder", "shards", "codes")
@@ -19,7 +22,8 @@ def make_split(
 
     Args:
       config: the `data` section: a kind of `KINDS`, and what each of them takes.
-      split: "train", shuffled and endless, or "heldout", in order and once.
+      split: "train", shuffled, endless and in buckets where the config has any, or "heldout", in
+        order and once, at `image_size`.
       captions: whether the stage reads captions.
       text_tokenizer: adds "ids" and "mask" to the batches.
       **options: further arguments of `make_loader`, batch_size among them.
@@ -35,33 +39,21 @@ def make_split(
         text_tokenizer=text_tokenizer,
         workers=config.workers if train else 0,
     )
-    size = config.image_size
+    buckets.check(config, tokenizer=not captions)
     if config.kind == "scenes":
         source = scenes_source(config, split)
         # Scenes are computed, not read: more threads only get in each other's way.
         return make_loader(source, threads=0, transform=_drop_facts, **shared, **options)
-    if config.kind == "folder":
-        from instella_jax.data.folder import FolderSource
-
-        folder = config.folder
-        source = FolderSource(
-            folder.path, split=split, heldout=folder.heldout, captions=captions,
-            decode_side=math.ceil(size / folder.min_keep),
-        )  # fmt: skip
-        return make_loader(source, transform=_crop(folder, size, train), **shared, **options)
-    if config.kind == "shards":
-        from instella_jax.data.shards import ImageShards
-
-        shards = config.shards
-        parts = [
-            ImageShards(
-                path, split=split, heldout=shards.heldout, captions=captions,
-                decode_side=math.ceil(size / shards.min_keep),
-            )
-            for path in part_paths(config)
-        ]  # fmt: skip
-        source = _mix(parts, shards.weights)
-        return make_loader(source, transform=_crop(shards, size, train), **shared, **options)
+    if config.kind in buckets.KINDS:
+        parts, section = _pictures(config, split, captions), config[config.kind]
+        if train and config.buckets:
+            batch = options["batch_size"] * options.get("process_count", 1)
+            source = _in_buckets(config, parts, batch, options.get("process_index", 0) == 0)
+            return make_loader(source, **shared, **options)
+        source = _mix(parts, section.get("weights", ""))
+        side = config.image_size
+        transform = _crop(section, (side, side), train)
+        return make_loader(source, transform=transform, **shared, **options)
     if config.kind == "codes":
         from instella_jax.data.codes import CodeShards, PickVariant
 
@@ -76,6 +68,64 @@ def make_split(
         source = _mix(parts, config.codes.weights)
         return make_loader(source, transform=PickVariant(train), **shared, **options)
     raise UserError(f"data.kind is {config.kind!r}: expected one of {', '.join(KINDS)}")
+
+
+def _pictures(config: Config, split: str, captions: bool) -> list[Any]:
+    """Returns the data sets of pictures that are mixed, or the one folder."""
+    from instella_jax.data.folder import FolderSource
+    from instella_jax.data.shards import ImageShards
+
+    section = config[config.kind]
+    options: dict[str, Any] = dict(
+        split=split,
+        heldout=section.heldout,
+        captions=captions,
+        decode_side=math.ceil(config.image_size / section.min_keep),
+    )
+    if config.kind == "folder":
+        return [FolderSource(section.path, **options)]
+    return [ImageShards(path, **options) for path in part_paths(config)]
+
+
+def _in_buckets(config: Config, parts: list[Any], batch: int, tell: bool) -> Buckets:
+    """Sorts pictures into the buckets of the config.
+
+    Args:
+      config: the `data` section.
+      parts: the data sets.
+      batch: pictures that a bucket needs.
+      tell: whether to print how many each bucket has.
+
+    Raises:
+      UserError: no picture can be read.
+    """
+    section, shapes = config[config.kind], buckets.parse(config.buckets)
+    sizes = [part.sizes() for part in parts]
+    chosen = buckets.sort(np.concatenate(sizes), shapes, batch)
+    by_part = np.split(chosen, np.cumsum([len(s) for s in sizes])[:-1])
+    totals = [max(1, int(np.count_nonzero(numbers >= 0))) for numbers in by_part]
+    weights = _weights(parts, section.get("weights", "")) or [float(total) for total in totals]
+    found: list[tuple[Any, float, Any]] = []
+    for bucket, (height, width) in enumerate(shapes):
+        decode_side = math.ceil(max(height, width) / section.min_keep)
+        sources, shares, numbers = [], [], []
+        for number, part in enumerate(parts):
+            (members,) = np.nonzero(by_part[number] == bucket)
+            if len(members):
+                members = members.astype(np.min_scalar_type(len(part)))
+                sources.append(buckets.Subset(part.decoded_at(decode_side), members))
+                # A picture is as likely as it would be without buckets.
+                shares.append(weights[number] * len(members) / totals[number])
+                numbers.append(number)
+        if tell:
+            print(f"bucket {height}x{width}: {sum(map(len, sources)):,} pictures", flush=True)
+        if sources:
+            mixture = Mixture(tuple(sources), tuple(shares), tuple(numbers))
+            source = mixture if len(parts) > 1 else sources[0]
+            found.append((source, sum(shares), _crop(section, (height, width), True)))
+    if not found:
+        raise UserError("no picture has a size that can be read; check the data.")
+    return Buckets(*(tuple(column) for column in zip(*found, strict=True)))
 
 
 def part_paths(config: Config) -> list[str]:
@@ -106,8 +156,8 @@ def part_names(config: Config) -> list[str]:
     ]
 
 
-def _mix(parts: list[Any], weights: str) -> Any:
-    """Joins parts by weights "3:1", by their sizes where none are given."""
+def _weights(parts: list[Any], weights: str) -> list[float]:
+    """Reads "3:1", [] where nothing is given."""
     try:
         values = [float(weight) for weight in weights.split(":")] if weights else []
     except ValueError:
@@ -117,17 +167,23 @@ def _mix(parts: list[Any], weights: str) -> Any:
             f"weights are {weights!r} for {len(parts)} data set(s): expected a number over 0 for "
             "each, with colons between them, for example 3:1"
         )
+    return values
+
+
+def _mix(parts: list[Any], weights: str) -> Any:
+    """Joins parts by weights "3:1", by their sizes where none are given."""
+    values = _weights(parts, weights)
     if len(parts) == 1:
         return parts[0]
     return Mixture(tuple(parts), tuple(values or [float(len(part)) for part in parts]))
 
 
-def _crop(config: Config, size: int, train: bool) -> Any:
+def _crop(config: Config, shape: tuple[int, int], train: bool) -> Any:
     from instella_jax.data.transforms import EvalTransform, TrainTransform
 
     if train:
-        return TrainTransform(size, size, min_keep=config.min_keep, flip=config.flip)
-    return EvalTransform(size, size)
+        return TrainTransform(*shape, min_keep=config.min_keep, flip=config.flip)
+    return EvalTransform(*shape)
 
 
 def scenes_source(config: Config, split: str) -> EmojiScenes:

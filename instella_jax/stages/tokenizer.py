@@ -13,7 +13,9 @@ import numpy as np
 import optax
 
 from instella_jax.config import Config
+from instella_jax.data import buckets
 from instella_jax.data.sources import make_split
+from instella_jax.errors import UserError
 from instella_jax.model_folder import execution, tokenizer_config
 from instella_jax.models.functional import Network, apply
 from instella_jax.models.tokenizer import BinaryTokenizer, code_loss, hard_code, sample_code
@@ -56,11 +58,27 @@ class TokenizerStage:
 
         Args:
           config: a config whose stage is "tokenizer".
+
+        Raises:
+          UserError: sizes do not fit each other, or what is frozen would not be worth it.
         """
         self.config = config
         self.sizes = tokenizer_config(config.model)
         self.network = BinaryTokenizer(self.sizes, execution(config.run))
-        self.sizes.grid(config.data.image_size, config.data.image_size)
+        side = config.data.image_size
+        for height, width in {(side, side), *buckets.shapes(config)}:
+            self.sizes.grid(height, width)
+        self.freeze_encoder = config.loss.freeze_encoder
+        if self.freeze_encoder and not config.init_from:
+            raise UserError(
+                "loss.freeze_encoder trains the decoder of a tokenizer that there is: give its "
+                "model folder as --config.init_from=FOLDER"
+            )
+        if self.freeze_encoder and config.optimizer.weight_decay:
+            raise UserError(
+                f"optimizer.weight_decay is {config.optimizer.weight_decay}: it would change the "
+                "encoder that loss.freeze_encoder freezes, so set it to 0"
+            )
 
     @property
     def networks(self) -> dict[str, Network]:
@@ -95,11 +113,18 @@ class TokenizerStage:
     def loss(
         self, params: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Smooth-L1 (beta 1) plus the weighted code loss; images uint8 [B, h, w, 3]."""
+        """Smooth-L1 (beta 1) plus the weighted code loss; images uint8 [B, h, w, 3].
+
+        With a frozen encoder the codes are those of evaluation.
+        """
         del frozen
         images = to_float(batch["image"])
         logits = self._encode(params, images)
-        code = sample_code(logits, key, self.temperature(step))
+        if self.freeze_encoder:
+            logits = jax.lax.stop_gradient(logits)
+            code = hard_code(logits)
+        else:
+            code = sample_code(logits, key, self.temperature(step))
         decoded = self._decode(params, code, images)
         pixel = jnp.mean(optax.huber_loss(decoded, images, delta=1.0))
         certainty = code_loss(logits)
