@@ -173,8 +173,11 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start(workdir, processes, *options, through="flags"):
-    """Starts a run of 1 or 2 processes with two devices in all; returns the processes."""
+def start(workdir, processes, *options, through="flags", largest_file="unlimited"):
+    """Starts a run of 1 or 2 processes with two devices in all; returns the processes.
+
+    No file can grow over `largest_file` KiB.
+    """
     port, started = free_port(), []
     for index in range(processes):
         command = [
@@ -194,12 +197,13 @@ def start(workdir, processes, *options, through="flags"):
                 "SLURM_NTASKS": str(processes), "SLURM_PROCID": str(index),
                 "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1",
             }  # fmt: skip
+        command = ["bash", "-c", f'ulimit -f {largest_file}; exec "$@"', "limited", *command]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         started.append(subprocess.Popen(command, cwd=ROOT, env=environ, **pipes))
     return started
 
 
-def finish(started):
+def finish(started, expected=0):
     """Waits for all; returns what they printed."""
     try:
         printed = [process.communicate(timeout=LIMIT)[0] for process in started]
@@ -207,7 +211,7 @@ def finish(started):
         for process in started:
             process.kill()
     codes = [process.returncode for process in started]
-    assert codes == [0] * len(started), "\n".join(printed)
+    assert codes == [expected] * len(started), "\n".join(printed)
     return printed
 
 
