@@ -83,8 +83,8 @@ class _Run:
         self.state, optimizer = initial_state(stage, config, mesh)
         self.step_function = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
         self.rate = Throughput()
-        self.watch = DataWatch(part_names(config.data))
         shapes = buckets.shapes(config)
+        self.watch = DataWatch(part_names(config.data), shapes)
         self.operations = {s: sum(flops.training(config, s).values()) for s in shapes}
         self.agreed = Agreement(mesh)
         calls = config.profile, config.train.steps_per_call, self.progress.message

@@ -15,6 +15,7 @@ from test_shards import png
 from instella_jax.config import data
 from instella_jax.data import buckets
 from instella_jax.data.folder import FolderSource
+from instella_jax.data.importing import Filters, import_dataset
 from instella_jax.data.picture_sizes import sizes_path
 from instella_jax.data.shards import ImageShards, Shard, shard_writer, write_manifest
 from instella_jax.data.sources import make_split
@@ -270,6 +271,15 @@ def test_sizes_of_shards_with_and_without_their_file(tmp_path, caplog, split, da
     shown = [source[index]["image"].shape[1::-1] for index in range(len(source))]
     assert sizes.tolist() == [list(size) for size in shown]
     assert ("is read for its sizes" in caplog.text) == bool(damage)
+
+
+def test_an_import_writes_the_sizes_that_are_shown(folder, tmp_path, caplog):
+    import_dataset(folder[0], tmp_path / "set", filters=Filters(captions=False), unit_size=15)
+    source = ImageShards(tmp_path / "set", captions=False)
+    sizes = source.sizes().tolist()
+    # All but number 3, which is broken.
+    assert sizes == [list(FITTING[s][::-1]) for n, s in enumerate(folder[1]) if n != 3]
+    assert "is read for its sizes" not in caplog.text
 
 
 def test_large_pictures_are_decoded_no_smaller_than_their_bucket_needs(tmp_path):

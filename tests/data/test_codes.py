@@ -250,13 +250,16 @@ def test_watch_counts_waiting_and_sources():
 
 
 def test_watch_weighs_shapes_by_their_pictures():
-    images = [np.zeros((2, 3, *shape, 3), np.uint8) for shape in ((4, 8), (4, 8), (8, 4))]
-    watch, values = DataWatch(clock=lambda: 0.0), {(4, 8): 1.0, (8, 4): 4.0, (8, 8): 16.0}
+    values = {(4, 8): 1.0, (8, 4): 4.0, (8, 8): 16.0}
+    watch = DataWatch(shapes=list(values), clock=lambda: 0.0)
     assert watch.mean(values) == 7.0  # nothing was taken yet
+    images = [np.zeros((2, 3, *shape, 3), np.uint8) for shape in ((4, 8), (4, 8), (8, 4), (8, 4))]
     loader = iter([{"image": image} for image in images])
-    for _ in images:
+    for _ in range(3):
         watch.take(loader)
     assert watch.mean(values) == 2.0
-    assert watch.report() == {"data_wait": 0.0, "samples_4x8": 12.0, "samples_8x4": 6.0}
-    watch.take(iter([{"image": images[2]}]))
-    assert watch.mean(values) == 4.0
+    counts = {"samples_4x8": 12.0, "samples_8x4": 6.0, "samples_8x8": 0.0}
+    assert watch.report() == {"data_wait": 0.0, **counts}
+    watch.take(loader)
+    assert watch.mean(values) == 2.5
+    assert watch.report()["samples_4x8"] == 0.0 and watch.report()["samples_8x4"] == 0.0
