@@ -2,6 +2,7 @@
 
   python -m benchmarks.faults
   python -m benchmarks.faults --kills=100 --damages=30
+  python -m benchmarks.faults --only nan full
 
 A fault is survived if the run ends with the same metrics and the same model, bit for bit, as one
 that nothing happened to. Exit status 1 if one was not.
@@ -9,21 +10,28 @@ that nothing happened to. Exit status 1 if one was not.
 
 import argparse
 import contextlib
+import dataclasses
 import os
 import random
+import shutil
 import signal
 import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 from instella_jax.manifest import MANIFEST
 from instella_jax.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 300
+
+# What was tried, how often, and whether all of it was survived.
+Row = tuple[str, int, bool]
+_MAIN = ("instella_jax.main",)
 
 
 class Runs:
@@ -42,10 +50,23 @@ class Runs:
             self._environ["JAX_COMPILATION_CACHE_DIR"] = cache
             self._environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"] = "0.2"
 
-    def start(self, workdir: Path, *options: str, largest_file: int = 0) -> subprocess.Popen:
-        """Starts or goes on with a run; files cannot grow over `largest_file` KiB, if given."""
+    def start(
+        self,
+        workdir: Path,
+        *options: str,
+        largest_file: int = 0,
+        module: Sequence[str] = _MAIN,
+    ) -> subprocess.Popen:
+        """Starts or goes on with a run.
+
+        Args:
+          workdir: of the run.
+          *options: further flags.
+          largest_file: KiB that no file can grow over, if given.
+          module: what is run, and its arguments before the flags.
+        """
         command = [
-            sys.executable, "-m", "instella_jax.main", "--config=tests/tiny_tokenizer.py",
+            sys.executable, "-m", *module, "--config=tests/tiny_tokenizer.py",
             f"--workdir={workdir}", f"--config.train.steps={self.steps}",
             "--config.train.save_every=5", "--config.train.eval_every=10", *options,
         ]  # fmt: skip
@@ -60,9 +81,9 @@ class Runs:
             text=True,
         )
 
-    def run(self, workdir: Path, *options: str, largest_file: int = 0) -> tuple[int, str, str]:
-        """Runs to the end; see `finish`."""
-        return finish(self.start(workdir, *options, largest_file=largest_file))
+    def run(self, workdir: Path, *options: str, **other: Any) -> tuple[int, str, str]:
+        """Runs to the end; see `start` and `finish`."""
+        return finish(self.start(workdir, *options, **other))
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
@@ -168,72 +189,137 @@ def damage(checkpoint: Path, rng: random.Random) -> str:
     return how
 
 
+@dataclasses.dataclass
+class Trial:
+    """Where the faults are tried: a folder of small runs, one of which nothing happens to."""
+
+    folder: Path
+    runs: Runs
+    whole: Path
+    counts: Mapping[str, int]
+    rng: random.Random
+
+
+def try_kills(trial: Trial) -> Row:
+    """Kills a run at random steps and in saves."""
+    workdir = trial.folder / "kill"
+    kills, halves = kill(trial.runs, workdir, trial.counts["kills"], trial.rng)
+    trial.runs.run(workdir)
+    return f"kill -9 at random steps, {halves} of them in a save", kills, same(workdir, trial.whole)
+
+
+def try_terms(trial: Trial) -> Row:
+    """Asks a run to stop."""
+    workdir, times, good = trial.folder / "term", trial.counts["terms"], True
+    for _ in range(times):
+        process = trial.runs.start(workdir)
+        goal = max(0, last_step(workdir)) + trial.rng.randint(1, 20)
+        wait_for(process, lambda goal=goal: last_step(workdir) >= goal)
+        process.terminate()
+        good &= finish(process)[0] == 0
+    trial.runs.run(workdir)
+    return "SIGTERM: saves, exits with 0, goes on", times, good and same(workdir, trial.whole)
+
+
+def try_damages(trial: Trial) -> Row:
+    """Damages the newest checkpoint, again and again."""
+    workdir, times, good = trial.folder / "damage", trial.counts["damages"], True
+    shutil.copytree(trial.whole, workdir)
+    for _ in range(times):
+        newest = newest_step(workdir)
+        how = damage(workdir / "checkpoints" / str(newest), trial.rng)
+        status, _, err = trial.runs.run(workdir)
+        good &= f"checkpoint {newest} of" in err and "DAMAGED" in err and status == 0
+        print(f"{how}: {err.strip().splitlines()[0] if err.strip() else 'not noticed'}")
+    what = "newest checkpoint: bits flipped, a file cut or removed; the one before it is used, and "
+    return what + "that is said", times, good and same(workdir, trial.whole)
+
+
+def try_no_manifest(trial: Trial) -> Row:
+    """Removes the hashes of the newest checkpoint."""
+    workdir = shutil.copytree(trial.whole, trial.folder / "manifest")
+    (workdir / "checkpoints" / str(newest_step(workdir)) / MANIFEST).unlink()
+    status, _, err = trial.runs.run(workdir)
+    good = status == 0 and "could not be checked" in err
+    return "no manifest of hashes: the checkpoint is used, and that is said", 1, good
+
+
+def try_full(trial: Trial) -> Row:
+    """Leaves no room for a checkpoint, then none for metrics."""
+    workdir, good = trial.folder / "full", True
+    trial.runs.run(workdir, "--config.train.steps=10")
+    for largest, options in ((100, ()), (8, ("--config.train.save_every=0",))):
+        status, _, err = trial.runs.run(workdir, *options, largest_file=largest)
+        good &= status == 2 and one_sentence(err) and newest_step(workdir) == 10
+    good &= trial.runs.run(workdir)[0] == 0 and same(workdir, trial.whole)
+    return "no room to save, or for metrics: one sentence, exit status 2; goes on later", 2, good
+
+
+def try_second(trial: Trial) -> Row:
+    """Starts a second run on a workdir."""
+    workdir, options = trial.folder / "second", "--config.train.steps=100000"
+    process = trial.runs.start(workdir, options)
+    wait_for(process, lambda: last_step(workdir) >= 1)
+    status, _, err = trial.runs.run(workdir, options)
+    process.kill()
+    finish(process)
+    good = status == 2 and "in use by another run" in err and one_sentence(err)
+    return "a second run on the same workdir: refused", 1, good
+
+
+def try_nan(trial: Trial) -> Row:
+    """Trains on values that are no numbers, at a few steps and at many."""
+    few, idle, many = (trial.folder / name for name in ("few", "idle", "many"))
+    module = "tests.poisoned"
+    good = trial.runs.run(few, module=(module, "nan", "40", "43"))[0] == 0
+    good &= trial.runs.run(idle, module=(module, "idle", "40", "43"))[0] == 0
+    name = "model/tokenizer.safetensors"
+    good &= (few / name).read_bytes() == (idle / name).read_bytes()
+    good &= sum(row.get("train/skipped", 0) for row in lines(few)) == 3
+    most = "--config.train.max_skipped=7"
+    status, _, err = trial.runs.run(many, most, module=(module, "nan", "40", "99"))
+    good &= status == 2 and err.startswith("error: 7 steps in a row") and one_sentence(err)
+    what = "NaN in 3 batches: skipped, counted, parameters as if those steps had not been; in more "
+    return what + "than `train.max_skipped`: one sentence, exit status 2", 2, good
+
+
+def try_no_loss(trial: Trial) -> Row:
+    """Makes parameters that no longer compute."""
+    options = ("optimizer.learning_rate=1e38", "optimizer.warmup_steps=0", "train.max_skipped=7")
+    workdir = trial.folder / "diverged"
+    status, _, err = trial.runs.run(workdir, *(f"--config.{option}" for option in options))
+    good = status == 2 and err.startswith("error: 7 steps in a row") and one_sentence(err)
+    return "no finite loss any more: ends after `train.max_skipped` steps", 1, good
+
+
+FAULTS: dict[str, Callable[[Trial], Row]] = {
+    "kills": try_kills,
+    "terms": try_terms,
+    "damages": try_damages,
+    "manifest": try_no_manifest,
+    "full": try_full,
+    "second": try_second,
+    "nan": try_nan,
+    "loss": try_no_loss,
+}
+
+
 def main() -> None:
-    """Tries everything and prints a table."""
+    """Tries everything, or what is asked for, and prints a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument("--kills", type=int, default=24, help="kill -9 so many times")
     parser.add_argument("--damages", type=int, default=6, help="damage so many checkpoints")
     parser.add_argument("--terms", type=int, default=3, help="SIGTERM so many times")
     parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT",
+                        help=f"some of {', '.join(FAULTS)}")  # fmt: skip
     args = parser.parse_args()
-    rng = random.Random(args.seed)
     with tempfile.TemporaryDirectory() as place:
         folder = Path(place)
-        runs, whole, disturbed = Runs(150, str(folder / "xla")), folder / "whole", folder / "run"
+        runs, whole = Runs(150, str(folder / "xla")), folder / "whole"
         assert runs.run(whole)[0] == 0
-        rows: list[tuple[str, int, bool]] = []
-
-        kills, halves = kill(runs, disturbed, args.kills, rng)
-        runs.run(disturbed)
-        rows.append((f"kill -9, {halves} of them in a save", kills, same(disturbed, whole)))
-
-        for _ in range(args.terms):
-            process = runs.start(folder / "term")
-            goal = max(0, last_step(folder / "term")) + rng.randint(1, 20)
-            wait_for(process, lambda goal=goal: last_step(folder / "term") >= goal)
-            process.terminate()
-            assert finish(process)[0] == 0
-        runs.run(folder / "term")
-        rows.append(("SIGTERM, exit status 0", args.terms, same(folder / "term", whole)))
-
-        found = 0
-        for _ in range(args.damages):
-            newest = newest_step(disturbed)
-            how = damage(disturbed / "checkpoints" / str(newest), rng)
-            status, _, err = runs.run(disturbed)
-            told = f"checkpoint {newest} of" in err and "DAMAGED" in err and status == 0
-            found += told
-            print(f"{how}: {err.strip().splitlines()[0] if err.strip() else 'not noticed'}")
-        good = found == args.damages and same(disturbed, whole)
-        rows.append(("newest checkpoint flipped, cut or a file of it removed", args.damages, good))
-
-        newest = newest_step(disturbed)
-        (disturbed / "checkpoints" / str(newest) / MANIFEST).unlink()
-        status, _, err = runs.run(disturbed)
-        good = status == 0 and "could not be checked" in err
-        rows.append(("manifest removed: used, and that is said", 1, good))
-
-        full = folder / "full"
-        runs.run(full, "--config.train.steps=10")
-        status, _, err = runs.run(full, largest_file=100)
-        good = status == 2 and one_sentence(err) and newest_step(full) == 10
-        good = good and runs.run(full)[0] == 0 and same(full, whole)
-        rows.append(("no room to save: one sentence, exit 2, goes on", 1, good))
-
-        process = runs.start(folder / "two", "--config.train.steps=100000")
-        wait_for(process, lambda: last_step(folder / "two") >= 1)
-        status, _, err = runs.run(folder / "two", "--config.train.steps=100000")
-        process.kill()
-        finish(process)
-        good = status == 2 and "in use by another run" in err and one_sentence(err)
-        rows.append(("second run on a workdir: refuses, exit 2", 1, good))
-
-        status, _, err = runs.run(
-            folder / "nan", "--config.optimizer.learning_rate=1e38",
-            "--config.optimizer.warmup_steps=0", "--config.train.max_skipped=7",
-        )  # fmt: skip
-        good = status == 2 and "error: 7 steps in a row" in err.splitlines()[-1]
-        rows.append(("parameters that no longer compute: ends after max_skipped", 1, good))
+        trial = Trial(folder, runs, whole, vars(args), random.Random(args.seed))
+        rows = [FAULTS[name](trial) for name in args.only]
     print("\n| tried | times | survived |\n|---|---|---|")
     for what, times, good in rows:
         print(f"| {what} | {times} | {'all' if good else 'NO'} |")

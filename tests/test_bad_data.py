@@ -1,9 +1,6 @@
 """Real processes that train on data of which some cannot be used."""
 
 import logging
-import os
-import subprocess
-import sys
 
 import numpy as np
 import pytest
@@ -13,7 +10,6 @@ from benchmarks.faults import Runs, one_sentence
 from instella_jax import cli
 from instella_jax.data.shards import ImageShards, pack
 from instella_jax.metrics import read_metrics
-from tests.test_distributed import ROOT
 
 RUNS = Runs(steps=8)
 
@@ -22,15 +18,7 @@ pytestmark = pytest.mark.slow
 
 def run_poisoned(workdir, how, first, last, *options):
     """Runs `tests.poisoned`; returns exit status and what it said."""
-    command = [
-        sys.executable, "-m", "tests.poisoned", how, str(first), str(last),
-        "--config=tests/tiny_tokenizer.py", f"--workdir={workdir}", *options,
-    ]  # fmt: skip
-    done = subprocess.run(
-        command, cwd=ROOT, env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
-        capture_output=True, text=True, check=False,
-    )  # fmt: skip
-    return done.returncode, done.stdout, done.stderr
+    return RUNS.run(workdir, *options, module=("tests.poisoned", how, str(first), str(last)))
 
 
 def column(workdir, name):

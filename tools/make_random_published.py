@@ -18,13 +18,14 @@ import jax.numpy as jnp
 import numpy as np
 
 from instella_jax import convert, model_parts, reference_names, reference_sizes
+from instella_jax.errors import command_line
 from instella_jax.fresh_folder import fresh_folder
 from instella_jax.models.functional import Network
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import BinaryTokenizer
 from instella_jax.published import TOKENIZER_FILE
 from instella_jax.tensor_files import Spec, write_safetensors
-from instella_jax.torch_files import write_torch
+from instella_jax.torch_files import import_torch, write_torch
 
 SCALES: dict[str, dict[str, Any]] = {
     "tiny": {
@@ -134,7 +135,12 @@ def make(out: Path, scale: str, dtype: Any = jnp.bfloat16, torch: bool = True) -
       scale: a key of `SCALES`.
       dtype: of the tensors.
       torch: whether generators are torch files; else safetensors of the same names.
+
+    Raises:
+      UserError: torch is wanted and not installed, or the folder is there already.
     """
+    if torch:
+        import_torch()  # before anything large is written
     sizes = SCALES[scale]
     config = reference_sizes.tokenizer_config(sizes["bae"])
     olmo = Olmo(reference_sizes.olmo_config(sizes["text"]))
@@ -165,7 +171,8 @@ def main() -> None:
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
     parser.add_argument("--no-torch", action="store_true", help="generators as safetensors")
     options = parser.parse_args()
-    make(options.out, options.scale, jnp.dtype(options.dtype), not options.no_torch)
+    with command_line():
+        make(options.out, options.scale, jnp.dtype(options.dtype), not options.no_torch)
 
 
 if __name__ == "__main__":
