@@ -26,9 +26,9 @@ class EventFile:
           folder: made if it is not there.
           purge_step: from which step on TensorBoard forgets what other files of the folder say.
         """
-        from tensorboardX.proto.event_pb2 import Event, SessionLog
+        from tensorboardX.proto import event_pb2
 
-        self._event = Event
+        self._proto: Any = event_pb2
         folder.mkdir(parents=True, exist_ok=True)
         stem = f"events.out.tfevents.{int(time.time())}.{socket.gethostname()}.{os.getpid()}"
         names = (f"{stem}.{n}" for n in itertools.count())
@@ -37,14 +37,13 @@ class EventFile:
         self._file = path.open("wb", buffering=0)
         self._add(file_version="brain.Event:2")
         if purge_step is not None:
-            self._add(step=purge_step, session_log=SessionLog(status=SessionLog.START))
+            start = self._proto.SessionLog(status=self._proto.SessionLog.START)
+            self._add(step=purge_step, session_log=start)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
         """Writes numbers by name."""
-        from tensorboardX.proto.summary_pb2 import Summary
-
-        items = [Summary.Value(tag=name, simple_value=value) for name, value in values.items()]
-        self._add(step=step, summary=Summary(value=items))
+        items = [dict(tag=name, simple_value=value) for name, value in values.items()]
+        self._add(step=step, summary=dict(value=items))
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Writes a picture, uint8 [H, W, 3]."""
@@ -60,7 +59,7 @@ class EventFile:
         """Appends a record: its length, a checksum of that, an event, a checksum of that."""
         from tensorboardX.record_writer import masked_crc32c
 
-        data = self._event(wall_time=time.time(), **fields).SerializeToString()
+        data = self._proto.Event(wall_time=time.time(), **fields).SerializeToString()
         length = struct.pack("<Q", len(data))
         checks = (struct.pack("<I", masked_crc32c(part)) for part in (length, data))
         rest = memoryview(b"".join((length, next(checks), data, next(checks))))
