@@ -205,10 +205,13 @@ def test_two_processes_make_the_batches_of_one(tmp_path):
         np.testing.assert_array_equal(whole["image"], joined)
 
 
-def test_worker_processes_keep_shapes_apart(folder):
+def test_worker_processes_keep_shapes_apart_and_resume(folder):
     config = settings("folder", folder[0])
     config.workers = 2
     batches, _ = read(config, 12)
+    after, _ = read(config, 7, read(config, 5)[1])
+    for batch, again in zip(batches[5:], after, strict=True):
+        np.testing.assert_array_equal(batch["image"], again["image"])
     shapes = Counter(batch["image"].shape[1:3] for batch in batches)
     assert sum(shapes.values()) == 12 and set(shapes) == set(FITTING)
     for batch in batches:
