@@ -3,6 +3,7 @@
 import ast
 import importlib
 from pathlib import Path
+from types import SimpleNamespace
 
 import jax
 import jax.numpy as jnp
@@ -202,11 +203,11 @@ def pretend_to_train(config, workdir, monkeypatch):
         train.train(config, workdir)
 
 
-def pretend_to_draw(config, out, monkeypatch):
+def pretend_to_draw(config, monkeypatch):
     """Reads prompts and options as --mode=sample does."""
     with monkeypatch.context() as patch:
-        patch.setattr(draw, "load_pipeline", lambda *_: (lambda *_: [], "nothing"))
-        patch.setattr(draw, "write", lambda *_: out)
+        blank = SimpleNamespace(batches=lambda *_: [np.zeros((1, 8, 8, 3), np.uint8)])
+        patch.setattr(draw, "load_pipeline", lambda *_: (blank, "nothing"))
         draw.draw(config, None)
 
 
@@ -265,7 +266,7 @@ def test_every_key_has_a_reader(name, tmp_path, monkeypatch, tiny_tokenizer_fold
     pretend_to_train(config, tmp_path / "run", monkeypatch)
     pretend_to_start(config, monkeypatch)
     if name in GENERATORS:
-        pretend_to_draw(config, tmp_path, monkeypatch)
+        pretend_to_draw(config, monkeypatch)
     read_all_kinds_of_data(config, tmp_path, monkeypatch)
     for folder in ("", "folder"):
         config.init_from = folder
