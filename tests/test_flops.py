@@ -73,6 +73,11 @@ def test_olmo_against_xla():
     assert formula <= counted(Olmo(sizes, RUN), ids, ids) <= (1 + SLACK) * formula
 
 
+def unread(rows, tokens, width):
+    """What an unrolled last block does not compute of `tokens`, since nobody reads these rows."""
+    return 28 * rows * width**2 + 4 * rows * tokens * width
+
+
 @pytest.mark.parametrize("levels", [(), (1,)])
 def test_tokenizer_against_xla(levels):
     sizes = TokenizerConfig(
@@ -81,13 +86,14 @@ def test_tokenizer_against_xla(levels):
         downsample_after=levels, upsample_after=levels,
     )  # fmt: skip
     network = BinaryTokenizer(sizes, RUN)
-    encoder = flops.encoder_forward(sizes, 64, 96)
+    patches = 8 * 12 // 4 ** len(levels)
+    encoder = flops.encoder_forward(sizes, 64, 96) - unread(patches, 16 + patches, 256)
     got = counted(network, floats(1, 64, 96, 3), method="encode")
     assert encoder <= got <= (1 + SLACK) * encoder
     params = values(abstract_params(network))
     decode = jax.jit(lambda p, code: apply(network, p, code, 64, 96, method="decode"))
     got = decode.lower(params, floats(1, 16, 24)).cost_analysis()["flops"]
-    decoder = flops.decoder_forward(sizes, 64, 96)
+    decoder = flops.decoder_forward(sizes, 64, 96) - unread(16, 16 + 96, 384)
     assert decoder <= got <= (1 + SLACK) * decoder
 
 

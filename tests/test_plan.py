@@ -77,8 +77,9 @@ def test_a_step_that_fits_is_planned_without_warning(tiny_tokenizer_config, caps
     line = next(line for line in text.splitlines() if "H100" in line)
     assert int(re.search(r"([\d,]+) images/s", line)[1].replace(",", "")) == round(rate)
     assert made.checkpoint == pytest.approx(16 * made.trained, rel=0.01)
-    # XLA counts element-wise work too, much beside matrices of width 16; and no less than products.
-    assert sum(made.flops.values()) * 0.9 < made.xla_flops < 3 * sum(made.flops.values())
+    # XLA counts element-wise work too, much beside matrices of width 16, and of the last blocks,
+    # which it is given unrolled, only the rows that are read.
+    assert sum(made.flops.values()) * 0.8 < made.xla_flops < 3 * sum(made.flops.values())
     assert "(e) is estimated" in text
 
 

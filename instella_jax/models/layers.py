@@ -220,6 +220,14 @@ class GeluMLP(nn.Module):
         return linear(width, 4 * width, ("mlp", "embed"), self.run, name="down", **options)(x)
 
 
+def recomputed(block: type[nn.Module], run: Execution) -> type[nn.Module]:
+    """Returns the class of the block that recomputes in the backward pass what `run` says."""
+    if run.remat == "none":
+        return block
+    # In a scan XLA cannot merge the recomputation with the first computation.
+    return nn.remat(block, prevent_cse=run.unroll, policy=REMAT_POLICIES[run.remat])
+
+
 def repeat(
     block: type[nn.Module],
     num_layers: int,
@@ -241,9 +249,6 @@ def repeat(
         or `nn.broadcast`.
       methods: `in_axes` by name, where methods besides the call are stacked too.
     """
-    if run.remat != "none":
-        # In a scan XLA cannot merge the recomputation with the first computation.
-        block = nn.remat(block, prevent_cse=run.unroll, policy=REMAT_POLICIES[run.remat])
     options: dict[str, Any] = dict(
         variable_axes={"params": 0},
         split_rngs={"params": True},
@@ -252,4 +257,5 @@ def repeat(
         metadata_params={nn.PARTITION_NAME: "layers"},
     )
     each = {name: {**options, "in_axes": axes} for name, axes in (methods or {}).items()}
+    block = recomputed(block, run)
     return nn.scan(block, methods=each or {"__call__": {**options, "in_axes": in_axes}})

@@ -19,6 +19,7 @@ from instella_jax.models.layers import (
     attend,
     linear,
     partitioned,
+    recomputed,
     repeat,
     rms_norm,
     rope_tables,
@@ -130,27 +131,34 @@ def position_ids(config: TokenizerConfig, rows: int, columns: int, scale: int | 
     return np.concatenate([latent, image.reshape(-1, 3)])
 
 
+# From which row of a sequence to which, None for its end.
+Rows = tuple[int, int | None]
+ALL: Rows = (0, None)
+
+
 class Attention(nn.Module):
     """Self-attention with per-head RMSNorm of q and k, then rotary positions; no biases."""
 
     num_heads: int
     head_dim: int
     run: Execution
+    wanted: Rows = ALL
 
     @nn.compact
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        """Maps x [B, T, D] with rotary tables [T, Dh] to [B, T, D]."""
-        width = x.shape[-1]
+        """Maps x [B, T, D] with rotary tables [T, Dh] to the wanted rows of [B, T, D]."""
+        width, rows = x.shape[-1], slice(*self.wanted)
 
-        def heads(name):
+        def heads(name: str, x: jax.Array) -> jax.Array:
             y = linear(
                 self.num_heads * self.head_dim, width, ("embed", "heads"), self.run, name=name
             )(x)
             return y.reshape(*y.shape[:2], self.num_heads, self.head_dim)
 
-        q = rotate(rms_norm(self.run, "q_norm")(heads("q")), cos, sin)
-        k = rotate(rms_norm(self.run, "k_norm")(heads("k")), cos, sin)
-        mixed = attend(q, k, heads("v"), None, self.run)
+        q = rms_norm(self.run, "q_norm")(heads("q", x[:, rows]))
+        k = rms_norm(self.run, "k_norm")(heads("k", x))
+        q, k = rotate(q, cos[rows], sin[rows]), rotate(k, cos, sin)
+        mixed = attend(q, k, heads("v", x), None, self.run)
         return linear(width, mixed.shape[-1], ("heads", "embed"), self.run, name="o")(mixed)
 
 
@@ -160,13 +168,17 @@ class Block(nn.Module):
     num_heads: int
     head_dim: int
     run: Execution
+    wanted: Rows = ALL
 
     @nn.compact
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, None]:
-        """Maps x [B, T, D] to [B, T, D]."""
+        """Maps x [B, T, D] to the wanted rows of [B, T, D]."""
         x = constrain(x)
         h = rms_norm(self.run, "attention_norm")(x)
-        x += Attention(self.num_heads, self.head_dim, self.run, name="attention")(h, cos, sin)
+        attention = Attention(
+            self.num_heads, self.head_dim, self.run, self.wanted, name="attention"
+        )
+        x = x[:, slice(*self.wanted)] + attention(h, cos, sin)
         h = rms_norm(self.run, "mlp_norm")(x)
         x += SwiGLU(4 * x.shape[-1], self.run, name="mlp")(h)
         return x, None
@@ -236,7 +248,11 @@ class Upsample(nn.Module):
 
 
 class Trunk(nn.Module):
-    """Blocks over [latent tokens ; image patches], with a change of grid between segments."""
+    """Blocks over [latent tokens ; image patches], with a change of grid between segments.
+
+    Only one half of what the last block gives is used, `latent_wanted` says which; where the
+    depth is unrolled, the other half is not computed.
+    """
 
     config: TokenizerConfig
     num_layers: int
@@ -244,12 +260,11 @@ class Trunk(nn.Module):
     head_dim: int
     resample_after: tuple[int, ...]
     resample: type[nn.Module]
+    latent_wanted: bool
     run: Execution
 
     @nn.compact
-    def __call__(
-        self, latent: jax.Array, image: jax.Array, scale: int | None
-    ) -> tuple[jax.Array, jax.Array]:
+    def __call__(self, latent: jax.Array, image: jax.Array, scale: int | None) -> jax.Array:
         """Runs all blocks.
 
         Args:
@@ -258,7 +273,8 @@ class Trunk(nn.Module):
           scale: span of the coordinates on the first grid, None for plain indices.
 
         Returns:
-          latent [B, N, D] and image [B, rows', columns', D] after the last block.
+          What is wanted of the last block's output, latent [B, N, D] or image
+          [B, rows', columns', D].
         """
         batch, tokens, width = latent.shape
         ends = [*(i + 1 for i in sorted(self.resample_after)), self.num_layers]
@@ -275,13 +291,35 @@ class Trunk(nn.Module):
                     jnp.asarray, rope_tables(ids, self.config.rope_axes, self.config.rope_theta)
                 )
                 x = jnp.concatenate([latent, image.reshape(batch, -1, width)], axis=1)
-                blocks = repeat(Block, end - start, self.run)
-                x, _ = blocks(self.num_heads, self.head_dim, self.run, name=f"blocks_{segment}")(
-                    x, cos, sin
-                )
-                latent, image = x[:, :tokens], x[:, tokens:].reshape(batch, rows, columns, width)
+                name, last = f"blocks_{segment}", end == self.num_layers
+                if not last:
+                    x = self._run(name, end - start, ALL, x, cos, sin)
+                    latent, image = x[:, :tokens], x[:, tokens:]
+                elif self.latent_wanted:
+                    latent = self._run(name, end - start, (0, tokens), x, cos, sin)
+                else:
+                    image = self._run(name, end - start, (tokens, None), x, cos, sin)
+                image = image.reshape(batch, rows, columns, width)
             start = end
-        return latent, image
+        return latent if self.latent_wanted else image
+
+    def _run(
+        self, name: str, count: int, wanted: Rows, x: jax.Array, cos: jax.Array, sin: jax.Array
+    ) -> jax.Array:
+        """The wanted rows of x [B, T, D] after `count` blocks."""
+        sizes = (self.num_heads, self.head_dim, self.run)
+        blocks = repeat(Block, count, self.run)(*sizes, name=name)
+        if wanted == ALL or not self.run.unroll or self.is_initializing():
+            return blocks(x, cos, sin)[0][:, slice(*wanted)]
+        # All layers of a scan do the same; unrolled, the last one leaves out what nobody reads.
+        params = nn.unbox(blocks.variables["params"])
+        for layer in range(count):
+            block = recomputed(Block, self.run)(
+                *sizes, wanted if layer == count - 1 else ALL, parent=None
+            )
+            own = jax.tree.map(lambda p, layer=layer: p[layer], params)
+            x, _ = block.apply({"params": own}, x, cos, sin)
+        return x
 
 
 class Encoder(nn.Module):
@@ -308,10 +346,10 @@ class Encoder(nn.Module):
         latent = jnp.broadcast_to(latent.astype(run.dtype), (images.shape[0], *latent.shape))
         trunk = Trunk(
             c, c.encoder_layers, c.encoder_heads, c.encoder_head_dim, c.downsample_after,
-            Downsample, run, name="trunk",
+            Downsample, True, run, name="trunk",
         )  # fmt: skip
         scale = None if c.scale is None else c.scale // c.patch_size
-        latent, _ = trunk(latent, patches, scale)
+        latent = trunk(latent, patches, scale)
         latent = rms_norm(run, "out_norm")(latent)
         return linear(width, width, ("embed", None), run, use_bias=True, name="out")(latent)
 
@@ -343,9 +381,9 @@ class Decoder(nn.Module):
         scale = None if c.scale is None else c.scale // c.patch_size // shrink
         trunk = Trunk(
             c, c.decoder_layers, c.decoder_heads, c.decoder_head_dim, c.upsample_after,
-            Upsample, run, name="trunk",
+            Upsample, False, run, name="trunk",
         )  # fmt: skip
-        _, image = trunk(latent, jnp.broadcast_to(mask.astype(run.dtype), grid), scale)
+        image = trunk(latent, jnp.broadcast_to(mask.astype(run.dtype), grid), scale)
         image = rms_norm(run, "out_norm")(image)
         pixels = linear(
             3 * c.patch_size**2, c.decoder_width, ("embed", None), run, use_bias=True, name="pixels"
