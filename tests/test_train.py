@@ -451,7 +451,8 @@ def test_scanned_and_unrolled_depth_give_the_same_gradients(tiny_tokenizer_confi
         config.run.update(unroll=unroll, remat=remat)
         gradient = jax.jit(jax.value_and_grad(make_stage(config).loss, has_aux=True))
         (loss, _), grads = gradient(params, {}, {"image": images}, jax.random.key(0), 0)
-        found.append([loss, *jax.tree.leaves(grads)])
-    for other in found[1:]:
-        for a, b in zip(other, found[0], strict=True):
+        found.append((loss, jax.tree.leaves(grads)))
+    for loss, grads in found[1:]:
+        np.testing.assert_allclose(loss, found[0][0], rtol=1e-5)
+        for a, b in zip(grads, found[0][1], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
