@@ -5,13 +5,14 @@
     python -m benchmarks.train --config=configs/t2i_diffusion.py:instella_512 --synthetic \\
         --config.data.kind=codes --config.train.batch_size=64
 
---vary gives a row to each other value of these `run` keys. Every row is measured in a process of
-its own, so that its memory is its own. --synthetic needs no files: random weights in place of the
-frozen ones, one random batch in place of the data. Tokens are latent tokens; memory is the peak
-of the fullest device, or on a CPU of the whole process.
+Prints a Markdown table. --vary adds a row for each other value of these `run` keys. Every row is
+measured in a process of its own, so that its memory is its own. --synthetic needs no files: random
+weights in place of the frozen ones, one random batch in place of the data. Tokens are latent
+tokens; memory is the peak of the fullest device, or on a CPU of the whole process.
 """
 
 import json
+import os
 import resource
 import subprocess
 import sys
@@ -162,19 +163,28 @@ def variations(config: Config, keys: list[str]) -> list[tuple[str, str]]:
     return rows
 
 
-def show(name: str, result: dict[str, Any]) -> None:
-    """Prints a row."""
+COLUMNS = (
+    "", "ms a step", "range", "waits for data", "compiling, s", "images/s", "tokens/s", "TFLOP/s",
+    "of peak", "memory, GB",
+)  # fmt: skip
+
+
+def row(name: str, result: dict[str, Any]) -> str:
+    """A result as a row of a Markdown table."""
     used = result.get("model_flops_utilisation")
-    print(
-        f"{name:22}{1e3 * result['median']:9.1f} "
-        f"{1e3 * result['least']:8.1f}-{1e3 * result['most']:<8.1f}"
-        f"{result['data_wait']:6.1%}{result['compile_seconds']:9.1f}"
-        f"{result['images_per_second']:10.1f}{result['tokens_per_second']:11.0f}"
-        f"{result['model_tflops_per_device']:9.3f}"
-        f"{'not known' if used is None else f'{used:.1%}':>11}"
-        f"{result['peak_memory'] / 1e9:8.2f}",
-        flush=True,
+    cells = (
+        name,
+        f"{1e3 * result['median']:.1f}",
+        f"{1e3 * result['least']:.1f}-{1e3 * result['most']:.1f}",
+        f"{result['data_wait']:.1%}",
+        f"{result['compile_seconds']:.1f}",
+        f"{result['images_per_second']:.1f}",
+        f"{result['tokens_per_second']:.0f}",
+        f"{result['model_tflops_per_device']:.3f}",
+        "not known" if used is None else f"{used:.1%}",
+        f"{result['peak_memory'] / 1e9:.2f}",
     )
+    return f"| {' | '.join(cells)} |"
 
 
 def run(argv: list[str]) -> None:
@@ -190,19 +200,19 @@ def run(argv: list[str]) -> None:
     for name, change in variations(_CONFIG.value, _VARY.value):
         command = [sys.executable, "-m", "benchmarks.train", *sys.argv[1:], "--one"]
         command += [change] if change else []
-        done = subprocess.run(command, capture_output=True, text=True, check=False)
+        # So that the last line of a failure is its reason.
+        env = {**os.environ, "JAX_TRACEBACK_FILTERING": "off"}
+        done = subprocess.run(command, capture_output=True, text=True, check=False, env=env)
+        name = name or "as configured"
         if done.returncode:
             reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
-            print(f"{name or 'as configured':22}  not measured: {reason[:160]}", flush=True)
+            print(f"| {name} | not measured: {reason[:160]} |", flush=True)
             continue
         result = json.loads(done.stdout.splitlines()[-1])
         if not head:
-            print(
-                f"{result['where']}\n{'':22}{'ms/step':>9} {'range':^17}{'waits':>6}{'compile':>9}"
-                f"{'images/s':>10}{'tokens/s':>11}{'TFLOP/s':>9}{'of peak':>11}{'GB':>8}"
-            )
+            print(f"{result['where']}\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
             head = True
-        show(name or "as configured", result)
+        print(row(name, result), flush=True)
 
 
 def main() -> None:

@@ -3,7 +3,9 @@
     python -m benchmarks.train_parts --config=configs/t2i_diffusion.py
 
 Seconds are of the processor, summed over its cores, so that other programs take none of them: of
-use on a CPU alone. Parts that are fused in the real step may add up to more than it.
+use on a CPU alone. Every call takes its memory anew, page by page, where the training loop spreads
+that over the steps of a call: parts with gradients come out slower than they are there, and a trace
+(--config.profile) is what to trust for shares of the real step.
 """
 
 import statistics

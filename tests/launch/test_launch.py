@@ -77,7 +77,7 @@ def test_one_machine_sets_what_the_chip_needs():
     settings, _ = dry("one_machine.sh", "cuda", *words)
     assert settings["JAX_OPTIMIZATION_LEVEL"] == "O1"
     settings, _ = dry("one_machine.sh", "cpu", *words)
-    assert settings == {"JAX_PLATFORMS": "cpu"}
+    assert settings == {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
 
 
 def test_what_the_caller_has_set_holds():
