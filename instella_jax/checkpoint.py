@@ -11,6 +11,7 @@ import logging
 import os
 import re
 import sys
+import time
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
@@ -65,7 +66,8 @@ class Checkpoints:
         """Opens `workdir/checkpoints`, made if needed; at most `keep` checkpoints stay."""
         self._folder = Path(workdir).absolute() / "checkpoints"
         self._saving = self._failed = False
-        logging.getLogger("absl").addFilter(_told_anyway)
+        self._error: BaseException | None = None
+        logging.getLogger("absl").addFilter(self._notice)
         with self._told():
             self._manager = ocp.CheckpointManager(
                 self._folder,
@@ -86,6 +88,7 @@ class Checkpoints:
         if step in self._manager.all_steps():
             return
         with self._told():
+            self._wait_for_all()
             self._manager.save(
                 step,
                 args=ocp.args.Composite(
@@ -101,7 +104,7 @@ class Checkpoints:
         Raises:
           UserError: it could not.
         """
-        if self._saving and not self._manager.is_saving_in_progress():
+        if self._error or (self._saving and not self._manager.is_saving_in_progress()):
             self.wait()
 
     def restore(self, like: TrainState, data: Any) -> TrainState | None:
@@ -182,8 +185,25 @@ class Checkpoints:
           UserError: it cannot be written.
         """
         with self._told():
+            self._wait_for_all()
             self._manager.wait_until_finished()
         self._saving = False
+
+    def _notice(self, record: logging.LogRecord) -> bool:
+        """Sees in the log what a background thread of this process could not write."""
+        if record.exc_info and record.threadName == "async_save":
+            self._error = record.exc_info[1]
+        return _told_anyway(record)
+
+    def _wait_for_all(self) -> None:
+        """Waits for what is being saved, unless this process could not write its part.
+
+        The others would wait ten minutes for that one, and storage waits for them before it raises.
+        """
+        while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+            if self._error is not None:
+                raise self._error
+            time.sleep(0.02)
 
     def close(self) -> None:
         """Waits and closes.
@@ -191,6 +211,8 @@ class Checkpoints:
         Raises:
           UserError: what was being saved cannot be written, and that was not told before.
         """
+        if self._failed and jax.process_count() > 1:
+            return  # this process ends, and storage would wait for the others
         # What could not be written is told once.
         with contextlib.suppress(Exception) if self._failed else self._told():
             self._manager.close()
