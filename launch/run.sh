@@ -14,8 +14,10 @@ fi
 
 # Prints a command as it can be pasted, then becomes it; with --dry-run it only prints.
 launch() {
-  printf '%q ' "$@"
-  printf '\n'
+  # In one write: several processes print at the same time.
+  local line
+  printf -v line '%q ' "$@"
+  printf '%s\n' "$line"
   if [[ "$dry_run" == false ]]; then
     exec "$@"
   fi
