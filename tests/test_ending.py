@@ -10,8 +10,8 @@ import pytest
 from instella_jax.metrics import read_metrics
 from tests.test_distributed import LIMIT, finish, losses, run, start
 
-# jax waits 300 seconds for a process that does not come; a busy machine is slow to start two.
-SOON = 250
+# jax waits for 300 seconds for a process that does not come.
+SOON = 90
 
 pytestmark = pytest.mark.slow
 
