@@ -14,12 +14,21 @@ import traceback
 from collections.abc import Iterator
 from typing import Any, NoReturn
 
+import jax
+
 from instella_jax.errors import command_line
 
 _NOTE = "instella_jax/ended"
 # How often the others look, and how long one that fails gives them to.
 _SECONDS = 1.0
 _PATIENCE = 10.0
+# A process may have more to do than the others: no reason to end it.
+_FOREVER = 30 * 24 * 3600.0
+
+_LOST = (
+    "another process of this run is gone, killed or out of reach; run the same command again, "
+    "which goes on from the newest checkpoint"
+)
 
 
 @contextlib.contextmanager
@@ -28,23 +37,45 @@ def ending_together() -> Iterator[None]:
 
     With one process, errors go through.
     """
-    # The only store that all processes share before and after any collective.
-    from jax._src.distributed import global_state
-
-    client = global_state.client
+    client, number = _store()
     if client is None:
         yield
         return
-    others = _Others(client, global_state.process_id)
+    others = _Others(client, number)
     try:
         with command_line():
             yield
+        wait_for_all("done")
+        others.forget()
     except SystemExit as error:
-        others.tell_and_end(error.code, str(error.__context__ or "it was told to stop"))
+        others.tell(str(error.__context__ or "it was told to stop"))
+        others.end(error.code if isinstance(error.code, int) else 1)
     except BaseException as error:
-        traceback.print_exc()
-        others.tell_and_end(1, " ".join(f"{type(error).__name__}: {error}".split())[:300])
-    others.forget()
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if others.tell(reason) or not isinstance(error, jax.errors.JaxRuntimeError):
+            traceback.print_exc()
+        else:
+            print(f"error: {_LOST} ({reason})", file=sys.stderr)
+        others.end(1)
+
+
+def wait_for_all(name: str) -> None:
+    """Waits until all processes have come to this place, however long one of them takes.
+
+    Args:
+      name: of the place; each is come to once.
+    """
+    client, _ = _store()
+    if client is not None:
+        client.wait_at_barrier(f"instella_jax/{name}", int(1000 * _FOREVER))
+
+
+def _store() -> tuple[Any, int]:
+    """Returns the client of the only store that all processes share before and after any
+    collective, None where this process is alone, and the number of this process."""
+    from jax._src.distributed import global_state
+
+    return global_state.client, global_state.process_id
 
 
 class _Others:
@@ -62,12 +93,21 @@ class _Others:
         self._over.set()
         self._thread.join()
 
-    def tell_and_end(self, status: Any, reason: str) -> NoReturn:
-        """Tells the others why this process ends, waits a little until they know, and ends it."""
+    def tell(self, reason: str) -> bool:
+        """Tells the others why this process ends; returns whether all have heard it in time."""
         self._ending.acquire()  # held to the end: a process tells one reason
         with contextlib.suppress(Exception):  # another was faster
             self._client.key_value_set(_NOTE, f"process {self._number} of this run ended: {reason}")
-        self._end(status if isinstance(status, int) else 1)
+        return self._meet()
+
+    def end(self, status: int) -> NoReturn:
+        """Ends this process, which has told of it or heard of another."""
+        sys.stdout.flush()
+        sys.stderr.flush()
+        if self._number == 0:
+            time.sleep(0.5)  # it keeps the store: the others should be gone before
+        # Not sys.exit, at which jax would wait for the others once more.
+        os._exit(status)
 
     def _listen(self) -> None:
         while not self._over.wait(_SECONDS):
@@ -77,14 +117,12 @@ class _Others:
                 continue
             self._ending.acquire()
             print(f"error: {note}", file=sys.stderr)
-            self._end(2)
+            self._meet()
+            self.end(2)
 
-    def _end(self, status: int) -> NoReturn:
-        with contextlib.suppress(Exception):  # a process that was killed does not come
+    def _meet(self) -> bool:
+        try:
             self._client.wait_at_barrier(_NOTE, int(1000 * _PATIENCE))
-        sys.stdout.flush()
-        sys.stderr.flush()
-        if self._number == 0:
-            time.sleep(0.5)  # it keeps the store: the others should be gone before
-        # Not sys.exit, at which jax would wait for the others once more.
-        os._exit(status)
+        except Exception:  # a process that was killed does not come
+            return False
+        return True
