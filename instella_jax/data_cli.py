@@ -12,7 +12,7 @@ from typing import Any
 
 from instella_jax.errors import UserError
 
-_PART = "this host's part of the work where several share it and OUT, from 0/N to N-1/N"
+_PART = "this command's part of the work where several share it and OUT, from 0/N to N-1/N"
 
 
 def add_parser(commands: Any) -> None:
@@ -136,7 +136,12 @@ def _add_encode(kinds: Any) -> None:
         "--workers", type=int, default=0, metavar="N",
         help="processes that decode and crop (default: threads of this one)",
     )  # fmt: skip
-    encode.add_argument("--part", default="0/1", metavar="I/N", help=_PART)
+    encode.add_argument("--part", metavar="I/N", help=_PART)
+    encode.add_argument(
+        "--distributed", default="auto", choices=("auto", "off", "slurm", "tpu"),
+        help="how processes that share the work find each other, as in training: started by one "
+        "of the scripts in launch/, they need no --part (default: %(default)s)",
+    )  # fmt: skip
     encode.set_defaults(run=_encode)
 
 
@@ -223,9 +228,22 @@ _WAITING = "this part is done; the data set is complete when the others are"
 
 
 def _encode(options: argparse.Namespace) -> None:
+    from instella_jax import distributed
+    from instella_jax.data.jobs import parse_part
+    from instella_jax.ending import ending_together
+
+    part = parse_part(options.part) if options.part else None
+    if part is None:
+        distributed.join(distributed.detect(os.environ, options.distributed))
+    with ending_together():
+        _encode_part(options, part)
+
+
+def _encode_part(options: argparse.Namespace, part: tuple[int, int] | None) -> None:
+    import jax
+
     from instella_jax import model_folder, platform
     from instella_jax.data import encoding
-    from instella_jax.data.jobs import parse_part
     from instella_jax.metrics import Progress
     from instella_jax.models.layers import Execution
 
@@ -236,7 +254,9 @@ def _encode(options: argparse.Namespace) -> None:
         size = int(model_folder.read_description(folder).get("image_size", 0))
         if not size:
             raise UserError(f"{folder} does not say its picture size; give --image-size=PIXELS.")
-    progress = Progress()
+    count = jax.process_count()
+    progress = Progress(enabled=jax.process_index() == 0)
+    whose = f"process 0 of {count}: " if count > 1 else ""
     try:
         report = encoding.encode_dataset(
             options.model,
@@ -245,14 +265,15 @@ def _encode(options: argparse.Namespace) -> None:
             views=encoding.Views(size, options.crops, options.flip, options.min_keep, options.seed),
             batch_size=options.batch_size,
             workers=options.workers,
-            part=parse_part(options.part),
+            part=part,
             run=Execution(dtype=options.dtype),
-            show=_unhurried(progress.update),
+            show=_unhurried(lambda line: progress.update(whose + line)),
         )
     finally:
         progress.close()
     if report is None:
-        print(_WAITING)
+        if part is not None:
+            print(_WAITING)
         return
     print(
         f"encoded {report['kept']} pictures, {report['bytes'] / 2**20:.2f} MiB of codes"

@@ -1,7 +1,8 @@
 #!/usr/bin/env bash
-# Runs a config on all devices of this machine.
+# Runs a config, or another command, on all devices of this machine.
 #
 #   launch/one_machine.sh [--dry-run] cpu|cuda|rocm --config=FILE[:VARIANT] [--config.KEY=VALUE ...]
+#   launch/one_machine.sh [--dry-run] cpu|cuda|rocm data encode MODEL IN OUT
 #
 # For example the published run, on 8 MI300X:
 #   launch/one_machine.sh rocm --config=configs/t2i_diffusion.py:instella_512 \
@@ -56,4 +57,4 @@ case "$kind" in
     ;;
 esac
 
-launch "$PYTHON" -m instella_jax.main "$@"
+launch "$PYTHON" -m instella_jax "$@"

@@ -2,6 +2,7 @@
 # Runs a config in several processes on this machine: a rehearsal of a run on several hosts.
 #
 #   launch/processes.sh [--dry-run] COUNT --config=FILE[:VARIANT] [--config.KEY=VALUE ...]
+#   launch/processes.sh [--dry-run] COUNT data encode MODEL IN OUT    # each encodes a part
 #
 # The devices of all processes make one mesh. If one process fails, the others are stopped;
 # SIGTERM and Ctrl-C reach all of them, and they save a checkpoint of the same step.
@@ -24,7 +25,7 @@ signalled=false
 trap 'signalled=true; stop_all' TERM INT
 
 for ((index = 0; index < count; index++)); do
-  launch env JAX_PROCESS_ID="$index" "$PYTHON" -m instella_jax.main "$@" &
+  launch env JAX_PROCESS_ID="$index" "$PYTHON" -m instella_jax "$@" &
   processes+=("$!")
 done
 

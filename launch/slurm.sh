@@ -2,6 +2,7 @@
 # Runs a config on the nodes of a Slurm job, one process for each GPU.
 #
 #   sbatch --nodes=2 launch/slurm.sh --config=FILE[:VARIANT] --workdir=/shared/run ...
+#   sbatch --nodes=2 launch/slurm.sh data encode MODEL IN OUT   # each process encodes a part
 #   launch/slurm.sh --dry-run --config=...        # prints the srun command
 #
 # The workdir must be on a file system that all nodes share. instella-jax reads Slurm's own
@@ -27,4 +28,4 @@ source "$here/run.sh"
 setting XLA_PYTHON_CLIENT_MEM_FRACTION=.9
 
 # --kill-on-bad-exit: if one process fails, the others do not wait for it.
-launch srun --kill-on-bad-exit=1 "$PYTHON" -m instella_jax.main --distributed=slurm "$@"
+launch srun --kill-on-bad-exit=1 "$PYTHON" -m instella_jax "$@" --distributed=slurm

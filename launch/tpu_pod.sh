@@ -2,6 +2,7 @@
 # Runs a config on all hosts of a TPU pod slice, from your own machine.
 #
 #   launch/tpu_pod.sh [--dry-run] TPU ZONE --config=FILE[:VARIANT] --workdir=gs://bucket/run ...
+#   launch/tpu_pod.sh [--dry-run] TPU ZONE data encode MODEL IN OUT   # on a file system they share
 #
 # Before that, once: copy the repository to every host and install it there,
 #   gcloud compute tpus tpu-vm scp --recurse --worker=all . TPU:instella-jax --zone=ZONE
@@ -18,9 +19,7 @@ shift 2
 
 # --distributed=tpu: the hosts find each other through the pod's metadata.
 # JAX_PLATFORMS=tpu: fails where the TPU cannot be used, in place of a slow run on the CPU.
-remote="cd instella-jax && JAX_PLATFORMS=tpu python3 -m instella_jax.main --distributed=tpu"
-if (($#)); then
-  remote+="$(printf ' %q' "$@")"
-fi
+remote="cd instella-jax && JAX_PLATFORMS=tpu python3 -m instella_jax"
+remote+="$(printf ' %q' "$@" --distributed=tpu)"
 
 launch gcloud compute tpus tpu-vm ssh "$tpu" --zone="$zone" --worker=all --command="$remote"

@@ -24,6 +24,7 @@ from instella_jax.data.jobs import Job
 from instella_jax.data.loader import BadSample, make_loader
 from instella_jax.data.shards import ImageShards, Shard
 from instella_jax.data.transforms import crop_resize
+from instella_jax.ending import wait_for_all
 from instella_jax.errors import UserError
 from instella_jax.models.functional import apply
 from instella_jax.models.layers import Execution
@@ -114,7 +115,7 @@ def encode_dataset(
     views: Views | None = None,
     batch_size: int = 64,
     workers: int = 0,
-    part: tuple[int, int] = (0, 1),
+    part: tuple[int, int] | None = None,
     run: Execution = Execution(),  # noqa: B008 (frozen)
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any] | None:
@@ -130,12 +131,14 @@ def encode_dataset(
       views: what of each picture is encoded; None: the centre, at the tokenizer's own size.
       batch_size: pictures encoded at a time, variants counted.
       workers: processes that decode and crop; 0: threads of this one.
-      part: (I, N): this is host I of N that share the work and `out`; each uses its own devices.
+      part: (I, N): this is part I of N that are encoded apart and share `out`. None: the
+        processes of `jax.distributed` share the work, each with its own devices.
       run: how the network is computed.
       show: is given a line of progress now and then.
 
     Returns:
-      {"kept", "dropped", "examples", "bytes"}, or None while other parts are not done.
+      {"kept", "dropped", "examples", "bytes"}, or None while other parts are not done, and in
+      all processes but the first.
 
     Raises:
       UserError: the model or the data set cannot be used, or nothing could be encoded.
@@ -158,12 +161,17 @@ def encode_dataset(
     shards: list[Shard] = images.manifest["shards"]
     plan = {"source": str(images.folder.resolve()), "options": dataclasses.asdict(views), **details}
     job = Job(out, plan, [f"{shard.file} ({shard.records}, {shard.bytes})" for shard in shards])
-    with job.claim(part) as todo:
+    index, count = part or (jax.process_index(), jax.process_count())
+    with job.claim((index, count)) as todo:
         if todo:
             network = BinaryTokenizer(sizes, run)
             params = model_folder.load(folder, "tokenizer", network, run.param_dtype)
             encoder = _Encoder(network, params, batch_size, views.count)
             _encode(job, images, shards, todo, views, encoder, workers, show)
+    if part is None:
+        wait_for_all("encoded")
+        if index:
+            return None
     results = job.complete("codes", details)
     if results is None:
         return None

@@ -58,11 +58,11 @@ class Job:
             if path.exists():
                 _check_plan(path, whole)
                 return
-            others = [p.name for p in self.folder.iterdir() if p.name != _SHARDS]
-            if [name for name in others if not name.startswith(".")]:
-                raise UserError(
-                    f"{self.folder} is not empty ({sorted(others)[0]}); choose another folder."
-                )
+            # Another part of the same work may have written its plan by now.
+            others = sorted({p.name for p in self.folder.iterdir()} - {_SHARDS, _PLAN})
+            others = [name for name in others if not name.startswith(".")]
+            if others:
+                raise UserError(f"{self.folder} is not empty ({others[0]}); choose another folder.")
             write_json(path, whole)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written ({error.strerror}).") from None

@@ -3,6 +3,11 @@
 import io
 import json
 import logging
+import os
+import socket
+import subprocess
+import sys
+from pathlib import Path
 
 import jax
 import numpy as np
@@ -135,6 +140,29 @@ def test_an_interrupted_encoding_goes_on(pictures, tiny_tokenizer_folder, tmp_pa
     for number in range(2):
         name = f"shards/{number:05d}.arrayrecord"
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+@pytest.mark.slow
+def test_two_processes_encode_what_one_does(pictures, tiny_tokenizer_folder, tmp_path):
+    alone = encode_dataset(str(tiny_tokenizer_folder), pictures[0], tmp_path / "one")
+    command = ["data", "encode", tiny_tokenizer_folder, pictures[0], tmp_path / "two"]
+    root = Path(__file__).resolve().parents[2]
+    with socket.socket() as server:
+        server.bind(("127.0.0.1", 0))
+        port = server.getsockname()[1]
+    result = subprocess.run(
+        ["bash", root / "launch/processes.sh", "2", *command],
+        env={**os.environ, "PYTHON": sys.executable, "PORT": str(port)},
+        capture_output=True, text=True, check=False, timeout=400,
+    )  # fmt: skip
+    assert result.returncode == 0, result.stdout + result.stderr
+    # Both took part, and one of them tells the result.
+    assert "process 0 of 2: 6/6 pictures" in result.stdout
+    assert result.stdout.count(f"encoded {alone['kept']} pictures") == 1
+    for name in ("shards/00000.arrayrecord", "shards/00001.arrayrecord", "dataset.json"):
+        assert (tmp_path / "two" / name).read_bytes() == (tmp_path / "one" / name).read_bytes()
+    # The folder is whole: a second time there is nothing to do.
+    assert encode_dataset(str(tiny_tokenizer_folder), pictures[0], tmp_path / "two") == alone
 
 
 def test_what_cannot_be_encoded_is_one_sentence(pictures, tiny_tokenizer_folder, tmp_path):

@@ -1,0 +1,5 @@
+"""`python -m instella_jax` is the console command `instella-jax`."""
+
+from instella_jax.cli import main
+
+main()
