@@ -5,7 +5,7 @@ import re
 import sys
 from pathlib import Path
 
-from absl import app, flags, logging
+from absl import flags, logging
 
 from instella_jax.errors import UserError
 
@@ -46,11 +46,18 @@ def unknown_key(error: Exception, argv: list[str]) -> UserError:
     return UserError(f"unknown key {name!r} in {flag}: {hint}")
 
 
-def parse(argv: list[str]) -> list[str]:
+def usage(text: str) -> str:
+    """Returns a text followed by the flags of a run, wherever they were started from."""
+    module = flags.FLAGS.find_module_defining_flag("workdir")
+    return f"{text}\nflags:\n{flags.FLAGS.module_help(module)}"
+
+
+def parse(argv: list[str], *, text: str) -> list[str]:
     """Parses the flags.
 
     Args:
       argv: the program's name and its arguments.
+      text: what `--help` says above the flags.
 
     Returns:
       The name, and arguments that are no flags.
@@ -59,7 +66,7 @@ def parse(argv: list[str]) -> list[str]:
       UserError: a flag is unknown or its value does not fit.
     """
     if {"--help", "-help", "-h"} & set(argv):
-        app.usage(shorthelp=True, writeto_stdout=True)
+        print(usage(text))
         sys.exit(0)
     check_config_file(argv[1:])
     try:

@@ -17,7 +17,8 @@ def make_parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="instella-jax",
         description="Imports and exports models, makes data sets.",
-        epilog="instella-jax --config=FILE ... trains, evaluates or samples: see --help.",
+        epilog="instella-jax --config=FILE ... trains, evaluates or samples, as "
+        "python -m instella_jax.main --config=FILE ... does.",
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
     take = commands.add_parser("import", help="published checkpoints -> a model folder")
@@ -94,6 +95,9 @@ def run(arguments: Sequence[str]) -> None:
 def main() -> None:
     """Runs a command; `instella-jax --config=...` is `python -m instella_jax.main --config=...`."""
     arguments = sys.argv[1:]
+    if arguments in (["--help"], ["-h"]):
+        make_parser().print_help()
+        print()
     if arguments and arguments[0].startswith("-"):
         from instella_jax.main import main as run_config
 

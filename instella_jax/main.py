@@ -8,6 +8,7 @@ python -m instella_jax.main --config=configs/t2i_diffusion.py --mode=sample \\
 The files in configs/ say what each of them does and which keys it has.
 """
 
+import functools
 import logging
 import os
 from pathlib import Path
@@ -118,7 +119,7 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         with command_line():
-            app.run(dispatch, flags_parser=parse)
+            app.run(dispatch, flags_parser=functools.partial(parse, text=__doc__))
     except BrokenPipeError:
         os._exit(1)
 

@@ -1,6 +1,7 @@
 """`instella-jax data`: from tars to pictures by a generator that trained on codes."""
 
 import json
+import subprocess
 import sys
 
 import numpy as np
@@ -87,6 +88,11 @@ def test_mistakes_are_one_sentence(command, tmp_path):
         status, _, err = command(*arguments)
         assert status == 2 and err.startswith("error: ") and err.count("\n") == 1, arguments
     assert command("data")[0] == 2
+    result = subprocess.run(
+        [sys.executable, "-m", "instella_jax", "--help"], capture_output=True, text=True, check=True
+    )
+    for word in ("data", "doctor", "export", "--config:", "--workdir:", "--mode:", "--process_id:"):
+        assert word in result.stdout
     status, out, _ = command("data", "import", "--help")
     assert status == 0 and "--max-watermark" in out and "goes on where it stopped" in out
 
