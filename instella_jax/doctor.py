@@ -11,8 +11,8 @@ from collections.abc import Iterator, Mapping
 from typing import Any
 
 from instella_jax import distributed
+from instella_jax.compile_cache import cache_folder
 from instella_jax.errors import UserError
-from instella_jax.platform import cache_folder
 
 PACKAGES = (
     "instella-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy",

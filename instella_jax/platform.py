@@ -1,23 +1,11 @@
-"""What is set once per process before any computation: compile cache, log of the backend."""
+"""What is set once per process before any computation: devices, compile cache, log of them."""
 
-import logging
 import math
 import os
 from collections.abc import Sequence
-from pathlib import Path
 
+from instella_jax.compile_cache import use_cache
 from instella_jax.config import Config
-
-logger = logging.getLogger(__name__)
-
-
-def cache_folder() -> Path:
-    """Where compiled programs are kept: the user's own cache folder, or INSTELLA_JAX_CACHE."""
-    given = os.environ.get("INSTELLA_JAX_CACHE")
-    if given:
-        return Path(given)
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
-    return Path(root) / "instella_jax" / "xla"
 
 
 def cpu_devices(batch_sizes: Sequence[int]) -> int:
@@ -28,21 +16,6 @@ def cpu_devices(batch_sizes: Sequence[int]) -> int:
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count()
     fits = math.gcd(*batch_sizes)
     return max(n for n in range(1, (cores or 1) + 1) if fits % n == 0)
-
-
-def use_cache() -> None:
-    """Turns the persistent compilation cache on."""
-    import jax
-
-    if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
-        folder = cache_folder()
-        try:
-            folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-            jax.config.update("jax_compilation_cache_dir", str(folder))
-        except OSError as error:
-            logger.warning("no compilation cache: %s cannot be written (%s)", folder, error)
-    if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
 
 
 def start(config: Config, processes: int = 1, training: bool = True) -> None:

@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instella_jax import cli, platform
+from instella_jax import cli, compile_cache
 from instella_jax.data.shards import Records
 from instella_jax.draw import draw
 from instella_jax.metrics import read_metrics
@@ -20,7 +20,7 @@ from tests import tiny_diffusion
 def command(monkeypatch, capsys):
     """Runs the console command and returns its exit status and what it says."""
     # What is set once per process is set for all tests already.
-    monkeypatch.setattr(platform, "use_cache", lambda: None)
+    monkeypatch.setattr(compile_cache, "use_cache", lambda: None)
 
     def call(*arguments):
         monkeypatch.setattr(sys, "argv", ["instella-jax", *map(str, arguments)])
