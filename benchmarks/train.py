@@ -11,6 +11,7 @@ weights in place of the frozen ones, one random batch in place of the data. Toke
 tokens; memory is the peak of the fullest device, or on a CPU of the whole process.
 """
 
+import functools
 import json
 import os
 import resource
@@ -218,7 +219,7 @@ def run(argv: list[str]) -> None:
 def main() -> None:
     """Command-line entry; a user's mistake is one sentence."""
     with command_line():
-        app.run(run, flags_parser=parse)
+        app.run(run, flags_parser=functools.partial(parse, text=__doc__))
 
 
 if __name__ == "__main__":

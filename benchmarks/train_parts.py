@@ -8,6 +8,7 @@ that over the steps of a call: parts with gradients come out slower than they ar
 (--config.profile) is what to trust for shares of the real step.
 """
 
+import functools
 import statistics
 import time
 from collections.abc import Callable
@@ -115,7 +116,7 @@ def run(argv: list[str]) -> None:
 def main() -> None:
     """Command-line entry; a user's mistake is one sentence."""
     with command_line():
-        app.run(run, flags_parser=parse)
+        app.run(run, flags_parser=functools.partial(parse, text=__doc__))
 
 
 if __name__ == "__main__":

@@ -48,7 +48,7 @@ def unknown_key(error: Exception, argv: list[str]) -> UserError:
 
 def usage(text: str) -> str:
     """Returns a text followed by the flags of a run, wherever they were started from."""
-    module = flags.FLAGS.find_module_defining_flag("workdir")
+    module = flags.FLAGS.find_module_defining_flag("config")
     return f"{text}\nflags:\n{flags.FLAGS.module_help(module)}"
 
 
