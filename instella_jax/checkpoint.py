@@ -163,7 +163,7 @@ class Checkpoints:
 
     def _position_of_other_processes(self, step: int) -> Any:
         """Returns the loader's position where as many processes as now did not save it."""
-        from instella_jax.data.blocks import rescale_state
+        from instella_jax.data.rows import share_state
 
         index, now = jax.process_index(), jax.process_count()
         folder = self._folder / str(step) / "data"
@@ -171,12 +171,10 @@ class Checkpoints:
         if not saved or (folder / f"process_{index}-of-{now}.json").exists():
             return None
         before = int(saved[0].stem.rpartition("-")[2])
-        logger.warning(
-            "checkpoint %d was saved by %d process(es), %d go on: samples that could not be used "
-            "may shift the data a little",
-            step, before, now,
-        )  # fmt: skip
-        return rescale_state(json.loads(saved[0].read_text(encoding="utf-8")), before, now)
+        logger.warning("checkpoint %d was saved by %d process(es), %d go on", step, before, now)
+        names = [f"process_{number}-of-{before}.json" for number in range(before)]
+        states = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names]
+        return share_state(states, index, now)
 
     def wait(self) -> None:
         """Waits until everything is on disk.

@@ -14,8 +14,8 @@ import numpy as np
 import pytest
 
 from instella_jax import distributed, sharding
-from instella_jax.data.blocks import rescale_state
-from instella_jax.data.loader import make_loader
+from instella_jax.data.loader import BadSample, make_loader
+from instella_jax.data.rows import share_state
 from instella_jax.errors import UserError
 from instella_jax.metrics import read_metrics
 
@@ -114,57 +114,68 @@ def test_votes_of_several_processes_are_counted_later(monkeypatch):
 
 
 class Numbers:
-    def __init__(self, length):
-        self.length = length
+    def __init__(self, length, bad):
+        self.length, self.bad = length, bad
 
     def __len__(self):
         return self.length
 
     def __getitem__(self, index):
+        if index in self.bad:
+            raise BadSample(f"number {index}")
         return {"number": np.int64(index)}
 
     def __repr__(self):
         return f"Numbers({self.length})"
 
 
-def read(count, batches, process_count=1, process_index=0, state=None, length=30, **options):
+def read(count, batches, process_count=1, process_index=0, state=None, bad=()):
+    """What some processes that read together find, and where that leaves this one."""
     loader = make_loader(
-        Numbers(length), batch_size=count, seed=3, process_count=process_count,
-        process_index=process_index, steps_per_call=2, **options,
+        Numbers(30, bad), batch_size=count, seed=3, process_count=process_count,
+        process_index=process_index, steps_per_call=2,
     )  # fmt: skip
     if state is not None:
         loader.set_state(state)
-    rows = [next(loader)["number"] for _ in range(batches)]
+    items = [next(loader) for _ in range(batches)]
     state = loader.get_state()
     loader.close()
-    return rows, state
+    return [np.stack([item["number"], item["skipped_before"]]) for item in items], state
 
 
+@pytest.mark.parametrize("bad", [(), (4, 9, 17)])
 @pytest.mark.parametrize("processes", [2, 3])
-def test_processes_make_together_the_batches_of_one(processes):
+def test_processes_make_together_the_batches_of_one(processes, bad):
     # 30 samples and batches of 6: epochs end within a batch of two steps.
-    alone, _ = read(6, 7)
-    parts = [read(6 // processes, 7, processes, index)[0] for index in range(processes)]
+    alone, _ = read(6, 7, bad=bad)
+    parts = [read(6 // processes, 7, processes, index, bad=bad)[0] for index in range(processes)]
     for step, whole in enumerate(alone):
-        together = np.concatenate([part[step] for part in parts], axis=1)
+        together = np.concatenate([part[step] for part in parts], axis=2)
         np.testing.assert_array_equal(whole, together)
 
 
+@pytest.mark.parametrize("bad", [(), (4, 9, 17)])
 @pytest.mark.parametrize(("before", "after"), [(1, 2), (2, 1), (3, 2)])
-def test_a_position_goes_over_to_another_number_of_processes(before, after):
-    alone, _ = read(6, 7)
-    _, state = read(6 // before, 3, before)
-    moved = rescale_state(state, before, after)
-    parts = [read(6 // after, 4, after, index, moved)[0] for index in range(after)]
+def test_a_position_goes_over_to_another_number_of_processes(before, after, bad):
+    alone, _ = read(6, 7, bad=bad)
+    states = [read(6 // before, 3, before, index, bad=bad)[1] for index in range(before)]
+    parts = [
+        read(6 // after, 4, after, index, share_state(states, index, after), bad)[0]
+        for index in range(after)
+    ]
     for step in range(4):
-        together = np.concatenate([part[step] for part in parts], axis=1)
+        together = np.concatenate([part[step] for part in parts], axis=2)
         np.testing.assert_array_equal(alone[3 + step], together)
 
 
-def test_positions_of_worker_processes_are_rescaled_too():
-    workers = {"iterators_in_use_states": [{"next_index": 8}, {"next_index": 4}], "cycle": 1}
-    moved = rescale_state(workers, 2, 1)
-    assert moved == {"iterators_in_use_states": [{"next_index": 16}, {"next_index": 8}], "cycle": 1}
+def test_positions_of_worker_processes_go_over_too():
+    workers = [
+        {"states": [{"rows": [8, 9]}, {"rows": [4, 4]}, None], "cycle": 1},
+        {"states": [{"rows": [8, 8]}, {"rows": [5, 4]}, None], "cycle": 1},
+    ]
+    whole = {"states": [{"rows": [8, 9, 8, 8]}, {"rows": [4, 4, 5, 4]}, None], "cycle": 1}
+    assert share_state(workers, 0, 1) == whole
+    assert [share_state([whole], index, 2) for index in (0, 1)] == workers
 
 
 def free_port():

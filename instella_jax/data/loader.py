@@ -177,12 +177,14 @@ def make_loader(
     has a leading axis G ([G, B, H, W, 3]; "text" is G lists of B), G batches per item.
 
     A sample for which the source or the transform raises `BadSample` is left out and named once
-    in the log; the next one takes its place, so nothing is repeated and batches stay full.
+    in the log. Nothing is repeated for it, and batches stay full: each row of the batches reads its
+    own part of the stream (`data.rows`) and goes on with the next sample there. With `repeat`,
+    "skipped_before" int32 [B] says how many a row has just left out.
 
     `get_state()` gives the position after the batch last returned, whatever has been prefetched;
     `set_state()` goes there. A state fits the same source, seed, batch size, workers and
-    process_count that made it. `close()` stops the threads and worker processes; call it in the
-    end.
+    process_count that made it; `data.rows.share_state` makes it fit another process_count.
+    `close()` stops the threads and worker processes; call it in the end.
 
     Args:
       source: Random access samples, or a mixture of such sources; a mixture without `repeat` ends
@@ -191,22 +193,22 @@ def make_loader(
       batch_size: Samples per batch of this process.
       seed: Any non-negative integer: decides the order and the transforms' random numbers.
       shuffle: A fresh permutation of the whole source in every epoch; else the source's order.
-      repeat: Go round for ever; else one epoch.
+      repeat: Go round for ever; else one epoch, by one process.
       transform: `transform(sample, rng) -> sample`; rng is a function of (seed, index in the
         source, epoch) alone, whatever the number of processes.
       text_tokenizer: Encodes "text"; needs `encode(texts, max_length=, pad_to=)`.
       max_length: Fixed text length L.
       steps_per_call: G, or None for no group axis.
-      drop_remainder: Leave out a last, short batch. Default: True, except for a single epoch
-        without a group axis.
+      drop_remainder: Leave out the last, short batch of a single epoch. Default: whether there is
+        a group axis.
       workers: Processes that read and transform. 0: threads of this process.
       threads: Reading threads per process; 0 reads in the one prefetching thread, best for
         samples that are computed, not read. Default: 0 with workers, else up to 8.
       prefetch: Batches kept ready.
       process_index: This process, in [0, process_count).
-      process_count: The processes that share the source. Their batches together are, without
-        workers and bad samples, those of one process with process_count times the batch size,
-        rows in the same order. What does not fill a batch for all of them is left out.
+      process_count: The processes that share the source. Their batches together are those of one
+        process with process_count times the batch size, rows in the same order, whatever is left
+        out.
 
     Raises:
       UserError: the source is too small to give one batch, or an argument is out of range.
@@ -222,8 +224,10 @@ def make_loader(
         )
     if not 0 <= process_index < process_count:
         raise UserError(f"process_index must be in [0, {process_count}); got {process_index}.")
+    if process_count > 1 and not repeat:
+        raise ValueError("several processes share an endless source")
     if drop_remainder is None:
-        drop_remainder = repeat or steps_per_call is not None
+        drop_remainder = steps_per_call is not None
     if isinstance(source, Buckets):
         if not repeat or transform is not None:
             raise ValueError("buckets repeat, and have transforms of their own")
@@ -242,6 +246,8 @@ def make_loader(
     # Buckets take turns: together they read ahead as far as one source would.
     ahead = max(threads, 2 * per_item // len(buckets.parts))
     options = grain.ReadOptions(num_threads=threads, prefetch_buffer_size=ahead)
+    rows = range(process_index * batch_size, (process_index + 1) * batch_size)
+    collate = Collate(steps_per_call)
     named: set[str] = set()
 
     def batches_of(bucket: int) -> Any:
@@ -267,13 +273,14 @@ def make_loader(
             data = grain.MapDataset.mix(streams, weights=source.weights)
         else:
             data = stream(0, source, False)
-        if process_count > 1:
-            from instella_jax.data.blocks import Blocks
+        if not repeat:
+            return data.to_iter_dataset(options).batch(
+                per_item, drop_remainder=drop_remainder, batch_fn=collate
+            )
+        from instella_jax.data.rows import Rows
 
-            data = Blocks(data, batch_size, process_index, process_count)
-        return data.to_iter_dataset(options).batch(
-            per_item, drop_remainder=drop_remainder, batch_fn=Collate(steps_per_call)
-        )
+        total = batch_size * process_count
+        return Rows(data, rows, total, groups, threads=threads, ahead=ahead).map(collate)
 
     streams = [batches_of(bucket) for bucket in range(len(buckets.parts))]
     if len(streams) == 1:

@@ -171,17 +171,40 @@ def test_random_numbers_differ_between_epochs():
     assert not np.any(first["noise"] == second["noise"])
 
 
-def test_bad_samples_are_left_out_and_named_once(caplog):
+def without(whole, bad, count):
+    """Numbers [steps, B] of a stream less the bad ones, row for row, and how many came before."""
+    rows = []
+    for row in zip(*whole, strict=True):
+        good = [step for step, number in enumerate(row) if number not in bad][:count]
+        gaps = np.diff(good, prepend=-1) - 1
+        rows.append([(row[step], gap) for step, gap in zip(good, gaps, strict=True)])
+    return np.moveaxis(np.array(rows), (0, 1, 2), (2, 1, 0))
+
+
+@pytest.mark.parametrize("threads", [0, 3])
+def test_bad_samples_are_left_out_counted_and_named_once(caplog, threads):
     caplog.set_level(logging.WARNING)
-    loader = make_loader(Numbers(12, bad=[3, 7]), batch_size=5, seed=0)
-    batches = take(loader, 6)
-    assert all(len(batch["text"]) == 5 for batch in batches)
-    expected = sorted(set(range(12)) - {3, 7})
-    for epoch in range(3):
-        assert sorted(sum(map(numbers, batches[2 * epoch : 2 * epoch + 2]), [])) == expected
+    whole = [numbers(batch) for batch in take(make_loader(Numbers(12), batch_size=5, seed=0), 20)]
+    loader = make_loader(Numbers(12, bad=[3, 7]), batch_size=5, seed=0, threads=threads)
+    batches = take(loader, 12)
+    expected, skipped = without(whole, {3, 7}, 12)
+    assert skipped.sum() > 8
+    np.testing.assert_array_equal([numbers(batch) for batch in batches], expected)
+    np.testing.assert_array_equal([batch["skipped_before"] for batch in batches], skipped)
     messages = [record.getMessage() for record in caplog.records]
     assert sum("picture 3 is broken" in message for message in messages) == 1
     assert any("skipped (2 so far)" in message for message in messages)
+
+
+def test_nothing_is_repeated_for_bad_samples():
+    loader = make_loader(Numbers(12, bad=[3, 7]), batch_size=4, seed=0, transform=add_noise)
+    batches = take(loader, 30)
+    # The noise of a sample is another one in each epoch.
+    shown = [pair for b in batches for pair in zip(numbers(b), b["noise"].tolist(), strict=True)]
+    assert len(set(shown)) == len(shown) == 120
+    times = np.bincount([number for number, _ in shown], minlength=12)
+    assert times[[3, 7]].tolist() == [0, 0]
+    assert np.delete(times, [3, 7]).min() >= 11 and times.max() <= 13
 
 
 def test_a_transform_may_refuse_a_sample():

@@ -1,0 +1,172 @@
+"""Which samples of an endless stream each row of the batches reads.
+
+Axes: G steps per call, B rows of one process in a batch.
+"""
+
+import collections
+import functools
+from collections.abc import Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+import grain
+import numpy as np
+
+
+class Rows(grain.IterDataset):
+    """Items of G batches, each a list of G * B samples; every row reads the stream on its own.
+
+    Of `count` rows in all, row r reads samples r, r + count, r + 2 * count ... and leaves out those
+    that cannot be used. No row knows of another, so that processes that each have some of the rows
+    make together the batches that one process would make, whatever is left out.
+
+    A sample gets "skipped_before", int32: how many its row has just left out.
+    """
+
+    def __init__(
+        self,
+        stream: grain.MapDataset,
+        rows: range,
+        count: int,
+        groups: int,
+        *,
+        threads: int,
+        ahead: int,
+    ):
+        """Divides a stream.
+
+        Args:
+          stream: endless; a sample is a dict, or None where it cannot be used.
+          rows: those of this process, B of them.
+          count: rows of all processes.
+          groups: G.
+          threads: that read; 0 reads in the thread that asks.
+          ahead: samples that the threads read ahead.
+        """
+        super().__init__(stream)
+        self._stream, self._rows, self._count, self._groups = stream, rows, count, groups
+        self._threads, self._ahead = threads, ahead
+
+    def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
+        """Leaves of the stream what one of several workers reads; called by grain."""
+        del sequential_slice
+        self._stream = self._stream.slice(sl)
+
+    def __iter__(self) -> grain.DatasetIterator:
+        """Begins with the first samples."""
+        return _RowsIterator(
+            self._stream, self._rows, self._count, self._groups, self._threads, self._ahead
+        )
+
+
+class _RowsIterator(grain.DatasetIterator):
+    """Its state is how far in the stream each row is: it is whole after every item."""
+
+    def __init__(
+        self,
+        stream: grain.MapDataset,
+        rows: range,
+        count: int,
+        groups: int,
+        threads: int,
+        ahead: int,
+    ):
+        self._pool: ThreadPoolExecutor | None = None
+        super().__init__()
+        self._stream, self._rows, self._count = stream, rows, count
+        self._threads, self._ahead = threads, max(ahead, 1) if threads else 1
+        # Slots of an item, in order, by the number of their row.
+        self._slots = list(range(len(rows))) * groups
+        self._go_to([0] * len(rows))
+
+    def _go_to(self, read: Sequence[int]) -> None:
+        """Begins where each row has read so many samples."""
+        self._stop_reading()
+        self._read, self._ordered = list(read), list(read)
+        self._orders = [collections.deque() for _ in read]
+        self._started = False
+
+    def _stop_reading(self) -> None:
+        if self._pool is not None:
+            self._pool.shutdown(wait=False, cancel_futures=True)
+            self._pool = None
+
+    def _order(self, slot: int) -> None:
+        """Has one more sample read for the row of a slot: now by a thread, or when it is wanted."""
+        row = slot % len(self._rows)
+        place = self._ordered[row] * self._count + self._rows[row]
+        read = functools.partial(self._stream.__getitem__, place)
+        self._orders[row].append(self._pool.submit(read).result if self._pool else read)
+        self._ordered[row] += 1
+
+    def __next__(self) -> list[dict[str, Any]]:
+        """Returns the samples of the next item."""
+        if not self._started:
+            self._started = True
+            if self._threads:
+                self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="rows")
+            for slot in range(self._ahead):
+                self._order(slot)
+        return [self._sample(slot, row) for slot, row in enumerate(self._slots)]
+
+    def _sample(self, slot: int, row: int) -> dict[str, Any]:
+        """Returns the next sample of a row that can be used."""
+        skipped = 0
+        while (sample := self._take(row)) is None:
+            skipped += 1
+            self._order(row)
+        self._order(slot + self._ahead)
+        return {**sample, "skipped_before": np.int32(skipped)}
+
+    def _take(self, row: int) -> dict[str, Any] | None:
+        sample = self._orders[row].popleft()()
+        self._read[row] += 1
+        return sample
+
+    def get_state(self) -> dict[str, Any]:
+        """Returns how many samples each row has read, as numbers that JSON can hold."""
+        return {"rows": list(self._read)}
+
+    def set_state(self, state: dict[str, Any]) -> None:
+        """Goes to a state of an iterator of as many rows.
+
+        Raises:
+          ValueError: it is one of another number of rows.
+        """
+        if len(state["rows"]) != len(self._rows):
+            raise ValueError(
+                f"the position is one of {len(state['rows'])} rows, not {len(self._rows)}"
+            )
+        self._go_to(state["rows"])
+
+    def close(self) -> None:
+        """Stops the threads."""
+        self._stop_reading()
+        super().close()
+
+
+def share_state(states: Sequence[Any], index: int, count: int) -> Any:
+    """Makes of the loaders' positions of some processes that of one of another number.
+
+    Args:
+      states: of all processes that saved them, in order.
+      index: of the process that goes on.
+      count: processes that go on.
+    """
+    first = states[0]
+    if isinstance(first, dict):
+        return {
+            key: _rows_of([state[key] for state in states], index, count)
+            if key == "rows"
+            else share_state([state[key] for state in states], index, count)
+            for key in first
+        }
+    if isinstance(first, list):
+        return [share_state(parts, index, count) for parts in zip(*states, strict=True)]
+    return first
+
+
+def _rows_of(parts: Sequence[list[int]], index: int, count: int) -> list[int]:
+    whole = sum(parts, [])
+    size = len(whole) // count
+    return whole[index * size : (index + 1) * size]
