@@ -176,6 +176,7 @@ class _Run:
         """Fetches the metrics of a finished step, checks and shows them."""
         fetched = {k: float(v) for k, v in jax.device_get(metrics).items()}
         self.rate.update(step)
+        self.watch.skip(fetched.pop("skipped_samples", 0.0))
         in_a_row = int(fetched.pop("skipped_in_a_row"))
         if in_a_row >= self.config.train.max_skipped:
             raise UserError(

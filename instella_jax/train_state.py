@@ -126,7 +126,8 @@ def make_step(
 
     A step whose loss or gradient norm is not finite, or whose norm exceeds `train.spike_norm`
     where that is positive, changes neither parameters, optimizer nor average; it is counted in
-    the metric "skipped". Metrics are means over the G steps.
+    the metric "skipped". Metrics are means over the G steps; "skipped_samples" is the number of
+    samples that the loaders of all processes have left out for these batches.
     """
     train = config.train
     limit = train.spike_norm if train.spike_norm > 0 else float("inf")
@@ -158,6 +159,9 @@ def make_step(
 
     def step(state: TrainState, frozen: Params, batches: Any) -> tuple[TrainState, Metrics]:
         state, metrics = jax.lax.scan(lambda s, b: one(s, frozen, b), state, batches)
-        return state, {**jax.tree.map(jnp.mean, metrics), "skipped_in_a_row": state.skipped}
+        metrics = {**jax.tree.map(jnp.mean, metrics), "skipped_in_a_row": state.skipped}
+        if "skipped_before" in batches:
+            metrics["skipped_samples"] = jnp.sum(batches["skipped_before"])
+        return state, metrics
 
     return step

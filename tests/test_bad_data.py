@@ -82,3 +82,5 @@ def test_broken_records_are_named_counted_and_cost_nothing_else(shards, tmp_path
     for number in records:
         assert sum(f"record {number} of {shards} is damaged" in line for line in told) == 1
     assert column(tmp_path / "run", "train/skipped") == [0] * 20
+    # 160 samples of 59: each came up in two epochs at least, in four at most.
+    assert 6 <= sum(column(tmp_path / "run", "train/skipped_samples")) <= 12

@@ -11,7 +11,7 @@ import numpy as np
 class DataWatch:
     """Takes batches from a loader for the loop, and keeps count.
 
-    What it says is of this process alone.
+    What it says is of this process alone, save for the samples that were skipped.
     """
 
     def __init__(
@@ -32,6 +32,7 @@ class DataWatch:
         self._shapes = dict.fromkeys(shapes if len(shapes) > 1 else (), 0)
         self._reported = dict(self._shapes)
         self._waited, self._since = 0.0, clock()
+        self._skipped = 0.0
 
     def take(self, loader: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """Returns the next batch of the loader."""
@@ -45,6 +46,10 @@ class DataWatch:
             *leading, height, width, _ = batch["image"].shape
             self._shapes[height, width] += math.prod(leading)
         return batch
+
+    def skip(self, samples: float) -> None:
+        """Counts samples that all processes have left out for a finished step."""
+        self._skipped += samples
 
     def mean(self, values: Mapping[tuple[int, int], float]) -> float:
         """Returns the mean of a value of the pictures' shapes, over all pictures taken so far.
@@ -60,7 +65,7 @@ class DataWatch:
 
         "data_wait" is the part of the time, 0 to 1, that `take` waited; "samples_<name>" how many
         samples came from each source; "samples_<height>x<width>" how many had each of several
-        shapes.
+        shapes; "skipped_samples" how many could not be used, each time that one came up.
         """
         now = self._clock()
         elapsed = max(now - self._since, 1e-9)
@@ -69,7 +74,8 @@ class DataWatch:
         for (height, width), count in self._shapes.items():
             values[f"samples_{height}x{width}"] = float(count - self._reported[height, width])
         self._reported = dict(self._shapes)
+        values["skipped_samples"] = self._skipped
         values["data_wait"] = min(self._waited / elapsed, 1.0)
-        self._waited, self._since = 0.0, now
+        self._waited, self._since, self._skipped = 0.0, now, 0.0
         self._counts[:] = 0
         return values

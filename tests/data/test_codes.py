@@ -269,12 +269,16 @@ def test_watch_counts_waiting_and_sources():
     for _ in range(2):
         watch.take(loader)
         now[0] += 3.0
-    assert watch.report() == {"data_wait": 0.25, "samples_a": 6.0, "samples_b": 2.0}
+    counts = {"samples_a": 6.0, "samples_b": 2.0, "skipped_samples": 0.0}
+    assert watch.report() == {"data_wait": 0.25, **counts}
     watch.take(loader)
-    assert watch.report() == {"data_wait": 1.0, "samples_a": 3.0, "samples_b": 1.0}
+    watch.skip(2)
+    watch.skip(3)
+    counts = {"samples_a": 3.0, "samples_b": 1.0, "skipped_samples": 5.0}
+    assert watch.report() == {"data_wait": 1.0, **counts}
     plain = DataWatch(clock=lambda: now[0])
     plain.take(iter([{}]))
-    assert plain.report() == {"data_wait": 0.0}
+    assert plain.report() == {"data_wait": 0.0, "skipped_samples": 0.0}
 
 
 def test_watch_weighs_shapes_by_their_pictures():
@@ -287,7 +291,7 @@ def test_watch_weighs_shapes_by_their_pictures():
         watch.take(loader)
     assert watch.mean(values) == 2.0
     counts = {"samples_4x8": 12.0, "samples_8x4": 6.0, "samples_8x8": 0.0}
-    assert watch.report() == {"data_wait": 0.0, **counts}
+    assert watch.report() == {"data_wait": 0.0, "skipped_samples": 0.0, **counts}
     watch.take(loader)
     assert watch.mean(values) == 2.5
     assert watch.report()["samples_4x8"] == 0.0 and watch.report()["samples_8x4"] == 0.0
