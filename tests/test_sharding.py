@@ -1,6 +1,7 @@
 """Meshes of eight devices against one device."""
 
 import contextlib
+import itertools
 
 import flax.linen as nn
 import jax
@@ -95,7 +96,11 @@ def on_one_device(config, known):
     return known[config.stage]
 
 
-@pytest.mark.parametrize("name", list(MESHES))
+@pytest.mark.parametrize(
+    ("config", "name"),
+    [*itertools.product(["tokenizer", "diffusion"], MESHES), ("ar", "mixed")],
+    indirect=["config"],
+)
 def test_two_steps_are_those_of_one_device(config, on_one_device, name):
     initial, wanted, one = on_one_device
     losses, state = two_steps(config, MESHES[name], initial)

@@ -1,4 +1,4 @@
-"""Two real processes draw and evaluate as one does: no picture twice, none missing."""
+"""Two real processes train generators, draw and evaluate as one does."""
 
 import os
 import re
@@ -12,15 +12,15 @@ from PIL import Image
 
 from instella_jax import model_folder, sharding
 from instella_jax.stages import init_stage, make_stage
-from tests.test_distributed import ROOT, finish, free_port
+from tests.test_distributed import ROOT, finish, free_port, losses
 
 PROMPTS = ["a cat on a red background", "two dogs", "a red heart", "a frog", "a bus on the left"]
 
 
-@pytest.fixture
-def model(tiny_diffusion_config, tmp_path):
-    """Model folder of a tiny diffusion generator whose pictures depend on the prompt."""
-    stage = make_stage(tiny_diffusion_config)
+@pytest.fixture(params=["diffusion"])
+def model(request, tmp_path):
+    """Model folder of a tiny generator whose pictures depend on the prompt."""
+    stage = make_stage(request.getfixturevalue(f"tiny_{request.param}_config"))
     params = sharding.values(jax.jit(lambda key: init_stage(stage, key))(jax.random.key(1)))
     params = jax.tree.map(
         lambda x: x + 0.4 * jax.random.normal(jax.random.key(x.size), x.shape), params
@@ -30,12 +30,12 @@ def model(tiny_diffusion_config, tmp_path):
     return folder
 
 
-def run(processes, *options):
+def run(processes, stage, *options):
     """Runs a mode in 1 or 2 processes with two devices in all; returns what they printed."""
     port, started = free_port(), []
     for index in range(processes):
         command = [
-            sys.executable, "-m", "instella_jax.main", "--config=tests/tiny_diffusion.py",
+            sys.executable, "-m", "instella_jax.main", f"--config=tests/tiny_{stage}.py",
             "--config.mesh.data=2", f"--config.run.cpu_devices={2 // processes}", *options,
         ]  # fmt: skip
         if processes > 1:
@@ -50,23 +50,39 @@ def run(processes, *options):
 
 
 @pytest.mark.slow
-def test_two_processes_draw_as_one(model, tiny_tokenizer_folder, tmp_path):
+@pytest.mark.parametrize(
+    ("model", "stage"), [("diffusion", "diffusion"), ("ar", "ar")], indirect=["model"]
+)
+def test_two_processes_draw_as_one(model, stage, tiny_tokenizer_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     options = (
         f"--config.init_from={model}", f"--config.tokenizer={tiny_tokenizer_folder}",
         "--mode=sample", f"--config.sample.prompts_file={prompts}",
-        "--config.sample.steps=3", "--config.sample.batch_size=4",
+        "--config.sample.batch_size=4", *(["--config.sample.steps=3"] * (stage == "diffusion")),
     )  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
-    run(1, *options, f"--config.sample.out={one}")
-    _, second = run(2, *options, f"--config.sample.out={two}")
+    run(1, stage, *options, f"--config.sample.out={one}")
+    _, second = run(2, stage, *options, f"--config.sample.out={two}")
     assert "picture(s)" not in second
     names = sorted(path.name for path in one.glob("*.png"))
     assert len(names) == len(PROMPTS) + 1
     assert names == sorted(path.name for path in two.glob("*.png"))
     pictures = [(one / name).read_bytes() for name in names]
     assert pictures == [(two / name).read_bytes() for name in names]
+
+
+@pytest.mark.slow
+def test_two_processes_train_as_one(tiny_tokenizer_folder, tmp_path):
+    options = (
+        f"--config.tokenizer={tiny_tokenizer_folder}", "--config.train.steps=3",
+        "--config.train.log_every=1", "--config.eval.pictures=0",
+    )  # fmt: skip
+    for processes in (1, 2):
+        run(processes, "diffusion", *options, f"--workdir={tmp_path / str(processes)}")
+    one, two = (losses(tmp_path / str(processes)) for processes in (1, 2))
+    assert list(one) == [1, 2, 3] and list(two) == [1, 2, 3]
+    np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
 
 
 @pytest.mark.slow
@@ -82,7 +98,7 @@ def test_two_processes_measure_as_one(model, tiny_tokenizer_folder, tmp_path):
         pixels = rng.integers(0, 256, (40, 40, 3), np.uint8)
         Image.fromarray(pixels).save(tmp_path / "pictures" / f"{index}.png")
         (tmp_path / "pictures" / f"{index}.txt").write_text("a dog", encoding="utf-8")
-    (one,), (first, second) = run(1, *options), run(2, *options)
+    (one,), (first, second) = run(1, "diffusion", *options), run(2, "diffusion", *options)
     assert "loss" not in second
 
     def loss(printed):
