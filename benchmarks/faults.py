@@ -279,8 +279,8 @@ def try_nan(trial: Trial) -> Row:
     most = "--config.train.max_skipped=7"
     status, _, err = trial.runs.run(many, most, module=(module, "nan", "40", "99"))
     good &= status == 2 and err.startswith("error: 7 steps in a row") and one_sentence(err)
-    what = "NaN in 3 batches: skipped, counted, parameters as if those steps had not been; in more "
-    return what + "than `train.max_skipped`: one sentence, exit status 2", 2, good
+    what = "NaN in 3 batches: skipped, counted, parameters as if those steps had not been; in "
+    return what + "`train.max_skipped` in a row: one sentence, exit status 2", 2, good
 
 
 def try_no_loss(trial: Trial) -> Row:

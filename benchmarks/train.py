@@ -117,7 +117,7 @@ def measure(config: Config, steps: int, made_up: bool) -> dict[str, Any]:
         compile_seconds = time.perf_counter() - start
         state, metrics = compiled(state, frozen, batch)
         jax.block_until_ready(metrics)
-        watch.report()
+        watch.waited()
         calls, seconds = -(-steps // size.steps_per_call), []
         begin = time.perf_counter()
         for _ in range(calls):
@@ -129,7 +129,7 @@ def measure(config: Config, steps: int, made_up: bool) -> dict[str, Any]:
             begin = now
         jax.block_until_ready(metrics)
         seconds = seconds[1:] or seconds  # the first found the device idle
-        waited = watch.report()["data_wait"]
+        waited = watch.waited()
     seconds.sort()
     median = seconds[len(seconds) // 2]
     operations = sum(flops.training(config).values())

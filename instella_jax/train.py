@@ -1,7 +1,9 @@
 """The only training loop."""
 
+import collections
 import contextlib
 import errno
+import math
 import os
 from pathlib import Path
 from typing import Any
@@ -14,7 +16,6 @@ from instella_jax import flops, model_folder, sharding
 from instella_jax.checkpoint import Checkpoints
 from instella_jax.config import Config
 from instella_jax.data import buckets
-from instella_jax.data.sources import part_names
 from instella_jax.data.watch import DataWatch
 from instella_jax.distributed import Agreement
 from instella_jax.errors import UserError
@@ -84,7 +85,8 @@ class _Run:
         self.step_function = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
         self.rate = Throughput()
         shapes = buckets.shapes(config)
-        self.watch = DataWatch(part_names(config.data), shapes)
+        self.watch = DataWatch(shapes)
+        self.counts: collections.Counter[str] = collections.Counter()
         self.operations = {s: sum(flops.training(config, s).values()) for s in shapes}
         self.agreed = Agreement(mesh)
         calls = config.profile, config.train.steps_per_call, self.progress.message
@@ -174,27 +176,39 @@ class _Run:
 
     def log(self, step: int, metrics: Any) -> None:
         """Fetches the metrics of a finished step, checks and shows them."""
-        fetched = {k: float(v) for k, v in jax.device_get(metrics).items()}
+        fetched = jax.device_get(metrics)
+        self.counts.update(fetched.pop("counts"))
+        fetched = {k: float(v) for k, v in fetched.items()}
         self.rate.update(step)
-        self.watch.skip(fetched.pop("skipped_samples", 0.0))
-        in_a_row = int(fetched.pop("skipped_in_a_row"))
-        if in_a_row >= self.config.train.max_skipped:
-            raise UserError(
-                f"{in_a_row} steps in a row up to step {step} had no finite loss and gradient; "
-                "check the data, or start again with a lower optimizer.learning_rate and "
-                "another --workdir"
-            )
+        self.check_skipped(step, int(fetched.pop("skipped_in_a_row")), fetched)
         if step % self.config.train.log_every == 0:
+            if skipped := int(self.counts["skipped"]):
+                self.progress.message(f"skipped {skipped} of the last steps up to step {step}")
             speed = self.rate.steps_per_second
             size = self.config.train.batch_size
             operations = self.watch.mean(self.operations)
-            fetched |= self.watch.report()
+            fetched |= {name: float(count) for name, count in self.counts.items()}
+            fetched["data_wait"] = self.watch.waited()
+            self.counts.clear()
             if speed:
                 kind, devices = self.mesh.devices.flat[0].device_kind, self.mesh.size
                 fetched |= flops.speed(speed * size, operations, kind, devices)
             self.writer.scalars(step, fetched, prefix="train")
             total = self.config.train.steps
             self.progress.update(progress_line(step, total, fetched, speed, size))
+
+    def check_skipped(self, step: int, in_a_row: int, metrics: dict[str, float]) -> None:
+        """Ends a run of which too many steps in a row were skipped."""
+        train = self.config.train
+        if in_a_row < train.max_skipped:
+            return
+        fault = "had no finite loss and gradient"
+        if all(map(math.isfinite, metrics.values())):
+            fault = f"had a gradient norm over train.spike_norm={train.spike_norm:g}"
+        raise UserError(
+            f"{in_a_row} steps in a row up to step {step} {fault}; check the data, or start "
+            "again with a lower optimizer.learning_rate and another --workdir"
+        )
 
     def report(self, step: int) -> dict[str, float]:
         """Evaluates the average on held-out data, prints and writes the result."""

@@ -3,6 +3,7 @@
 Axes: G steps per call, A accumulation, B batch.
 """
 
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -12,6 +13,8 @@ import jax.numpy as jnp
 import optax
 
 from instella_jax.config import Config
+from instella_jax.data import buckets
+from instella_jax.data.sources import part_names
 from instella_jax.errors import UserError
 from instella_jax.stages import Stage
 
@@ -125,14 +128,17 @@ def make_step(
     """Returns `step(state, frozen, batches) -> (state, metrics)` over batches [G, B, ...].
 
     A step whose loss or gradient norm is not finite, or whose norm exceeds `train.spike_norm`
-    where that is positive, changes neither parameters, optimizer nor average; it is counted in
-    the metric "skipped". Metrics are means over the G steps; "skipped_samples" is the number of
-    samples that the loaders of all processes have left out for these batches.
+    where that is positive, changes neither parameters, optimizer nor average.
+
+    Metrics are means over the G steps, but for "skipped_in_a_row" after the last of them and
+    "counts", sums over the G steps and all processes: "skipped" steps; "skipped_samples", which
+    the loaders left out for these batches; "samples_<name>" from each of several sources,
+    "samples_<height>x<width>" of each of several shapes.
     """
     train = config.train
     limit = train.spike_norm if train.spike_norm > 0 else float("inf")
 
-    def one(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics]:
+    def one(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics, Any]:
         key = jax.random.fold_in(state.key, state.step)
         grads, metrics = gradients(
             stage, train.accumulate, state.params, frozen, batch, key, state.step
@@ -155,13 +161,26 @@ def make_step(
             ema=ema,
             opt_state=opt_state,
         )
-        return state, {**metrics, "grad_norm": norm, "skipped": 1.0 - good}
+        return state, {**metrics, "grad_norm": norm}, ~good
 
     def step(state: TrainState, frozen: Params, batches: Any) -> tuple[TrainState, Metrics]:
-        state, metrics = jax.lax.scan(lambda s, b: one(s, frozen, b), state, batches)
-        metrics = {**jax.tree.map(jnp.mean, metrics), "skipped_in_a_row": state.skipped}
+        def scanned(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+            state, *rest = one(state, frozen, batch)
+            return state, rest
+
+        state, (metrics, skipped) = jax.lax.scan(scanned, state, batches)
+        counts = {"skipped": jnp.sum(skipped)}
         if "skipped_before" in batches:
-            metrics["skipped_samples"] = jnp.sum(batches["skipped_before"])
-        return state, metrics
+            counts["skipped_samples"] = jnp.sum(batches["skipped_before"])
+        if "source" in batches:
+            for number, name in enumerate(part_names(config.data)):
+                counts[f"samples_{name}"] = jnp.sum(batches["source"] == number)
+        if "image" in batches and len(shapes := buckets.shapes(config)) > 1:
+            *leading, height, width, _ = batches["image"].shape
+            for shape in shapes:
+                here = math.prod(leading) if shape == (height, width) else 0
+                counts["samples_{}x{}".format(*shape)] = jnp.int32(here)
+        metrics = jax.tree.map(jnp.mean, metrics)
+        return state, {**metrics, "skipped_in_a_row": state.skipped, "counts": counts}
 
     return step

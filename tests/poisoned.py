@@ -1,8 +1,9 @@
 """A run in which something happens at some steps: python -m tests.poisoned HOW FIRST LAST FLAGS...
 
-HOW is "nan", one value of each batch from FIRST to before LAST is not a number, or "idle", what
-those steps compute is thrown away. FLAGS are those of `instella_jax.main`, which runs as it is.
-Both compile the same program, so that all else is equal bit for bit.
+HOW is "nan", one value of each batch from FIRST to before LAST is not a number, "spike", all are
+too large there, or "idle", what those steps compute is thrown away. FLAGS are those of
+`instella_jax.main`, which runs as it is. All compile the same program, so that all else is equal
+bit for bit.
 """
 
 import sys
@@ -28,6 +29,8 @@ class Poisoned(DataWatch):
         image, now = batch["image"].astype(np.float32), FIRST <= self.taken < LAST
         if now and HOW == "nan":
             image[0, -1, 3, 3, 1] = np.nan
+        if now and HOW == "spike":
+            image *= 1e3
         self.taken += 1
         idle = np.full(image.shape[:2], now and HOW == "idle")
         return {**batch, "image": image, "idle": idle}

@@ -50,10 +50,9 @@ def write_broken(folder, picture):
     path.write_bytes(data)
 
 
-def skipped(workdir):
-    """How many samples were skipped for each step."""
-    rows = [row for row in read_metrics(workdir) if "train/loss" in row]
-    return [row["train/skipped_samples"] for row in rows]
+def counted(workdir, name):
+    """A count of each step."""
+    return [row[f"train/{name}"] for row in read_metrics(workdir) if "train/loss" in row]
 
 
 def named(printed):
@@ -67,12 +66,16 @@ def test_two_processes_and_then_one_train_in_buckets_as_one(runs):
     expected, got = losses(one), losses(two)
     assert list(got) == list(expected) == list(range(1, STEPS + 1))
     np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)
+    shapes = [counted(one, f"samples_{shape}") for shape in ("32x32", "32x64")]
+    assert shapes == [counted(two, f"samples_{shape}") for shape in ("32x32", "32x64")]
+    assert all(map(any, shapes)) and [*map(sum, zip(*shapes, strict=True))] == [8] * STEPS
 
 
 def test_two_processes_skip_the_broken_records_that_one_skips(runs):
     (one, (alone,)), (two, (first, second, _)) = runs
-    assert skipped(two) == skipped(one)
+    skipped = counted(one, "skipped_samples")
+    assert counted(two, "skipped_samples") == skipped
     # 10 batches of 8 are over two epochs of 29 records.
-    assert sum(skipped(one)[CHANGE:]) > 0 and sum(skipped(one)) >= 2 * len(BROKEN)
+    assert sum(skipped[CHANGE:]) > 0 and sum(skipped) >= 2 * len(BROKEN)
     assert named(alone) == named(first) | named(second) == set(BROKEN)
     assert named(first) and named(second)

@@ -197,7 +197,7 @@ def test_metrics_are_fetched_a_step_late_and_nothing_else_is(toy, config, tmp_pa
         number = len([e for e in events if e[0] == "step"]) + 1
         events.append(("step", number))
         state, _ = step_function(state, frozen, batch)
-        return state, {"loss": Late(number), "skipped_in_a_row": 0}
+        return state, {"loss": Late(number), "skipped_in_a_row": 0, "counts": {}}
 
     run.step_function = step
     run.writer = train.MetricsWriter(tmp_path, tensorboard=False)
