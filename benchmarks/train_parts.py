@@ -116,7 +116,7 @@ def run(argv: list[str]) -> None:
 def main() -> None:
     """Command-line entry; a user's mistake is one sentence."""
     with command_line():
-        app.run(run, flags_parser=functools.partial(parse, text=__doc__))
+        app.run(run, flags_parser=functools.partial(parse, text=__doc__ or ""))
 
 
 if __name__ == "__main__":

@@ -119,7 +119,7 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         with command_line():
-            app.run(dispatch, flags_parser=functools.partial(parse, text=__doc__))
+            app.run(dispatch, flags_parser=functools.partial(parse, text=__doc__ or ""))
     except BrokenPipeError:
         os._exit(1)
 

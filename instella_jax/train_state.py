@@ -19,7 +19,7 @@ from instella_jax.errors import UserError
 from instella_jax.stages import Stage
 
 Params = Any
-Metrics = dict[str, jax.Array]
+Metrics = dict[str, Any]
 
 
 class TrainState(flax.struct.PyTreeNode):
