@@ -60,6 +60,7 @@ def load_pipeline(
     Raises:
       UserError: there are no such weights.
     """
+    from instella_jax.run_setup import check_tensor
     from instella_jax.stages import make_stage
     from instella_jax.stages.generator import GeneratorStage
 
@@ -68,6 +69,7 @@ def load_pipeline(
         stage = make_stage(config)
         if not isinstance(stage, GeneratorStage):
             raise UserError(f"a {config.stage} does not draw prompts; use a t2i config")
+        check_tensor({**stage.frozen_networks, **stage.networks}, mesh)
         step, params, frozen = restore(config, workdir)
         pipeline = InstellaPipeline.from_stage(stage, {**frozen, **params}, mesh)
         return pipeline, f"step {step} of {workdir}"

@@ -27,6 +27,7 @@ from instella_jax.models.functional import apply
 from instella_jax.models.layers import Execution
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.run_setup import check_tensor
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.stages.tokenizer import to_uint8
 from instella_jax.text import TextTokenizer
@@ -187,7 +188,7 @@ class InstellaPipeline:
           mesh: devices to draw on; None is the default device.
 
         Raises:
-          UserError: a part is missing, damaged, or the parts do not fit each other.
+          UserError: a part is missing, damaged, or the parts do not fit each other or the mesh.
         """
         folder = Path(folder)
         description = model_folder.read_description(folder)
@@ -205,9 +206,11 @@ class InstellaPipeline:
         networks, params = {}, {}
         for part, (place, name) in places.items():
             values = model_folder.read_description(place)
-            network = model_parts.make_network(place, values, name, run)
-            networks[part] = network
-            params[part] = model_folder.load(place, name, network, run.param_dtype, mesh)
+            networks[part] = model_parts.make_network(place, values, name, run)
+        if mesh is not None:
+            check_tensor(networks, mesh)
+        for part, (place, name) in places.items():
+            params[part] = model_folder.load(place, name, networks[part], run.param_dtype, mesh)
         return cls(
             **networks,
             params=params,

@@ -1,5 +1,7 @@
 """What a run begins with: sizes that fit each other, parameters and state on the mesh."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -7,7 +9,8 @@ import jax
 from instella_jax import model_folder, model_parts, sharding
 from instella_jax.config import Config
 from instella_jax.errors import UserError
-from instella_jax.stages import Stage, init_stage
+from instella_jax.models.functional import Network, tensor_sizes
+from instella_jax.stages import Stage, init_stage, make_stage
 from instella_jax.train_state import TrainState, init_state, make_optimizer
 
 Params = Any
@@ -45,6 +48,30 @@ def check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
                 f"train.{name}={train[name]} is not a multiple of "
                 f"train.steps_per_call={train.steps_per_call}"
             )
+    if mesh.shape["tensor"] > 1:
+        stage = make_stage(config)
+        check_tensor({**stage.frozen_networks, **stage.networks}, mesh)
+
+
+def check_tensor(networks: Mapping[str, Network], mesh: jax.sharding.Mesh) -> None:
+    """Checks that networks, by part, can be split over the mesh axis `tensor`.
+
+    Raises:
+      UserError: naming what does not split, and the sizes of the axis that would do.
+    """
+    parts = mesh.shape["tensor"]
+    found = {
+        f"{number} {what} of the {part}": number
+        for part, network in networks.items()
+        for what, number in tensor_sizes(network).items()
+    }
+    uneven = [name for name, number in found.items() if number % parts]
+    if uneven:
+        common = math.gcd(*found.values())
+        fitting = [n for n in range(1, common + 1) if common % n == 0]
+        raise UserError(
+            f"{', '.join(uneven)} do not split into mesh.tensor={parts} parts: use one of {fitting}"
+        )
 
 
 def load_frozen(stage: Stage, mesh: jax.sharding.Mesh) -> Params:

@@ -12,7 +12,10 @@ from flax.traverse_util import flatten_dict
 
 from instella_jax import sharding
 from instella_jax.errors import UserError
-from instella_jax.run_setup import initial_state, load_frozen
+from instella_jax.evaluation.run import evaluate_config
+from instella_jax.model_folder import ASSETS
+from instella_jax.pipeline import InstellaPipeline
+from instella_jax.run_setup import check_sizes, initial_state, load_frozen
 from instella_jax.stages import init_stage, make_stage
 from instella_jax.train_state import init_state, make_optimizer, make_step
 
@@ -181,3 +184,47 @@ def test_a_mesh_that_does_not_fit_is_named_with_what_would(sizes):
     message = str(error.value)
     assert message.startswith(f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} ")
     assert "does not fit 8 device(s)" in message and "[1, 2, 4, 8]" in message
+
+
+def tokenizer_heads(config):
+    config.model.update(encoder_heads=4, decoder_heads=6)
+
+
+def text_heads(config):
+    config.text.model.update(num_attention_heads=4, num_key_value_heads=4)
+    config.model.num_heads = 4
+    config.text.model.num_key_value_heads = 1
+
+
+def text_mlp(config):
+    config.text.model.intermediate_size = 31
+
+
+@pytest.mark.parametrize(
+    ("stage", "change", "wrong", "fitting"),
+    [
+        ("tokenizer", tokenizer_heads, "6 decoder heads of the tokenizer", "[1, 2]"),
+        ("diffusion", text_heads, "1 key and value heads of the text", "[1]"),
+        ("ar", text_mlp, "31 hidden units of the MLP of the text", "[1]"),
+    ],
+)
+def test_heads_and_hidden_units_that_do_not_split_are_named(stage, change, wrong, fitting, request):
+    config = request.getfixturevalue(f"tiny_{stage}_config")
+    change(config)
+    config.train.batch_size = 8
+    mesh = mesh_of(dict(data=2, fsdp=1, tensor=4))
+    with pytest.raises(UserError) as error:
+        check_sizes(config, mesh)
+    message = str(error.value)
+    assert wrong in message and message.endswith(f"tensor=4 parts: use one of {fitting}")
+    assert "4 encoder heads" not in message
+
+
+def test_a_network_that_does_not_split_is_neither_evaluated_nor_drawn_from(tiny_diffusion_config):
+    config = tiny_diffusion_config
+    config.mesh.update(data=2, tensor=4)
+    with pytest.raises(UserError, match="2 heads of the generator, .* use one of .1, 2.$"):
+        evaluate_config(config, None)
+    mesh = mesh_of(dict(data=1, fsdp=1, tensor=8))
+    with pytest.raises(UserError, match="4 heads of the generator"):
+        InstellaPipeline.from_folder(ASSETS / "demo_ar", ASSETS / "demo_tokenizer", mesh=mesh)

@@ -15,7 +15,7 @@ from instella_jax.evaluation import scenes
 from instella_jax.evaluation.heldout import evaluate
 from instella_jax.grids import save_grid
 from instella_jax.pipeline import InstellaPipeline
-from instella_jax.run_setup import load_frozen, load_params
+from instella_jax.run_setup import check_tensor, load_frozen, load_params
 from instella_jax.stages import Stage, make_stage
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.stages.tokenizer import TokenizerStage
@@ -34,20 +34,21 @@ def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> d
       UserError: there are no such weights, or the data cannot be read.
     """
     mesh = sharding.make_mesh(config.mesh)
+    stage = make_stage(config)
+    check_tensor({**stage.frozen_networks, **stage.networks}, mesh)
     with sharding.use(mesh):
         if workdir is not None:
             step, params, frozen = restore(config, workdir)
             source = f"step {step} of {workdir}"
         else:
-            stage = make_stage(config)
             params, frozen = load_params(stage, config, mesh), load_frozen(stage, mesh)
             source = str(model_folder.find_weights(config))
-        metrics = evaluate(make_stage(config), params, frozen, config, mesh)
+        metrics = evaluate(stage, params, frozen, config, mesh)
     tell(f"held out, with {source}:")
     show(metrics)
     if config.data.kind == "scenes":
         out = Path(workdir or "drawn") / f"heldout-{config.stage}.png"
-        report_scenes(make_stage(config), {**frozen, **params}, config, mesh, out)
+        report_scenes(stage, {**frozen, **params}, config, mesh, out)
     return metrics
 
 

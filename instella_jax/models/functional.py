@@ -41,3 +41,21 @@ def abstract_params(network: Network) -> Any:
 def apply(network: Network, params: Any, *inputs: Any, method: str | None = None) -> Any:
     """Calls a network, or one of its methods, with given parameters."""
     return network.apply({"params": params}, *inputs, method=method)
+
+
+def tensor_sizes(network: Network) -> dict[str, int]:
+    """Numbers of a network that the mesh axis `tensor` must divide, by what they count.
+
+    An MLP of a width that is a multiple of the heads is split where these are.
+    """
+    if isinstance(network, BinaryTokenizer):
+        sizes = network.config
+        return {"encoder heads": sizes.encoder_heads, "decoder heads": sizes.decoder_heads}
+    if isinstance(network, Olmo):
+        sizes = network.config
+        return {
+            "heads": sizes.num_attention_heads,
+            "key and value heads": sizes.num_key_value_heads,
+            "hidden units of the MLP": sizes.intermediate_size,
+        }
+    return {"heads": network.num_heads}
