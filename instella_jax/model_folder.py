@@ -10,7 +10,7 @@ import contextlib
 import dataclasses
 import json
 import os
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -27,6 +27,9 @@ from instella_jax.models.tokenizer import TokenizerConfig
 from instella_jax.tensor_files import Tensors, open_safetensors, read_json
 
 ASSETS = Path(__file__).parent / "assets"
+FLOATS = ("float32", "bfloat16", "float16")
+# Implementations of `jax.nn.dot_product_attention`; "" is its own choice.
+ATTENTION = ("", "xla", "cudnn")
 PARTS = ("tokenizer", "generator", "diffusion", "ar", "text")
 
 
@@ -34,12 +37,25 @@ def execution(config: Mapping[str, Any]) -> Execution:
     """Reads a config's `run` section.
 
     Raises:
-      UserError: the remat policy is unknown.
+      UserError: a value is unknown, or does not go with another one or with the device.
     """
-    if config["remat"] not in REMAT_POLICIES:
-        raise UserError(
-            f"run.remat is {config['remat']!r}: expected one of {sorted(REMAT_POLICIES)}"
-        )
+    known: dict[str, Sequence[str]] = {"remat": sorted(REMAT_POLICIES), "attention": ATTENTION}
+    known |= dict.fromkeys(("param_dtype", "dtype", "output_dtype"), FLOATS)
+    for key, names in known.items():
+        if config[key] not in names:
+            raise UserError(f"run.{key} is {config[key]!r}: expected one of {list(names)}")
+    if config["attention"] == "cudnn":
+        if config["dtype"] == "float32":
+            raise UserError(
+                "run.attention=cudnn does not compute in float32: give --config.run.dtype=bfloat16 "
+                "too, or leave run.attention empty"
+            )
+        device = jax.devices()[0]
+        if device.platform != "gpu" or "rocm" in device.client.platform_version:
+            raise UserError(
+                f"run.attention=cudnn needs an NVIDIA GPU, and this is {device.device_kind}: leave "
+                "it empty, which takes what there is"
+            )
     values = {k: v for k, v in config.items() if k != "cpu_devices"}
     return Execution(**{**values, "attention": values["attention"] or None})
 

@@ -269,6 +269,8 @@ def make_plan(config: Config) -> Plan:
         raise UserError(f"plan.chip is {wanted.chip!r}: expected one of {sorted(flops.CHIPS)}")
     if not 0 < wanted.utilisation <= 1:
         raise UserError(f"plan.utilisation is {wanted.utilisation}: expected more than 0, up to 1")
+    if config.run.attention == "cudnn":  # which no CPU can compile
+        config = changed(config, {"run.attention": "xla"})
     memory_gb = wanted.memory_gb or flops.CHIPS[wanted.chip].memory_gb
     limit = USABLE * memory_gb * 1e9
     devices = jax.devices()[: wanted.devices]

@@ -273,3 +273,22 @@ def test_every_key_has_a_reader(name, tmp_path, monkeypatch, tiny_tokenizer_fold
         model_folder.find_weights(config)
     read |= {f"plan.{key}" for key in names_read("plan*.py", "wanted")}
     assert keys - read == {"dead", "train.dead"}
+
+
+@pytest.mark.parametrize(
+    ("keys", "message"),
+    [
+        ({"attention": "flash"}, "run.attention is 'flash': expected one of .*'xla', 'cudnn'"),
+        ({"dtype": "float31"}, "run.dtype is 'float31': expected one of .*'bfloat16'"),
+        ({"param_dtype": "int32"}, "run.param_dtype is 'int32'"),
+        ({"output_dtype": ""}, "run.output_dtype is ''"),
+        ({"attention": "cudnn", "dtype": "bfloat16"}, "needs an NVIDIA GPU, and this is cpu"),
+        ({"attention": "cudnn"}, "does not compute in float32"),
+    ],
+)
+@pytest.mark.parametrize("name", ["tokenizer", "t2i_ar"])
+def test_a_way_to_compute_that_there_is_not_is_named(name, keys, message):
+    config = get_config(name)
+    config.run.update(keys)
+    with pytest.raises(UserError, match=message):
+        make_stage(config)

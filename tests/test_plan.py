@@ -110,11 +110,23 @@ def test_nothing_fits_in_no_memory(tiny_tokenizer_config):
 
 
 @pytest.mark.parametrize(
-    "keys", [{"plan.chip": "M1"}, {"plan.utilisation": 0.0}, {"plan.utilisation": 1.5}]
+    "keys",
+    [
+        {"plan.chip": "M1"},
+        {"plan.utilisation": 0.0},
+        {"plan.utilisation": 1.5},
+        {"run.attention": "flash", "plan.devices": 1},
+    ],
 )
 def test_impossible_plans_are_user_errors(tiny_tokenizer_config, keys):
     with pytest.raises(UserError, match=re.escape(next(iter(keys)))):
         plan.make_plan(plan.changed(tiny_tokenizer_config, keys))
+
+
+def test_attention_that_only_a_gpu_has_is_planned_for(tiny_tokenizer_config):
+    config = edit(tiny_tokenizer_config, plan__devices=1, run__attention="xla")
+    cudnn = plan.changed(config, {"run.attention": "cudnn"})
+    assert plan.make_plan(cudnn).memory == plan.make_plan(config).memory
 
 
 @pytest.mark.slow

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+import configs.tokenizer
 from instella_jax.data.loader import BadSample, Mixture, make_loader
 from instella_jax.data.shards import (
     ImageShards,
@@ -18,6 +19,7 @@ from instella_jax.data.shards import (
     unpack,
     write_manifest,
 )
+from instella_jax.data.sources import make_split
 from instella_jax.data.transforms import EvalTransform, TrainTransform
 from instella_jax.errors import UserError
 
@@ -146,6 +148,21 @@ def test_folders_that_cannot_be_used(tmp_path):
     (folder / "00000.arrayrecord").unlink()
     with pytest.raises(UserError, match="lacks 00000.arrayrecord"):
         ImageShards(folder)
+
+
+@pytest.mark.parametrize("split", ["train", "heldout"])
+@pytest.mark.parametrize("kind", ["shards", "folder"])
+@pytest.mark.parametrize(
+    ("key", "value", "expected"),
+    [("min_keep", 0.0, "more than 0, up to 1"), ("min_keep", 1.5, "more than 0, up to 1"),
+     ("flip", 7.0, "0 to 1"), ("flip", -0.1, "0 to 1")],
+)  # fmt: skip
+def test_crops_that_cannot_be_are_one_sentence(tmp_path, kind, split, key, value, expected):
+    config = configs.tokenizer.get_config().data
+    config.kind, config[kind].path = kind, str(write(tmp_path / "set", [1, 2]))
+    config[kind][key] = value
+    with pytest.raises(UserError, match=f"^data.{kind}.{key} is {value}: expected {expected}$"):
+        make_split(config, split, captions=False, batch_size=1)
 
 
 def test_a_shard_that_cannot_be_written(tmp_path):
