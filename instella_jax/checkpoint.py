@@ -111,7 +111,7 @@ class Checkpoints:
         """Restores the newest checkpoint that is whole, and sets damaged newer ones aside.
 
         Args:
-          like: a state, or a tree of ShapeDtypeStructs with the shardings wanted.
+          like: a state, or its shapes, with the shardings wanted.
           data: the loader, set to the position that belongs to the state.
 
         Returns:

@@ -9,7 +9,7 @@ Axes: G steps per call, B batch, L text length.
 import dataclasses
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -26,8 +26,8 @@ from instella_jax.train_state import init_state, make_optimizer, make_step
 
 # The rest of a device's memory is for the runtime, libraries and fragmentation.
 USABLE = 0.9
-# Ways to make a step fit that are compiled before giving up.
-TRIES = 4
+# Numbers of parts of a batch that are compiled before giving up.
+ATTEMPTS = 2
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,7 +40,8 @@ class Memory:
       optimizer: moments of the optimizer.
       frozen: parameters that are only read.
       batch: pictures and captions.
-      working: activations, gradients and temporaries, by XLA's assignment of buffers.
+      gradients: of the trained parameters; of a part of the batch too where parts are summed up.
+      working: activations and temporaries, the rest of what XLA assigns buffers to.
     """
 
     params: int
@@ -48,6 +49,7 @@ class Memory:
     optimizer: int
     frozen: int
     batch: int
+    gradients: int
     working: int
 
     @property
@@ -58,7 +60,7 @@ class Memory:
     @property
     def total(self) -> int:
         """All of it."""
-        return self.kept + self.batch + self.working
+        return self.kept + self.batch + self.gradients + self.working
 
 
 @dataclasses.dataclass(frozen=True)
@@ -107,20 +109,11 @@ def start(devices: int) -> None:
     jax.config.update("jax_num_cpu_devices", devices)
 
 
-def placed(boxed: Any, mesh: jax.sharding.Mesh) -> Any:
-    """Shapes of a tree of (boxed) abstract parameters, each with its sharding."""
-    return jax.tree.map(
-        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
-        sharding.values(boxed),
-        sharding.tree_shardings(boxed, mesh),
-    )
-
-
 def frozen_shapes(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Any:
     """Shapes of the frozen parameters, in the type that they are held in."""
     boxed = {part: abstract_params(network) for part, network in stage.frozen_networks.items()}
     dtype = jnp.dtype(config.run.param_dtype)
-    return jax.tree.map(lambda x: x.update(dtype=dtype), placed(boxed, mesh))
+    return jax.tree.map(lambda x: x.update(dtype=dtype), sharding.placed(boxed, mesh))
 
 
 def batch_shapes(config: Config, rows: int, leading: tuple[int, ...] = ()) -> dict[str, Any]:
@@ -171,7 +164,7 @@ def abstract_step(
     check_sizes(config, mesh)
     stage = make_stage(config)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state = placed(
+    state = sharding.placed(
         jax.eval_shape(
             lambda key: init_state(init_stage(stage, key), optimizer, key), jax.random.key(0)
         ),
@@ -200,13 +193,17 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> tuple[Memory, Any, Any]:
         analysis = step.lower(state, frozen, batch).compile().memory_analysis()
     if analysis is None:
         raise UserError("this version of jax tells nothing of the memory of compiled programs")
+    params, parts = local_size(state.params), config.train.accumulate
+    # See `train_state.gradients`: they are as large as the parameters, and divided like them.
+    gradients = min(params * (1 if parts == 1 else 2), analysis.temp_size_in_bytes)
     memory = Memory(
-        local_size(state.params),
+        params,
         local_size(state.ema),
         local_size(state.opt_state),
         local_size(frozen),
         local_size(batch),
-        analysis.temp_size_in_bytes,
+        gradients,
+        analysis.temp_size_in_bytes - gradients,
     )
     return memory, state, frozen
 
@@ -236,26 +233,63 @@ def xla_flops(config: Config) -> float:
     return float(analysis["flops"])
 
 
-def remedies(config: Config, mesh: jax.sharding.Mesh, memory: Memory, limit: float) -> Iterator:
-    """Yields changes to a config that make its step smaller, the cheapest first."""
-    changes: dict[str, Any] = {}
-    if config.run.remat != "full":
-        changes["run.remat"] = "full"
-        yield dict(changes)
-    train = config.train
-    rows = train.batch_size // (sharding.batch_parts(mesh) * train.accumulate)
-    shares = [2**n for n in range(1, 21) if rows % 2**n == 0]
-    # Gradients, as large as the parameters, do not shrink with the rows.
-    fixed = memory.kept + memory.batch + memory.params
-    activations = max(memory.working - memory.params, 0)
-    enough = [n for n in shares if fixed + activations / n <= limit]
-    for share in enough[:2]:
-        yield {**changes, "train.accumulate": train.accumulate * share}
-    if mesh.shape["fsdp"] == 1 and mesh.size > 1:
-        spread = {"mesh.data": 1, "mesh.fsdp": -1}
-        yield {**changes, **spread}
-        for share in (enough or shares)[-1:]:
-            yield {**changes, **spread, "train.accumulate": train.accumulate * share}
+def enough_parts(rows: int, parts: int, memory: Memory, limit: float) -> int:
+    """Tells by a measured step how many more parts of a batch would make it fit.
+
+    Args:
+      rows: of a device in a batch.
+      parts: that these were summed up in.
+      memory: that this took.
+      limit: bytes of a device that may be used.
+
+    Returns:
+      The value for `train.accumulate`; 0 where not even parts of one row would do.
+    """
+    # Activations shrink with the rows of a part, gradients do not.
+    fixed = memory.kept + memory.batch + 2 * memory.params
+    shares = [2**n for n in range(1, 21) if rows // parts % 2**n == 0]
+    return next((parts * n for n in shares if fixed + memory.working / n <= limit), 0)
+
+
+def find_remedies(
+    config: Config, mesh: jax.sharding.Mesh, memory: Memory, limit: float
+) -> list[tuple[dict[str, Any], Memory]]:
+    """Compiles changes of a config that does not fit, the cheapest first, until one fits.
+
+    Args:
+      config: as it is.
+      mesh: of the plan.
+      memory: that it needs.
+      limit: bytes of a device that may be used.
+
+    Returns:
+      Changed keys, and the memory then, of each that was tried.
+    """
+    tried: list[tuple[dict[str, Any], Memory]] = []
+
+    def attempt(changes: dict[str, Any]) -> Memory:
+        other = changed(config, changes)
+        devices = list(mesh.devices.flat)
+        tried.append((changes, measure(other, sharding.make_mesh(other.mesh, devices))[0]))
+        return tried[-1][1]
+
+    recompute = {} if config.run.remat == "full" else {"run.remat": "full"}
+    layouts: list[dict[str, Any]] = [{}]
+    if mesh.shape["fsdp"] == 1 and mesh.shape["data"] > 1:
+        layouts.append({"mesh.data": 1, "mesh.fsdp": -1})
+    rows = config.train.batch_size // sharding.batch_parts(mesh)
+    for layout in layouts:
+        changes, parts = {**recompute, **layout}, config.train.accumulate
+        if changes:
+            memory = attempt(changes)
+        for _ in range(ATTEMPTS):
+            parts = enough_parts(rows, parts, memory, limit)
+            if memory.total <= limit or not parts:
+                break
+            memory = attempt({**changes, "train.accumulate": parts})
+        if memory.total <= limit:
+            break
+    return tried
 
 
 def make_plan(config: Config) -> Plan:
@@ -269,6 +303,11 @@ def make_plan(config: Config) -> Plan:
         raise UserError(f"plan.chip is {wanted.chip!r}: expected one of {sorted(flops.CHIPS)}")
     if not 0 < wanted.utilisation <= 1:
         raise UserError(f"plan.utilisation is {wanted.utilisation}: expected more than 0, up to 1")
+    if not 0 <= wanted.memory_gb < math.inf:
+        raise UserError(
+            f"plan.memory_gb is {wanted.memory_gb}: expected the memory of a device in GB, or 0 "
+            "for the chip's own"
+        )
     if config.run.attention == "cudnn":  # which no CPU can compile
         config = changed(config, {"run.attention": "xla"})
     memory_gb = wanted.memory_gb or flops.CHIPS[wanted.chip].memory_gb
@@ -280,13 +319,7 @@ def make_plan(config: Config) -> Plan:
     seconds = time.perf_counter() - begin
     tried = []
     if memory.total > limit:
-        for number, changes in enumerate(remedies(config, mesh, memory, limit)):
-            if number == TRIES:
-                break
-            other = changed(config, changes)
-            tried.append((changes, measure(other, sharding.make_mesh(other.mesh, devices))[0]))
-            if tried[-1][1].total <= limit:
-                break
+        tried = find_remedies(config, mesh, memory, limit)
     return Plan(
         memory=memory,
         limit=limit,

@@ -2,6 +2,7 @@
 
 import math
 from collections.abc import Mapping
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -93,10 +94,21 @@ def load_params(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Params
 
 def initial_state(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, Any]:
     """Returns the state before step 0, sharded, and the optimizer."""
+    init, optimizer = _initialiser(stage, config)
+    return sharding.sharded_init(init, jax.random.key(config.seed), mesh), optimizer
+
+
+def state_shapes(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> TrainState:
+    """Shapes of that state with their shardings; takes no memory of the devices."""
+    init, _ = _initialiser(stage, config)
+    return sharding.placed(jax.eval_shape(init, jax.random.key(config.seed)), mesh)
+
+
+def _initialiser(stage: Stage, config: Config) -> tuple[Callable[[jax.Array], TrainState], Any]:
     optimizer = make_optimizer(config.optimizer, config.train.steps)
 
     def init(key: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)
         return init_state(init_stage(stage, init_key), optimizer, run_key)
 
-    return sharding.sharded_init(init, jax.random.key(config.seed), mesh), optimizer
+    return init, optimizer

@@ -151,6 +151,15 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     return jax.tree.map(fit, values(boxed), specs)
 
 
+def placed(boxed: Any, mesh: Mesh) -> Any:
+    """Shapes of a tree of (boxed) abstract parameters, each with its sharding."""
+    return jax.tree.map(
+        lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
+        values(boxed),
+        tree_shardings(boxed, mesh),
+    )
+
+
 def sharded_init(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -> Any:
     """Runs `init(key)`, a tree with logical axes, each leaf made directly where it will live."""
     shardings = tree_shardings(jax.eval_shape(init, key), mesh)

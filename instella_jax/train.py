@@ -23,10 +23,16 @@ from instella_jax.evaluation.heldout import evaluate
 from instella_jax.grids import save_grid
 from instella_jax.metrics import MetricsWriter, Progress, Throughput, progress_line
 from instella_jax.profiling import StepTrace
-from instella_jax.run_setup import check_sizes, initial_state, load_frozen, load_params
+from instella_jax.run_setup import (
+    check_sizes,
+    initial_state,
+    load_frozen,
+    load_params,
+    state_shapes,
+)
 from instella_jax.stages import Stage, make_stage
 from instella_jax.stop_signals import StopRequest
-from instella_jax.train_state import make_step
+from instella_jax.train_state import TrainState, make_optimizer, make_step
 from instella_jax.workdir_config import claim_workdir, note_config
 from instella_jax.workdir_lock import only_run
 
@@ -81,7 +87,7 @@ class _Run:
         )
         self.frozen = load_frozen(stage, mesh)
         self.checkpoints = Checkpoints(workdir, config.train.keep)
-        self.state, optimizer = initial_state(stage, config, mesh)
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.step_function = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
         self.rate = Throughput()
         shapes = buckets.shapes(config)
@@ -92,18 +98,24 @@ class _Run:
         calls = config.profile, config.train.steps_per_call, self.progress.message
         self.trace = StepTrace(workdir / "profile", *calls)
 
+    def first_state(self) -> TrainState:
+        """Own checkpoint > init_from > random weights."""
+        shapes = state_shapes(self.stage, self.config, self.mesh)
+        if self.first:
+            print_overview(shapes.params)
+        restored = self.checkpoints.restore(shapes, self.loader)
+        if restored is not None:
+            return restored
+        state, _ = initial_state(self.stage, self.config, self.mesh)
+        if self.config.init_from:
+            params = load_params(self.stage, self.config, self.mesh)
+            state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+            self.progress.message(f"weights of {self.config.init_from}")
+        return state
+
     def go(self) -> dict[str, float]:
         """Restores, trains, evaluates."""
-        if self.first:
-            print_overview(self.state.params)
-        restored = self.checkpoints.restore(self.state, self.loader)
-        # Own checkpoint > init_from > random weights.
-        if restored is not None:
-            self.state = restored
-        elif self.config.init_from:
-            params = load_params(self.stage, self.config, self.mesh)
-            self.state = self.state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
-            self.progress.message(f"weights of {self.config.init_from}")
+        self.state = self.first_state()
         if self.first:
             note_config(self.workdir, self.config)
         start = int(self.state.step)

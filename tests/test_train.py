@@ -152,7 +152,9 @@ def test_a_finished_run_can_be_made_longer(toy, config, tmp_path):
 def new_run(stage, config, workdir):
     """The parts of a run, before its first step."""
     with sharding.use(mesh_of()):
-        return train._Run(config, workdir, stage, mesh_of())
+        run = train._Run(config, workdir, stage, mesh_of())
+        run.state = run.first_state()
+        return run
 
 
 def close(run):
