@@ -1,5 +1,6 @@
 """Plans against hand counts, against real training states, and their warnings."""
 
+import math
 import re
 import subprocess
 import sys
@@ -8,16 +9,22 @@ import jax
 import jax.numpy as jnp
 import pytest
 
-from instella_jax import flops, plan, plan_report, sharding
+from instella_jax import flops, plan, plan_report, sharding, train_state
 from instella_jax.errors import UserError
 from instella_jax.run_setup import initial_state, load_frozen
 from instella_jax.stages import make_stage
+from instella_jax.train_state import gradients
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
 
 def edit(config, **keys):
     return plan.changed(config, {key.replace("__", "."): value for key, value in keys.items()})
+
+
+def part_size(x, where):
+    """Bytes of a device's part of an array."""
+    return math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
 
 
 def test_counts_are_those_of_a_real_training_state(tiny_diffusion_config):
@@ -57,6 +64,33 @@ def test_frozen_parameters_are_those_that_training_loads(tiny_diffusion_config):
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("accumulate", [1, 2])
+def test_gradients_are_divided_like_the_parameters(tiny_tokenizer_config, monkeypatch, accumulate):
+    held, said = {}, []
+
+    def watched(*arguments):
+        grads, metrics = gradients(*arguments)
+        for path, x in jax.tree.leaves_with_path(grads):
+            jax.debug.inspect_array_sharding(
+                x, callback=lambda s, p=path, x=x: held.update({p: part_size(x, s)})
+            )
+        return grads, metrics
+
+    analyse = jax.stages.Compiled.memory_analysis
+    monkeypatch.setattr(train_state, "gradients", watched)
+    monkeypatch.setattr(
+        jax.stages.Compiled, "memory_analysis", lambda c: said.append(analyse(c)) or said[0]
+    )
+    config = edit(tiny_tokenizer_config, mesh__fsdp=4, train__accumulate=accumulate)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
+    memory, *_ = plan.measure(config, mesh)
+    # With several parts there are the sum and what is added to it.
+    assert memory.gradients == accumulate * sum(held.values())
+    assert memory.gradients + memory.working == said[0].temp_size_in_bytes
+    assert memory.total == memory.kept + memory.batch + said[0].temp_size_in_bytes
+
+
+@pytest.mark.slow
 def test_accumulation_takes_less(tiny_tokenizer_config):
     base = edit(tiny_tokenizer_config, train__batch_size=32, data__image_size=64)
     mesh = sharding.make_mesh(base.mesh, jax.devices()[:1])
@@ -88,7 +122,7 @@ def test_a_step_that_does_not_fit_names_what_would(tiny_tokenizer_config):
     config = edit(tiny_tokenizer_config, train__batch_size=64, plan__devices=1)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     memory = plan.measure(config, mesh)[0]
-    room = memory.kept + memory.batch + memory.params + memory.working / 3
+    room = memory.kept + memory.batch + memory.gradients + memory.working / 3
     config = edit(config, plan__memory_gb=room / plan.USABLE / 1e9)
     made = plan.make_plan(config)
     changes, fitting = made.remedies[-1]
@@ -109,12 +143,69 @@ def test_nothing_fits_in_no_memory(tiny_tokenizer_config):
     assert "nothing tried fits" in plan_report.report(made, config)
 
 
+def pretend_to_measure(gigabytes, kept=28.0, gradients=5.0, slack=0.0):
+    """Stands in for `plan.measure`: activations in GB by remat, divided by the parts of a batch."""
+
+    def measure(config, mesh):
+        parts, spread = config.train.accumulate, mesh.shape["fsdp"]
+        working = gigabytes[config.run.remat] / parts + slack * (parts > 1)
+        sizes = [gradients / spread, 0.0, kept / spread, 0.0, 0.0]
+        return plan.Memory(*sizes, gradients * (1 + (parts > 1)) / spread, working), None, None
+
+    return measure
+
+
+@pytest.mark.parametrize(
+    ("devices", "room", "how", "tried"),
+    [
+        # 77 with remat alone, and then half of the activations: 28 + 5 + 10 + 20.
+        (1, 72, dict(gigabytes={"none": 300, "full": 39}), [{}, {"train.accumulate": 2}]),
+        # The first number of parts turns out to take more than it should.
+        (1, 60, dict(gigabytes={"none": 300, "full": 33}, slack=1),
+         [{}, {"train.accumulate": 2}, {"train.accumulate": 4}]),
+        (4, 26, dict(gigabytes={"none": 300, "full": 39}),
+         [{}, {"mesh.data": 1, "mesh.fsdp": -1},
+          {"mesh.data": 1, "mesh.fsdp": -1, "train.accumulate": 4}]),
+    ],
+)  # fmt: skip
+def test_parts_are_sized_by_the_last_try(
+    tiny_tokenizer_config, monkeypatch, devices, room, how, tried
+):
+    config = edit(tiny_tokenizer_config, train__batch_size=256, mesh__data=devices)
+    mesh = sharding.make_mesh(config.mesh, jax.devices()[:devices])
+    measure = pretend_to_measure(**how)
+    monkeypatch.setattr(plan, "measure", measure)
+    found = plan.find_remedies(config, mesh, measure(config, mesh)[0], room)
+    assert [changes for changes, _ in found] == [{"run.remat": "full", **more} for more in tried]
+    assert [memory.total <= room for _, memory in found] == [False] * (len(tried) - 1) + [True]
+
+
+def test_numbers_are_written_to_be_read(tiny_tokenizer_config):
+    memory = plan.Memory(*[40_000] * 7)
+    made = plan.Plan(
+        memory, 172.8e9, 1.0, dict(data=1, fsdp=1, tensor=1), 34_600, 0, 560_000,
+        {"tokenizer": 1_030_000}, 865_000.0, (),
+    )  # fmt: skip
+    config = edit(tiny_tokenizer_config, plan__devices=1, train__batch_size=1)
+    text = plan_report.report(made, config)
+    assert "GFLOP per image: 0.00103 (tokenizer 0.00103); XLA counts 0.000865." in text
+    assert "Speed of 1 device at" in text and "8 steps of 1 image:" in text
+    assert re.search(r"192 GB +279,165,049 images/s \(279,165,049 a device\) +under a minute", text)
+    assert re.search(r"gradients +0.04 MB", text) and "0.00 " not in text
+    assert [plan_report.duration(s) for s in (90, 10_800, 90_000, 200_000, 1e9)] == [
+        "1.5 minutes", "3 hours", "25 hours", "2.31 days", "11,574 days",
+    ]  # fmt: skip
+    assert plan_report.several(2, "part") == "2 parts"
+
+
 @pytest.mark.parametrize(
     "keys",
     [
         {"plan.chip": "M1"},
         {"plan.utilisation": 0.0},
         {"plan.utilisation": 1.5},
+        {"plan.memory_gb": -5.0},
+        {"plan.memory_gb": float("nan")},
         {"run.attention": "flash", "plan.devices": 1},
     ],
 )
