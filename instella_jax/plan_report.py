@@ -24,8 +24,8 @@ def several(count: int, noun: str) -> str:
 
 
 def amount(size: float) -> str:
-    """Writes bytes in units of 10^9, or of 10^6 where they are few."""
-    return f"{size / 1e9:,.2f} GB" if size >= 1e9 else f"{size / 1e6:,.2f} MB"
+    """Writes bytes in units of 10^9, or of 10^6 below a tenth of that."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
 
 
 def duration(seconds: float) -> str:
@@ -99,10 +99,11 @@ def report(plan: Plan, config: Config) -> str:
     return "\n".join(
         [
             f"Plan of stage {config.stage}: {height}x{width} px{largest}, mesh {mesh}, "
-            f"batch {train.batch_size:,} ({rows:,} a device in {several(train.accumulate, 'part')}), "
-            f"remat {config.run.remat}",
+            f"batch {train.batch_size:,} ({rows:,} a device in "
+            f"{several(train.accumulate, 'part')}), remat {config.run.remat}",
             f"Step compiled in {plan.compile_seconds:.0f} s.",
-            f"Parameters: {number(plan.trained / 1e6)} M trained, {number(plan.frozen / 1e6)} M frozen.",
+            f"Parameters: {number(plan.trained / 1e6)} M trained, "
+            f"{number(plan.frozen / 1e6)} M frozen.",
             "Memory of one device:",
             *memory_lines(plan.memory),
             *verdict_lines(plan),
