@@ -278,8 +278,9 @@ def _encode(
 
 def _write(job: Job, unit: int, shard: _Open) -> None:
     dropped = [header for header in shard.headers if "dropped" in header]
-    for header in dropped:
-        logger.warning("no code for a picture: %s", header["dropped"])
+    # Records of a shard that cannot be read have one reason together.
+    for reason in dict.fromkeys(header["dropped"] for header in dropped):
+        logger.warning("no code for a picture: %s", reason)
     with job.writer(unit) as writer:
         for header, payload in zip(shard.headers, shard.payloads, strict=True):
             header.pop("size", None)

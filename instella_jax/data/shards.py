@@ -204,11 +204,40 @@ class _Piece:
     examples_in_shard: int
 
 
+def _unusable(folder: Path, shards: Sequence[Shard]) -> list[tuple[range, str]]:
+    """Finds the shards that are not of their size, such as those that were copied in part.
+
+    Returns:
+      The numbers of the records of each, and what is wrong with it.
+
+    Raises:
+      UserError: a shard is missing.
+    """
+    start, found = 0, []
+    for shard in shards:
+        try:
+            size = (folder / shard.file).stat().st_size
+        except OSError:
+            raise UserError(
+                f"{folder} lacks {shard.file}, which its {MANIFEST} lists; copy the whole data set."
+            ) from None
+        numbers = range(start, start + shard.records)
+        start = numbers.stop
+        if size != shard.bytes:
+            reason = (
+                f"{shard.file} of {folder} has {size:,} bytes instead of {shard.bytes:,}: its "
+                f"{shard.records:,} records are not used; copy it again"
+            )
+            found.append((numbers, reason))
+    return found
+
+
 class Records:
     """Random access to the records of a data set, or of a split of it.
 
     One record in every round(1 / heldout) is held out, by its number alone: codes are split as the
-    pictures that they were made from. Files are opened when they are first read.
+    pictures that they were made from. Files are opened when they are first read; all records of one
+    that is not of the size it was written with count as damaged, for one reason.
     """
 
     def __init__(
@@ -239,12 +268,7 @@ class Records:
         self.folder = Path(folder).expanduser()
         self.manifest = read_manifest(self.folder, content)
         shards: list[Shard] = self.manifest["shards"]
-        for shard in shards:
-            if not (self.folder / shard.file).is_file():
-                raise UserError(
-                    f"{self.folder} lacks {shard.file}, which its {MANIFEST} lists; copy the whole "
-                    "data set."
-                )
+        self._unusable = _unusable(self.folder, shards)
         self._split, self._period = split, round(1 / heldout)
         self._total = sum(shard.records for shard in shards)
         if len(self) == 0:
@@ -288,6 +312,9 @@ class Records:
 
     def _read(self, number: int) -> tuple[dict[str, Any], bytes]:
         """Reads a record by its number in the whole data set; see `read`."""
+        for numbers, reason in self._unusable:
+            if number in numbers:
+                raise BadSample(reason)
         try:
             return unpack(self._records[number])
         except (RuntimeError, ValueError, IndexError) as error:

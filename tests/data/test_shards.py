@@ -150,6 +150,40 @@ def test_folders_that_cannot_be_used(tmp_path):
         ImageShards(folder)
 
 
+@pytest.mark.parametrize("change", [lambda data: data[:-400], lambda data: data + b"x"])
+def test_a_shard_of_another_size_is_told_once(tmp_path, caplog, change):
+    caplog.set_level(logging.WARNING)
+    folder = write(tmp_path / "set", list(range(30)))
+    path = folder / "00010.arrayrecord"
+    size = path.stat().st_size
+    path.write_bytes(change(path.read_bytes()))
+    loader = make_loader(
+        ImageShards(folder), batch_size=10, seed=0, transform=EvalTransform(8, 8), threads=0
+    )
+    batches = [next(loader) for _ in range(10)]
+    loader.close()
+    assert {int(text) for batch in batches for text in batch["text"]} == {
+        *range(10), *range(20, 30),
+    }  # fmt: skip
+    # 150 samples are five epochs of 30, of which 20 can be used.
+    assert 40 <= sum(batch["skipped_before"].sum() for batch in batches) <= 60
+    (told,) = [record.getMessage() for record in caplog.records]
+    sizes = f"{path.stat().st_size:,} bytes instead of {size:,}"
+    assert f"00010.arrayrecord of {folder} has {sizes}: its 10 records are not used" in told
+
+
+def test_a_data_set_of_cut_shards_ends_the_loader(tmp_path):
+    folder = write(tmp_path / "set", list(range(30)))
+    for path in folder.glob("*.arrayrecord"):
+        path.write_bytes(path.read_bytes()[:-1])
+    loader = make_loader(
+        ImageShards(folder), batch_size=10, seed=0, transform=EvalTransform(8, 8), threads=0
+    )
+    with pytest.raises(UserError, match="samples in a row could not be used.* bytes instead of"):
+        next(loader)
+    loader.close()
+
+
 @pytest.mark.parametrize("split", ["train", "heldout"])
 @pytest.mark.parametrize("kind", ["shards", "folder"])
 @pytest.mark.parametrize(
