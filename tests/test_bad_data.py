@@ -30,19 +30,21 @@ def test_skipped_steps_are_as_if_they_were_not_made(tmp_path):
     # Gradient norms are below 0.4 but for the spikes, of which smooth L1 makes twice that.
     nan, spike, idle = (tmp_path / name for name in ("nan", "spike", "idle"))
     for workdir in (nan, spike, idle):
-        options = "--config.train.spike_norm=0.5"
-        status, out, err = run_poisoned(workdir, workdir.name, 2, 4, options)
+        options = ("--config.train.spike_norm=0.5", "--config.train.log_every=4")
+        status, out, err = run_poisoned(workdir, workdir.name, 3, 5, *options)
         assert status == 0 and "held out at step 8" in out, err
-        assert out.count("skipped 1 of the last steps up to step") == 2 * (workdir != idle)
+        for step in (4, 8):
+            told = f"skipped 1 of the last steps up to step {step}" in out
+            assert told == (workdir != idle)
     name, others = "model/tokenizer.safetensors", column(idle, "train/loss")
-    assert column(idle, "train/skipped") == [0] * 8
+    # Of the two steps only the first is one that is reported itself.
+    assert column(idle, "train/skipped") == [0, 0]
     for workdir in (nan, spike):
-        assert column(workdir, "train/skipped") == [0, 0, 1, 1, 0, 0, 0, 0]
-        losses = column(workdir, "train/loss")
-        assert losses[:2] + losses[4:] == others[:2] + others[4:]
+        assert column(workdir, "train/skipped") == [1, 1]
+        assert column(workdir, "train/loss")[1] == others[1]
         assert (workdir / name).read_bytes() == (idle / name).read_bytes()
-    assert column(nan, "train/loss")[2:4] == [None, None]
-    assert min(column(spike, "train/grad_norm")[2:4]) > 0.5
+    assert column(nan, "train/loss")[0] is None
+    assert column(spike, "train/grad_norm")[0] > 0.5
 
 
 def test_too_many_of_them_end_the_run_in_a_sentence(tmp_path):
@@ -50,17 +52,6 @@ def test_too_many_of_them_end_the_run_in_a_sentence(tmp_path):
     assert status == 2 and one_sentence(err) and err.count("\n") == 1
     assert err.startswith("error: 4 steps in a row up to step 7 had no finite loss")
     assert column(tmp_path, "train/skipped") == [0, 0, 0, 1, 1, 1]
-
-
-def test_skipped_steps_between_two_reports_are_counted_too(tmp_path):
-    options = "--config.train.log_every=4", "--config.train.max_skipped=3"
-    status, out, err = run_poisoned(tmp_path / "few", "nan", 1, 3, *options)
-    assert status == 0 and "skipped 2 of the last steps up to step 4" in out, err
-    assert column(tmp_path / "few", "train/skipped") == [2, 0]
-    options += ("--config.train.spike_norm=0.5",)
-    status, _, err = run_poisoned(tmp_path / "many", "spike", 1, 5, *options)
-    assert status == 2 and one_sentence(err)
-    assert "3 steps in a row up to step 4 had a gradient norm over train.spike_norm=0.5" in err
 
 
 @pytest.fixture

@@ -82,6 +82,7 @@ def test_help_suffices():
     assert "python -m instella_jax.main --config=configs/t2i_diffusion.py" in out
 
 
+@pytest.mark.slow
 def test_a_workdir_of_another_run_is_left_alone(tmp_path):
     workdir = tmp_path / "run"
     status, _, err = run(TINY, f"--workdir={workdir}")
@@ -117,6 +118,7 @@ def pictures(tmp_path):
     return folder
 
 
+@pytest.mark.slow
 def test_data_and_weights_that_are_not_there_leave_no_trace(
     pictures, tiny_tokenizer_folder, tmp_path
 ):

@@ -184,7 +184,7 @@ def free_port():
         return server.getsockname()[1]
 
 
-def start(workdir, processes, *options, through="flags", largest_file="unlimited"):
+def start(workdir, processes, *options, largest_file="unlimited"):
     """Starts a run of 1 or 2 processes with two devices in all; returns the processes.
 
     No file can grow over `largest_file` KiB.
@@ -197,17 +197,11 @@ def start(workdir, processes, *options, through="flags", largest_file="unlimited
             f"--config.run.cpu_devices={2 // processes}", *options,
         ]  # fmt: skip
         environ = {**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
-        if processes > 1 and through == "flags":
+        if processes > 1:
             command += [
                 f"--coordinator_address=127.0.0.1:{port}", f"--num_processes={processes}",
                 f"--process_id={index}",
             ]  # fmt: skip
-        elif processes > 1:
-            environ |= {
-                "SLURM_JOB_ID": str(port), "SLURM_STEP_NODELIST": "localhost",
-                "SLURM_NTASKS": str(processes), "SLURM_PROCID": str(index),
-                "SLURM_LOCALID": str(index), "SLURM_STEP_NUM_NODES": "1",
-            }  # fmt: skip
         command = ["bash", "-c", f'ulimit -f {largest_file}; exec "$@"', "limited", *command]
         pipes = dict(stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
         started.append(subprocess.Popen(command, cwd=ROOT, env=environ, **pipes))
@@ -244,9 +238,8 @@ def undisturbed(tmp_path_factory):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("through", ["flags", "slurm"])
-def test_two_processes_train_as_one(undisturbed, tmp_path, through):
-    first, second = run(tmp_path / "two", 2, "--config.eval.pictures=3", through=through)
+def test_two_processes_train_as_one(undisturbed, tmp_path):
+    first, second = run(tmp_path / "two", 2, "--config.eval.pictures=3")
     expected, got = losses(undisturbed), losses(tmp_path / "two")
     assert sorted(got) == sorted(expected) == list(range(1, 9))
     np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-5)

@@ -89,17 +89,18 @@ def test_damage_is_told_and_the_checkpoint_before_it_used(undisturbed, tmp_path,
 
 
 def test_a_run_goes_on_with_8_4_1_and_8_devices(undisturbed, tmp_path):
-    for count, end in ((8, 10), (4, 20), (1, 30), (8, STEPS)):
+    rare = ("--config.train.eval_every=0", "--config.train.save_every=0")
+    for count, end in ((8, 3), (4, 6), (1, 9), (8, 12)):
         devices = (f"--config.run.cpu_devices={count}", f"--config.mesh.data={count}")
-        status, out, err = run(tmp_path / "run", *devices, f"--config.train.steps={end}")
+        status, out, err = run(tmp_path / "run", *devices, *rare, f"--config.train.steps={end}")
         assert status == 0 and f"{count} cpu device(s)" in out, err
-        assert end == 10 or f"continuing from step {end - 10}" in out
+        assert end == 3 or f"continuing from step {end - 3}" in out
     expected, got = (
         {row["step"]: row["train/loss"] for row in lines(workdir) if "train/loss" in row}
         for workdir in (undisturbed, tmp_path / "run")
     )
-    assert list(got) == list(expected)
-    np.testing.assert_allclose(list(got.values()), list(expected.values()), rtol=1e-4)
+    assert list(got) == list(expected)[:12]
+    np.testing.assert_allclose(list(got.values()), list(expected.values())[:12], rtol=1e-4)
 
 
 def test_a_second_run_on_a_workdir_is_refused_in_a_sentence(tmp_path):

@@ -76,7 +76,7 @@ def test_two_processes_draw_as_one(model, stage, tiny_tokenizer_folder, tmp_path
 def test_two_processes_train_as_one(tiny_tokenizer_folder, tmp_path):
     options = (
         f"--config.tokenizer={tiny_tokenizer_folder}", "--config.train.steps=3",
-        "--config.train.log_every=1", "--config.eval.pictures=0",
+        "--config.train.log_every=1", "--config.train.eval_every=0", "--config.eval.pictures=0",
     )  # fmt: skip
     for processes in (1, 2):
         run(processes, "diffusion", *options, f"--workdir={tmp_path / str(processes)}")

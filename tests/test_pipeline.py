@@ -91,7 +91,10 @@ def test_the_empty_prompt_is_what_the_encoder_makes_of_it(pipeline):
     whole = pipeline_module.text_features(pipeline.text, pipeline.params["text"], ids, mask)
     features, seen = pipeline.describe(["", PROMPTS[0]], 32)
     np.testing.assert_array_equal(seen, mask)
-    np.testing.assert_allclose(features[:, seen], whole[:, mask], rtol=1e-5, atol=1e-6)
+    # Another number of rows is another order of sums, which shows in what is near 0 among numbers
+    # of 6 on average.
+    largest = np.abs(whole[:, mask]).max()
+    np.testing.assert_allclose(features[:, seen], whole[:, mask], rtol=0, atol=1e-6 * largest)
     keys = np.array([3])
     ours = pipeline.codes(features[:, ::-1], seen[::-1], keys, OPTIONS)
     theirs = pipeline.codes(whole[:, ::-1], mask[::-1], keys, OPTIONS)

@@ -27,6 +27,7 @@ def part_size(x, where):
     return math.prod(where.shard_shape(x.shape)) * x.dtype.itemsize
 
 
+@pytest.mark.slow
 def test_counts_are_those_of_a_real_training_state(tiny_diffusion_config):
     config = edit(
         tiny_diffusion_config, mesh__data=2, mesh__fsdp=4, plan__devices=8, text__trainable=False

@@ -8,6 +8,7 @@ from instella_jax.profiling import StepTrace
 from instella_jax.train import train
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("quick_compile")
 def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_tokenizer_config, tmp_path, capsys):
     config = tiny_tokenizer_config

@@ -101,7 +101,11 @@ def on_one_device(config, known):
 
 @pytest.mark.parametrize(
     ("config", "name"),
-    [*itertools.product(["tokenizer", "diffusion"], MESHES), ("ar", "mixed")],
+    [
+        *itertools.product(["tokenizer"], MESHES),
+        *(pytest.param("diffusion", name, marks=pytest.mark.slow) for name in MESHES),
+        pytest.param("ar", "mixed", marks=pytest.mark.slow),
+    ],
     indirect=["config"],
 )
 def test_two_steps_are_those_of_one_device(config, on_one_device, name):

@@ -220,6 +220,14 @@ def test_too_many_steps_that_are_not_finite_end_the_run(toy, config, tmp_path):
     assert steps(tmp_path) == [1, 2]
 
 
+def test_too_large_gradients_are_named_as_such(toy, config, tmp_path):
+    config.train.update(max_skipped=3, spike_norm=1e-6)
+    with pytest.raises(
+        UserError, match="to step 3 had a gradient norm over train.spike_norm=1e-06"
+    ):
+        train.train(config, tmp_path)
+
+
 def test_a_few_steps_that_are_not_finite_are_counted(toy, config, tmp_path):
     toy.source = Points(broken=[0, 1])
     result = train.train(config, tmp_path)
@@ -411,6 +419,7 @@ def tiny_state(config, mesh):
     )
 
 
+@pytest.mark.slow
 def test_a_checkpoint_restores_on_another_number_of_devices(toy, config, tmp_path):
     state = original = tiny_state(config, mesh_of(fsdp=8))
     for count in (1, 4):
@@ -429,6 +438,7 @@ def test_a_checkpoint_restores_on_another_number_of_devices(toy, config, tmp_pat
         np.testing.assert_array_equal(old, new)
 
 
+@pytest.mark.slow
 def test_bfloat16_trains_float32_parameters_and_stays_finite(
     tiny_tokenizer_config, tmp_path, quick_compile
 ):
@@ -443,6 +453,7 @@ def test_bfloat16_trains_float32_parameters_and_stays_finite(
     assert {x.dtype for x in jax.tree.leaves(run)} == {np.dtype("float32")}
 
 
+@pytest.mark.slow
 def test_scanned_and_unrolled_depth_give_the_same_gradients(tiny_tokenizer_config, quick_compile):
     config = tiny_tokenizer_config
     config.model.update(encoder_layers=2, decoder_layers=3)

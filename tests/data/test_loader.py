@@ -123,6 +123,7 @@ def test_resume_equals_uninterrupted(threads, prefetch):
         assert_same(take(resumed, 15 - stop), whole[stop:])
 
 
+@pytest.mark.slow
 def test_worker_processes_give_complete_epochs_and_resume():
     def build():
         return make_loader(

@@ -66,6 +66,7 @@ def gradients(kind, **run):
 EACH = pytest.mark.parametrize("kind", [DiffusionTransformer, ArTransformer, Olmo])
 
 
+@pytest.mark.slow
 @EACH
 def test_depth_and_remat_change_neither_result_nor_gradients(kind):
     grads, out = gradients(kind)
