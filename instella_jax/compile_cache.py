@@ -2,6 +2,7 @@
 
 import logging
 import os
+import tempfile
 import time
 import zlib
 from pathlib import Path
@@ -34,6 +35,17 @@ def use_cache() -> None:
             logger.warning("no compilation cache: %s cannot be written (%s)", folder, error)
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
         jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+
+
+def can_keep() -> bool:
+    """Whether a file can be made in `cache_folder`, which is made for that."""
+    try:
+        cache_folder().mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=cache_folder()) as file:
+            file.write(b"x")
+    except OSError:
+        return False
+    return True
 
 
 def drop_damaged(folder: Path) -> None:

@@ -242,12 +242,13 @@ def _encode(options: argparse.Namespace) -> None:
 def _encode_part(options: argparse.Namespace, part: tuple[int, int] | None) -> None:
     import jax
 
-    from instella_jax import compile_cache, model_folder
+    from instella_jax import compile_cache, model_folder, platform
     from instella_jax.data import encoding
     from instella_jax.metrics import Progress
     from instella_jax.models.layers import Execution
 
     compile_cache.use_cache()
+    platform.find_devices()
     size = options.image_size
     if not size:
         folder = model_folder.find(options.model, "tokenizer")

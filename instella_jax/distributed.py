@@ -105,11 +105,11 @@ def _slurm(environ: Mapping[str, str]) -> Setup | None:
     needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
     if not all(environ.get(name) for name in needed):
         return None
-    tasks = int(environ["SLURM_NTASKS"])
-    if tasks < 2:
+    tasks = _number(None, environ, "SLURM_NTASKS")
+    if tasks is None or tasks < 2:
         return None
     options: dict[str, Any] = dict(cluster_detection_method="slurm")
-    nodes = int(environ.get("SLURM_STEP_NUM_NODES") or 1)
+    nodes = _number(None, environ, "SLURM_STEP_NUM_NODES") or 1
     gpus = environ.get("SLURM_GPUS_ON_NODE", "")
     if tasks == nodes and gpus.isdigit():
         # jax gives each task one GPU, which is wrong where a task has the whole node.

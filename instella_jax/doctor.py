@@ -8,11 +8,13 @@ import platform
 import shutil
 import time
 from collections.abc import Iterator, Mapping
+from pathlib import Path
 from typing import Any
 
 from instella_jax import distributed
-from instella_jax.compile_cache import cache_folder
+from instella_jax.compile_cache import cache_folder, can_keep
 from instella_jax.errors import UserError
+from instella_jax.platform import ASK_DOCTOR, find_devices
 
 PACKAGES = (
     "instella-jax", "jax", "jaxlib", "flax", "optax", "orbax-checkpoint", "grain", "numpy",
@@ -38,6 +40,8 @@ class Facts:
       backend: what jax computes on: "cpu", "gpu", "tpu"; "" where it does not start.
       devices: kind of each local device.
       memory: bytes of one device that jax may use, None where it does not say.
+      host_memory: bytes of this machine, and how many of them programs can still take; None where
+        it does not say.
       attention: implementations of `jax.nn.dot_product_attention` that work here.
       kernel: what draws bits when sampling.
       step_error: relative difference of a training step to the CPU's, NaN where it is not finite.
@@ -53,6 +57,7 @@ class Facts:
     backend: str = ""
     devices: tuple[str, ...] = ()
     memory: int | None = None
+    host_memory: tuple[int | None, int | None] = (None, None)
     attention: tuple[str, ...] = ()
     kernel: str = ""
     step_error: float = 0.0
@@ -84,6 +89,24 @@ def find_hardware() -> frozenset[str]:
     if glob.glob("/dev/accel[0-9]*") or os.environ.get("TPU_WORKER_HOSTNAMES"):
         found.add("TPU")
     return frozenset(found)
+
+
+def find_memory() -> tuple[int | None, int | None]:
+    """Bytes of the machine's memory, and of what programs can still take; None for unknown."""
+    try:
+        total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
+    except (AttributeError, OSError, ValueError):  # not everywhere
+        total = None
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="utf-8").splitlines()
+    except OSError:  # Linux alone has it
+        lines = []
+    available = [line.split()[1] for line in lines if line.startswith("MemAvailable:")]
+    return total, 1024 * int(available[0]) if available else None
+
+
+def _gigabytes(count: int | None) -> str:
+    return "unknown" if count is None else f"{count / 1e9:.1f} GB"
 
 
 def _release(version: str) -> tuple[str, ...]:
@@ -137,7 +160,7 @@ def diagnose(facts: Facts) -> Iterator[str]:
             "again: set INSTELLA_JAX_CACHE to a folder of your own"
         )
     if facts.processes.startswith("error: "):
-        yield f"the environment of several processes is incomplete: {facts.processes[7:]}"
+        yield f"the environment of several processes cannot be used: {facts.processes[7:]}"
 
 
 def _one_line(error: BaseException) -> str:
@@ -206,22 +229,25 @@ def try_step(device: Any) -> tuple[float, float]:
 
 def examine() -> Facts:
     """Looks at the machine, and computes a little."""
-    facts = Facts(find_versions(), find_hardware(), platforms=os.environ.get("JAX_PLATFORMS", ""))
-    folder = cache_folder()
-    while not folder.exists():
-        folder = folder.parent
     try:
         setup = distributed.detect(os.environ)
         processes = setup.how if setup.how == "alone" else f"{setup.how}, {setup.processes or '?'}"
     except UserError as error:
         processes = f"error: {error}"
-    facts = dataclasses.replace(facts, cache=os.access(folder, os.W_OK), processes=processes)
+    facts = Facts(
+        find_versions(),
+        find_hardware(),
+        host_memory=find_memory(),
+        platforms=os.environ.get("JAX_PLATFORMS", ""),
+        cache=can_keep(),
+        processes=processes,
+    )
+    try:
+        devices = find_devices()
+    except UserError as error:
+        return dataclasses.replace(facts, error=str(error).removesuffix(ASK_DOCTOR))
     import jax
 
-    try:
-        devices = jax.local_devices()
-    except RuntimeError as error:
-        return dataclasses.replace(facts, error=_one_line(error))
     from instella_jax.kernels import binary_sampling
 
     backend = jax.default_backend()
@@ -254,8 +280,10 @@ def describe(facts: Facts) -> Iterator[str]:
     yield f"hardware    {', '.join(sorted(facts.hardware)) or 'no accelerator seen'}"
     kinds = ", ".join(f"{facts.devices.count(k)} x {k}" for k in dict.fromkeys(facts.devices))
     yield f"backend     {facts.backend or 'none'} ({kinds or 'no device'})"
-    if facts.memory is not None:
-        yield f"memory      {facts.memory / 1e9:.1f} GB of a device for jax"
+    if facts.backend not in ("", "cpu"):
+        yield f"memory      of each device for jax: {_gigabytes(facts.memory)}"
+    total, available = map(_gigabytes, facts.host_memory)
+    yield f"host memory {total}, available {available}"
     yield f"attention   {', '.join(facts.attention) or 'not tried'} (config.run.attention)"
     yield f"bit kernel  {facts.kernel or 'not tried'}"
     if facts.attention:

@@ -3,9 +3,15 @@
 import math
 import os
 from collections.abc import Sequence
+from typing import Any
 
 from instella_jax.compile_cache import use_cache
 from instella_jax.config import Config
+from instella_jax.errors import UserError
+
+# Names of jax's backends that are also those of the extras that bring them.
+EXTRAS = ("cuda", "rocm", "tpu")
+ASK_DOCTOR = "; instella-jax doctor tells more"
 
 
 def cpu_devices(batch_sizes: Sequence[int]) -> int:
@@ -18,6 +24,32 @@ def cpu_devices(batch_sizes: Sequence[int]) -> int:
     return max(n for n in range(1, (cores or 1) + 1) if fits % n == 0)
 
 
+def find_devices() -> list[Any]:
+    """Returns `jax.devices()`; the first call in a process starts jax's backend.
+
+    Raises:
+      UserError: it does not start, as where JAX_PLATFORMS names one that is not installed.
+    """
+    import jax
+
+    try:
+        return jax.devices()
+    except (RuntimeError, AssertionError) as error:
+        raise UserError(_no_backend(error, os.environ.get("JAX_PLATFORMS", ""))) from error
+
+
+def _no_backend(error: Exception, platforms: str) -> str:
+    # What jax proposes in the end is said below, in other words.
+    said = " ".join(str(error).split()).partition(" (set JAX_PLATFORMS")[0][:300]
+    reason = f" ({said.rstrip('.')})" if said else ""
+    if not platforms:
+        return f"jax finds nothing to compute with{reason}{ASK_DOCTOR}"
+    extras = [name for name in platforms.split(",") if name in EXTRAS]
+    install = f"pip install 'instella-jax[{extras[0]}]', or " if extras else ""
+    fault = f"JAX_PLATFORMS={platforms}, but jax starts no such backend here{reason}"
+    return f"{fault}: {install}unset it{ASK_DOCTOR}"
+
+
 def start(config: Config, processes: int = 1, training: bool = True) -> None:
     """Turns the persistent compilation cache on and says which devices are used.
 
@@ -26,6 +58,9 @@ def start(config: Config, processes: int = 1, training: bool = True) -> None:
       processes: how many share the mesh; 0 where only jax knows.
       training: whether batches are large; else a CPU is one device, as the mesh allows: each more
         would hold the weights once more.
+
+    Raises:
+      UserError: jax does not start.
     """
     import jax
 
@@ -43,7 +78,7 @@ def start(config: Config, processes: int = 1, training: bool = True) -> None:
             given = 1
     if given > 0:
         jax.config.update("jax_num_cpu_devices", given)
-    devices = jax.devices()
+    devices = find_devices()
     if jax.process_index() == 0:
         kind = f"{len(devices)} {devices[0].platform} device(s): {devices[0].device_kind}"
         print(f"{kind}, {jax.process_count()} process(es)" if processes != 1 else kind, flush=True)

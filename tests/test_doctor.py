@@ -1,12 +1,13 @@
 """The doctor's sentences for machines that are not here, and its visit to this one."""
 
 import dataclasses
+import os
 import subprocess
 import sys
 
 import pytest
 
-from instella_jax import doctor
+from instella_jax import compile_cache, doctor
 
 VERSIONS = {"jax": "0.10.2", "jaxlib": "0.10.2"}
 HEALTHY = doctor.Facts(
@@ -67,11 +68,52 @@ def test_each_fault_has_a_sentence(changes, words):
     assert words in sentence
 
 
+def visit(**environ):
+    """Runs the command in a process of its own."""
+    return subprocess.run(
+        [sys.executable, "-m", "instella_jax", "doctor"],
+        env={**os.environ, **environ}, capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def test_memory_is_that_of_the_machine():
+    total, available = doctor.find_memory()
+    assert total is not None and available is not None
+    lines = list(doctor.describe(dataclasses.replace(HEALTHY, host_memory=(total, available))))
+    assert f"host memory {total / 1e9:.1f} GB, available {available / 1e9:.1f} GB" in lines
+    # Of this process alone, and of any computer that this could run on.
+    assert 1e8 < available <= total < 1e14
+    lines = list(doctor.describe(dataclasses.replace(HEALTHY, backend="gpu")))
+    assert "memory      of each device for jax: unknown" in lines
+    assert "host memory unknown, available unknown" in lines
+
+
+def test_the_cache_folder_is_tried(monkeypatch, tmp_path):
+    monkeypatch.setenv("INSTELLA_JAX_CACHE", str(tmp_path / "a" / "b"))
+    assert compile_cache.can_keep() and list((tmp_path / "a" / "b").iterdir()) == []
+    (tmp_path / "file").touch()
+    # In /proc even root, whom permissions do not bind, can make nothing.
+    for folder in (tmp_path / "file", tmp_path / "file" / "a", "/proc", "/proc/a"):
+        monkeypatch.setenv("INSTELLA_JAX_CACHE", str(folder))
+        assert not compile_cache.can_keep()
+
+
+def test_a_broken_environment_is_told_in_sentences():
+    missing = "rocm" if any("cuda" in name for name in doctor.find_versions()) else "cuda"
+    run = visit(
+        JAX_PLATFORMS=missing, INSTELLA_JAX_CACHE="/proc/a", SLURM_JOB_ID="1", SLURM_PROCID="0",
+        SLURM_STEP_NODELIST="here", SLURM_NTASKS="two",
+    )  # fmt: skip
+    assert run.returncode == 1 and run.stderr == ""
+    started, cache, slurm = [line for line in run.stdout.splitlines() if "PROBLEM" in line]
+    assert f"jax does not start: JAX_PLATFORMS={missing}, but jax starts no such" in started
+    assert started.endswith(f": pip install 'instella-jax[{missing}]', or unset it.")
+    assert "cannot be kept in /proc/a" in cache
+    assert slurm.endswith("SLURM_NTASKS is 'two': expected a whole number.")
+
+
 def test_this_machine_is_examined():
-    command = "import sys; sys.argv[1:] = ['doctor']; from instella_jax.cli import main; main()"
-    run = subprocess.run(
-        [sys.executable, "-c", command], capture_output=True, text=True, check=False
-    )
+    run = visit()
     assert "backend     " in run.stdout, run.stderr
     lines = dict(
         line.split(maxsplit=1) for line in run.stdout.splitlines() if "PROBLEM" not in line

@@ -1,0 +1,71 @@
+"""A backend of jax that does not start is one sentence, whichever command asked for it."""
+
+import jax
+import pytest
+
+from instella_jax import cli, compile_cache, platform
+from instella_jax.errors import UserError
+
+HINT = "instella-jax doctor tells more"
+NOT_KNOWN = RuntimeError(
+    "Unable to initialize backend 'rocm': Backend 'rocm' is not in the list of known backends: "
+    "['cpu']. (set JAX_PLATFORMS='' to automatically choose an available backend)"
+)
+
+
+@pytest.fixture
+def broken(monkeypatch):
+    """Makes jax fail as it does in a new process."""
+
+    def set_up(error, platforms):
+        def fail():
+            raise error
+
+        monkeypatch.setattr(jax, "devices", fail)
+        monkeypatch.setattr(compile_cache, "use_cache", lambda: None)
+        monkeypatch.setattr(platform, "use_cache", lambda: None)
+        monkeypatch.setenv("JAX_PLATFORMS", platforms)
+
+    return set_up
+
+
+@pytest.mark.parametrize(
+    ("error", "platforms", "sentence"),
+    [
+        (
+            AssertionError(),
+            "cuda",
+            "JAX_PLATFORMS=cuda, but jax starts no such backend here: pip install "
+            f"'instella-jax[cuda]', or unset it; {HINT}",
+        ),
+        (
+            NOT_KNOWN,
+            "rocm,cpu",
+            "JAX_PLATFORMS=rocm,cpu, but jax starts no such backend here (Unable to initialize "
+            "backend 'rocm': Backend 'rocm' is not in the list of known backends: ['cpu']): pip "
+            f"install 'instella-jax[rocm]', or unset it; {HINT}",
+        ),
+        (
+            RuntimeError("no\nabacus"),
+            "abacus",
+            "JAX_PLATFORMS=abacus, but jax starts no such backend here (no abacus): unset it; "
+            f"{HINT}",
+        ),
+        (RuntimeError("no"), "", f"jax finds nothing to compute with (no); {HINT}"),
+    ],
+)
+def test_why_jax_does_not_start(broken, error, platforms, sentence):
+    broken(error, platforms)
+    with pytest.raises(UserError) as raised:
+        platform.find_devices()
+    assert str(raised.value) == sentence
+
+
+def test_each_command_says_so(broken, monkeypatch, tiny_tokenizer_config, tmp_path):
+    broken(AssertionError(), "cuda")
+    monkeypatch.setenv("XLA_FLAGS", "--xla_force_host_platform_device_count=8")
+    with pytest.raises(UserError, match="JAX_PLATFORMS=cuda"):
+        platform.start(tiny_tokenizer_config)
+    with pytest.raises(UserError, match="JAX_PLATFORMS=cuda"):
+        cli.run(["data", "encode", "demo", str(tmp_path), str(tmp_path / "out")])
+    assert not (tmp_path / "out").exists()
