@@ -186,6 +186,7 @@ def _import(options: argparse.Namespace) -> None:
 
     keys = tuple(key.strip() for key in options.caption_keys.split(",") if key.strip())
     progress = Progress()
+    show = _Unhurried(progress.update)
     try:
         report = importing.import_dataset(
             options.source,
@@ -202,26 +203,35 @@ def _import(options: argparse.Namespace) -> None:
             ),
             workers=options.workers,
             part=parse_part(options.part),
-            show=_unhurried(progress.update),
+            show=show,
         )
     finally:
+        show.close()
         progress.close()
     lines = [_WAITING] if report is None else importing.report_lines(report)
     print("\n".join(lines))
 
 
-def _unhurried(show: Callable[[str], None]) -> Callable[[str], None]:
-    """Shows a line in ten seconds where lines stay, as in the log of a batch job."""
-    last = -math.inf
+class _Unhurried:
+    """Shows a line in ten seconds where lines stay, as in the log of a batch job, and the last."""
 
-    def sometimes(line: str) -> None:
-        nonlocal last
+    def __init__(self, show: Callable[[str], None]):
+        self._show, self._shown = show, -math.inf
+        self._kept = ""
+
+    def __call__(self, line: str) -> None:
         now = time.monotonic()
-        if sys.stdout.isatty() or now - last > 10:
-            last = now
-            show(line)
+        if not sys.stdout.isatty() and now - self._shown < 10:
+            self._kept = line
+            return
+        self._shown, self._kept = now, ""
+        self._show(line)
 
-    return sometimes
+    def close(self) -> None:
+        """Shows the last line, if it was not."""
+        if self._kept:
+            self._show(self._kept)
+        self._kept = ""
 
 
 _WAITING = "this part is done; the data set is complete when the others are"
@@ -258,6 +268,7 @@ def _encode_part(options: argparse.Namespace, part: tuple[int, int] | None) -> N
     count = jax.process_count()
     progress = Progress(enabled=jax.process_index() == 0)
     whose = f"process 0 of {count}: " if count > 1 else ""
+    show = _Unhurried(lambda line: progress.update(whose + line))
     try:
         report = encoding.encode_dataset(
             options.model,
@@ -268,9 +279,10 @@ def _encode_part(options: argparse.Namespace, part: tuple[int, int] | None) -> N
             workers=options.workers,
             part=part,
             run=Execution(dtype=options.dtype),
-            show=_unhurried(lambda line: progress.update(whose + line)),
+            show=show,
         )
     finally:
+        show.close()
         progress.close()
     if report is None:
         if part is not None:

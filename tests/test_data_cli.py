@@ -79,6 +79,7 @@ def test_mistakes_are_one_sentence(command, tmp_path):
         ("data", "import", tmp_path / "full", tmp_path / "out"),
         ("data", "import", tmp_path / "full", tmp_path / "out", "--part=2/2"),
         ("data", "import", tmp_path / "full", tmp_path / "out", "--workers=-1"),
+        ("data", "import", tmp_path / "full", tmp_path / "out", "--max-watermark=2"),
         ("data", "encode", "demo", tmp_path, tmp_path / "out"),
         ("data", "encode", tmp_path, tmp_path, tmp_path / "out"),
         ("data", "scenes", tmp_path / "out", "--size=17"),
@@ -107,10 +108,12 @@ def test_what_was_left_out_is_told(command, tmp_path):
     (folder / "bad.txt").write_text("x")
     status, out, _ = command("data", "import", folder, tmp_path / "out", "--min-side=32")
     assert status == 0
+    # The last line of the progress is there where lines stay too.
+    assert "unit 1/1  3/3 pictures" in out
     assert "left out, too small: 1 (small.png)" in out
     assert "left out, broken picture: 1 (bad.png)" in out
     assert json.loads((tmp_path / "out" / "report.json").read_text())["kept"] == 1
     again = command("data", "import", folder, tmp_path / "out", "--min-side=32")
     assert again[0] == 0 and "kept 1 of 3" in again[1]
     status, _, err = command("data", "import", folder, tmp_path / "out", "--min-side=33")
-    assert status == 2 and "begun with another options" in err
+    assert status == 2 and "begun with other options" in err

@@ -172,12 +172,13 @@ def encode_dataset(
         wait_for_all("encoded")
         if index:
             return None
-    results = job.complete("codes", details)
+    results = job.results()
     if results is None:
         return None
     kept = sum(result["kept"] for result in results)
     if not kept:
         raise UserError(f"no picture of {source} could be encoded; import the data set again.")
+    job.complete("codes", results, details)
     return {
         "kept": kept,
         "dropped": sum(result["dropped"] for result in results),

@@ -53,10 +53,12 @@ class Filters:
         Raises:
           UserError: a value is out of range.
         """
-        if self.min_side < 0 or not 0 <= self.max_watermark <= 1:
-            raise UserError("min_side must be at least 0 and max_watermark in [0, 1].")
+        if self.min_side < 0:
+            raise UserError(f"--min-side is {self.min_side}: expected at least 0.")
+        if not 0 <= self.max_watermark <= 1:
+            raise UserError(f"--max-watermark is {self.max_watermark:g}: expected 0 to 1.")
         if self.max_aspect and not self.max_aspect >= 1:
-            raise UserError(f"max_aspect is {self.max_aspect}: expected 1 or more, or 0 for any.")
+            raise UserError(f"--max-aspect is {self.max_aspect:g}: expected 1 or more, or 0: any.")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -126,6 +128,7 @@ def import_unit(
     kept = captions = 0
     dropped: dict[str, int] = {}
     examples: dict[str, list[str]] = {}
+    damaged: list[str] = []
 
     def leave_out(name: str, reason: str) -> None:
         dropped[reason] = dropped.get(reason, 0) + 1
@@ -134,6 +137,9 @@ def import_unit(
 
     with job.writer(number) as writer:
         for item in readers.read_unit(unit, reading.caption_keys, reading.image_key):
+            if isinstance(item, Problem) and item.of_file:
+                damaged.append(item.name)
+                continue
             tick()
             if isinstance(item, Problem):
                 leave_out(item.name, item.reason)
@@ -147,7 +153,7 @@ def import_unit(
             kept += 1
             captions += len(item.texts)
     result = {"kept": kept, "captions": captions, "dropped": dropped, "examples": examples}
-    job.finish(number, kept, result)
+    job.finish(number, kept, {**result, "damaged": damaged[:_EXAMPLES]})
 
 
 def import_dataset(
@@ -192,7 +198,8 @@ def import_dataset(
     job = Job(out, plan, [unit.name for unit in units])
     with job.claim(part) as todo:
         own = len(range(part[0], len(units), part[1]))
-        progress = _Progress(show, own - len(todo), own)
+        known = [units[number].pictures for number in todo]
+        progress = _Progress(show, own - len(todo), own, sum(known) if all(known) else 0)
         work = [(job, number, units[number], reading, filters) for number in todo]
         if workers <= 1 or len(todo) <= 1:
             for arguments in work:
@@ -200,14 +207,22 @@ def import_dataset(
                 progress.unit()
         else:
             _spread(work, min(workers, len(todo)), progress)
-    results = job.complete("images", {"source": plan["source"]})
+    results = job.results()
     if results is None:
         return None
     report = summarize(results)
     write_json(job.folder / "report.json", report)
     if not report["kept"]:
-        reasons = ", ".join(f"{reason} {n}" for reason, n in report["dropped"].items())
-        raise UserError(f"nothing of {source} was kept ({reasons}); see {out}/report.json.")
+        reasons = [f"{reason} {n}" for reason, n in report["dropped"].items()]
+        if not report["read"]:
+            reasons = [f"no pictures in {len(units)} file(s)"]
+        if report["damaged_files"]:
+            reasons.append(f"damaged files {report['damaged_files']}")
+        raise UserError(
+            f"nothing of {source} was kept ({', '.join(reasons)}); see {out}/report.json, and run "
+            "the command again with other input or options."
+        )
+    job.complete("images", results, {"source": plan["source"]})
     return report
 
 
@@ -229,6 +244,9 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         "shards": sum(result["shard"] is not None for result in results),
         "dropped": dict(sorted(dropped.items(), key=lambda entry: -entry[1])),
         "examples": examples,
+        # Nobody knows how many pictures were in what could not be read of them.
+        "damaged_files": sum(bool(result["damaged"]) for result in results),
+        "damage": [place for result in results for place in result["damaged"]][:_EXAMPLES],
     }
 
 
@@ -242,14 +260,25 @@ def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
         examples = report["examples"][reason]
         more = ", ..." if number > len(examples) else ""
         yield f"  left out, {reason}: {number} ({', '.join(examples)}{more})"
+    if report["damaged_files"]:
+        places = ", ".join(report["damage"])
+        yield f"  damaged files, read in part: {report['damaged_files']} ({places})"
 
 
 class _Progress:
     """Counts units and pictures, and shows them now and then."""
 
-    def __init__(self, show: Callable[[str], None], done: int, total: int):
+    def __init__(self, show: Callable[[str], None], done: int, total: int, expected: int):
+        """Begins to count.
+
+        Args:
+          show: is given a line twice a second, and the last one.
+          done: units that were there already.
+          total: units.
+          expected: pictures in those that were not, 0 where that is not known.
+        """
         self.pictures = 0
-        self._show, self._done, self._total = show, done, total
+        self._show, self._done, self._total, self._expected = show, done, total, expected
         self._first, self._start, self._shown = done, time.perf_counter(), -math.inf
 
     def tick(self) -> None:
@@ -265,14 +294,25 @@ class _Progress:
         if not now and clock - self._shown < 0.5:
             return
         self._shown = clock
-        seconds = clock - self._start
-        line = f"unit {self._done}/{self._total}  {self.pictures} pictures"
+        self._show(self._line(clock - self._start))
+
+    def _line(self, seconds: float) -> str:
+        of = f"/{self._expected}" if self._expected else ""
+        line = f"unit {self._done}/{self._total}  {self.pictures}{of} pictures"
         if seconds > 1:
             line += f"  {self.pictures / seconds:.0f} pictures/s"
-        if self._done > self._first:
-            rest = (self._total - self._done) * seconds / (self._done - self._first)
-            line += f"  about {rest / 60:.0f} min left"
-        self._show(line)
+        if self._done == self._total:
+            return line
+        # By pictures where their number is known, else by units.
+        whole, part = self._total - self._first, self._done - self._first
+        if self._expected:
+            whole, part = self._expected, self.pictures
+        if part:
+            rest = max(whole - part, 0) * seconds / part
+            line += (
+                f"  about {rest / 60:.0f} min left" if rest > 90 else f"  about {rest:.0f} s left"
+            )
+        return line
 
 
 def _spread(work: list[tuple], workers: int, progress: _Progress) -> None:

@@ -44,7 +44,8 @@ class Job:
 
         Args:
           out: the folder; made if it is not there.
-          plan: what the result depends on, as JSON; must be the same when going on.
+          plan: what the result depends on, as JSON; must be the same when going on with a folder
+            in which there is a shard.
           units: names of the units, in order.
 
         Raises:
@@ -56,7 +57,9 @@ class Job:
         try:
             (self.folder / _SHARDS).mkdir(parents=True, exist_ok=True)
             if path.exists():
-                _check_plan(path, whole)
+                if changed := _changes(path, whole):
+                    self._begin_anew(changed)
+                    write_json(path, whole)
                 return
             # Another part of the same work may have written its plan by now.
             others = sorted({p.name for p in self.folder.iterdir()} - {_SHARDS, _PLAN})
@@ -66,6 +69,39 @@ class Job:
             write_json(path, whole)
         except OSError as error:
             raise UserError(f"{self.folder} cannot be written ({error.strerror}).") from None
+
+    def _begin_anew(self, changed: list[str]) -> None:
+        """Clears a folder in which no shard was made.
+
+        Raises:
+          UserError: there is one, or another process is at it.
+        """
+        folder = self.folder / _SHARDS
+        if any(folder.glob("*.arrayrecord")):
+            names = ", ".join("input" if name == "source" else name for name in changed)
+            raise UserError(
+                f"{self.folder} was begun with other {names}; give the same input and options to "
+                "go on, or choose another folder."
+            )
+        with contextlib.ExitStack() as stack:
+            for lock in self.folder.glob(".lock-*"):
+                stack.enter_context(self._locked(lock))
+            self.manifest.unlink(missing_ok=True)
+            for path in (*folder.glob("[0-9]*.json"), *folder.glob(".[0-9]*")):
+                path.unlink(missing_ok=True)
+
+    @contextlib.contextmanager
+    def _locked(self, path: Path) -> Iterator[None]:
+        import fcntl
+
+        with path.open("a") as lock:
+            try:
+                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except OSError:
+                raise UserError(
+                    f"another process is writing {self.folder}; wait for it, or end it."
+                ) from None
+            yield
 
     @contextlib.contextmanager
     def claim(self, part: tuple[int, int]) -> Iterator[list[int]]:
@@ -80,17 +116,9 @@ class Job:
         Raises:
           UserError: another process is at it.
         """
-        import fcntl
-
         index, count = part
         own = range(index, len(self.units), count)
-        with (self.folder / f".lock-{index}-{count}").open("a") as lock:
-            try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
-                raise UserError(
-                    f"another process is writing {self.folder}; wait for it, or end it."
-                ) from None
+        with self._locked(self.folder / f".lock-{index}-{count}"):
             for path in (self.folder / _SHARDS).glob(".*"):
                 number = path.name[1:].split(".")[0]
                 if number.isdigit() and int(number) in own:
@@ -125,19 +153,18 @@ class Job:
             self._path(number, "json"), {**result, "unit": self.units[number], "shard": shard}
         )
 
-    def complete(self, content: str, details: Mapping[str, Any]) -> list[dict[str, Any]] | None:
-        """Writes `dataset.json` if all units of all parts are done.
-
-        Returns:
-          The results of all units, or None while some are not done.
-        """
+    def results(self) -> list[dict[str, Any]] | None:
+        """What was noted of all units of all parts, or None while some are not done."""
         results = [self.result(number) for number in range(len(self.units))]
         done = [result for result in results if result is not None]
-        if len(done) < len(results):
-            return None
-        shards = [Shard(**result["shard"]) for result in done if result["shard"]]
+        return done if len(done) == len(results) else None
+
+    def complete(
+        self, content: str, results: Sequence[Mapping[str, Any]], details: Mapping[str, Any]
+    ) -> None:
+        """Writes `dataset.json` of the results of all units."""
+        shards = [Shard(**result["shard"]) for result in results if result["shard"]]
         write_manifest(self.folder, content, shards, details)
-        return done
 
     @property
     def manifest(self) -> Path:
@@ -148,14 +175,10 @@ class Job:
         return self.folder / _SHARDS / f"{number:05d}.{suffix}"
 
 
-def _check_plan(path: Path, plan: dict[str, Any]) -> None:
+def _changes(path: Path, plan: dict[str, Any]) -> list[str]:
+    """Returns the keys of a plan that are not what a file says."""
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
         raise UserError(f"{path} is damaged; choose another folder.") from None
-    changed = [key for key in plan if not isinstance(begun, dict) or begun.get(key) != plan[key]]
-    if changed:
-        raise UserError(
-            f"{path.parent} was begun with another {', '.join(changed)}; give the same input and "
-            "options to go on, or choose another folder."
-        )
+    return [key for key in plan if not isinstance(begun, dict) or begun.get(key) != plan[key]]

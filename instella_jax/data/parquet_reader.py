@@ -52,7 +52,7 @@ def read_parquet(path: str, keys: Sequence[str], image_key: str = "") -> Iterato
     except FileNotFoundError:
         raise UserError(f"{path} does not exist any more; give the input as it was.") from None
     except (ArrowException, OSError, UnicodeDecodeError):
-        yield Problem(f"{path} from row {row}", _DAMAGED)
+        yield Problem(f"{path} from row {row}", _DAMAGED, of_file=True)
 
 
 def _image_column(path: str, names: list[str], image_key: str) -> str:

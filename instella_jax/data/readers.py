@@ -36,10 +36,18 @@ class Item:
 
 @dataclasses.dataclass(frozen=True)
 class Problem:
-    """Something that could not be read: its name and why, in a few words that are counted."""
+    """Something that could not be read.
+
+    Attributes:
+      name: of it.
+      reason: why, in a few words that are counted.
+      of_file: whether it is a damaged file, of which nobody knows how many pictures it held, and
+        not one picture.
+    """
 
     name: str
     reason: str
+    of_file: bool = False
 
 
 @dataclasses.dataclass(frozen=True)
@@ -52,6 +60,7 @@ class Unit:
       path: a file, or the folder of the whole data set.
       rows: its part of that: (start, stop) of a TFDS split, or (picture, captions or caption file).
       split: of a TFDS data set.
+      pictures: how many it has, 0 where that is not known before it is read.
     """
 
     name: str
@@ -59,6 +68,7 @@ class Unit:
     path: str
     rows: tuple[Any, ...] = ()
     split: str = ""
+    pictures: int = 0
 
 
 def find_units(
@@ -93,7 +103,7 @@ def find_units(
 
         total = count(root, split)
         ranges = [(start, min(start + size, total)) for start in range(0, total, size)]
-        return [Unit(f"{split}[{a}:{b}]", kind, str(root), (a, b), split) for a, b in ranges]
+        return [Unit(f"{split}[{a}:{b}]", kind, str(root), (a, b), split, b - a) for a, b in ranges]
     if kind == "folder":
         from instella_jax.data.folder import list_pictures
 
@@ -102,9 +112,8 @@ def find_units(
         for start in range(0, len(entries), size):
             rows = tuple(entries[start : start + size])
             digest = zlib.crc32(repr(rows).encode())
-            units.append(
-                Unit(f"{rows[0][0]} and {len(rows)} ({digest:08x})", kind, str(root), rows)
-            )
+            name = f"{rows[0][0]} and {len(rows)} ({digest:08x})"
+            units.append(Unit(name, kind, str(root), rows, pictures=len(rows)))
         return units
     raise UserError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}.")
 

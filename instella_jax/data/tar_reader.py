@@ -44,7 +44,7 @@ def read_tar(path: str, keys: Sequence[str]) -> Iterator[Item | Problem]:
                 yield _sample(current, sample, keys)
             current, sample = key, {}
         if isinstance(value, str):
-            yield Problem(name, value)
+            yield Problem(name, value, of_file=value == _DAMAGED)
         elif kind.lower() in (*_IMAGES, "txt", "json"):
             sample[kind.lower()] = value
     if sample:
@@ -82,7 +82,7 @@ def _members(path: str) -> Iterator[tuple[str, bytes | str]]:
                     file = tar.extractfile(member)
                     content = file.read() if file else b""
                     if len(content) < member.size:
-                        yield member.name, _DAMAGED
+                        yield f"{path} at byte {member.offset}", _DAMAGED
                         return
                     yield member.name, content
             if not _zeros(tar, end, None):

@@ -1,6 +1,8 @@
 """Import of real small files of each form, damaged ones among them, and of killed imports."""
 
+import fcntl
 import io
+import itertools
 import json
 import os
 import signal
@@ -14,6 +16,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from instella_jax.data import importing
 from instella_jax.data.importing import Filters, Reading, import_dataset, report_lines
 from instella_jax.data.readers import captions, find_units, label_caption, read_unit
 from instella_jax.data.shards import ImageShards, Records
@@ -136,17 +139,20 @@ def test_a_damaged_tar_is_read_past_the_damage(tmp_path):
     report = import_dataset(path, tmp_path / "one")
     keys = [f"{n:06d}" for n in range(10, 20)]
     assert list(contents(tmp_path / "one")) == [key for key in keys if key != "000013"]
-    assert report["dropped"] == {"damaged tar": 1, "no picture": 1}
+    assert report["dropped"] == {"no picture": 1} and report["damaged_files"] == 1
+    assert (report["read"], report["kept"]) == (10, 9)
+    assert f"  damaged files, read in part: 1 ({path} at byte {offset})" in report_lines(report)
     # Cut off within a picture, and between two members.
     for cut in (offset + 600, offset):
         path.write_bytes(whole[:cut])
         out = tmp_path / f"cut{cut}"
         report = import_dataset(path, out)
         assert list(contents(out)) == keys[:3]
-        assert report["dropped"]["damaged tar"] == 1
+        assert report["damaged_files"] == 1 and report["read"] == report["kept"] == 3
     # Two whole tars in one file are no damage.
     path.write_bytes(whole + whole)
-    assert import_dataset(path, tmp_path / "two")["dropped"] == {}
+    report = import_dataset(path, tmp_path / "two")
+    assert report["dropped"] == {} and report["damaged_files"] == 0
 
 
 def test_a_damaged_compressed_tar(tmp_path):
@@ -156,7 +162,8 @@ def test_a_damaged_compressed_tar(tmp_path):
     path.write_bytes(data[: len(data) // 2])
     (tmp_path / "b.tar").write_bytes(b"no tar at all" * 100)
     report = import_dataset(tmp_path, tmp_path / "out")
-    assert report["dropped"] == {"damaged tar": 2} and 5 < report["kept"] < 30
+    assert report["dropped"] == {} and 5 < report["kept"] < 30
+    assert report["damaged_files"] == len(report["damage"]) == 2
 
 
 def test_parquet(tmp_path):
@@ -190,8 +197,9 @@ def test_parquet(tmp_path):
     ]  # fmt: skip
     assert [round(mean, -1) for _, mean in found.values()] == [10, 40, 50]
     assert report["dropped"] == {
-        "no caption": 2, "watermark": 1, "no picture": 1, "damaged parquet file": 1,
+        "no caption": 2, "watermark": 1, "no picture": 1,
     }  # fmt: skip
+    assert report["read"] == 7 and report["damage"] == [f"{tmp_path / 'c.parquet'} from row 0"]
     parquet.write_table(pa.table({"url": ["http://x"]}), tmp_path / "d.parquet")
     with pytest.raises(UserError, match="has no column image or .*only url.*not fetched"):
         import_dataset(tmp_path / "d.parquet", tmp_path / "none")
@@ -242,6 +250,16 @@ def test_tfds(tmp_path):
     assert sorted(round(mean, -1) for _, mean in found) == [10, 20, 30, 40, 50, 60, 70]
     for texts, mean in found:
         assert texts == ["A photo of cat" if round(mean, -1) % 20 == 0 else "A photo of red fox"]
+    (path,) = folder.glob("*train*array_record*")
+    data = bytearray(path.read_bytes())
+    # In a picture's file of a record, and in what frames another.
+    for place in (data.index(picture(30)) + 40, data.index(picture(60)) - 30):
+        data[place] ^= 0x10
+    path.write_bytes(data)
+    damaged = import_dataset(folder, tmp_path / "damaged", unit_size=3)
+    assert damaged["dropped"] == {"damaged record": 2} and damaged["kept"] == 5
+    kept = [round(mean, -1) for _, mean in contents(tmp_path / "damaged").values()]
+    assert sorted(kept) == [10, 20, 40, 50, 70]
     with pytest.raises(UserError, match="no split 'test', only train"):
         import_dataset(folder, tmp_path / "none", split="test")
     with pytest.raises(UserError, match="is not a TFDS data set"):
@@ -302,8 +320,14 @@ def test_what_cannot_be_imported_is_one_sentence(tmp_path):
     write_tar(tmp_path / "a.tar", [("x.jpg", b"x"), ("x.txt", b"x")])
     with pytest.raises(UserError, match=r"nothing of .* was kept \(broken picture 1\)"):
         import_dataset(tmp_path / "a.tar", tmp_path / "out")
-    with pytest.raises(UserError, match="max_aspect is 0.5"):
-        Filters(max_aspect=0.5)
+    for wrong, message in (
+        (dict(max_aspect=0.5), "--max-aspect is 0.5: expected 1 or more"),
+        (dict(max_watermark=2.0), "--max-watermark is 2: expected 0 to 1"),
+        (dict(max_watermark=float("nan")), "--max-watermark is nan"),
+        (dict(min_side=-1), "--min-side is -1: expected at least 0"),
+    ):
+        with pytest.raises(UserError, match=message):
+            Filters(**wrong)
     with pytest.raises(UserError, match="is not empty"):
         import_dataset(tmp_path / "a.tar", tmp_path)
 
@@ -312,11 +336,64 @@ def test_going_on_asks_for_the_same_work(tmp_path):
     write_tar(tmp_path / "a.tar", samples([10]))
     first = import_dataset(tmp_path / "a.tar", tmp_path / "out")
     assert import_dataset(tmp_path / "a.tar", tmp_path / "out") == first
-    with pytest.raises(UserError, match="begun with another options"):
+    with pytest.raises(UserError, match="begun with other options"):
         import_dataset(tmp_path / "a.tar", tmp_path / "out", filters=Filters(min_side=1))
     write_tar(tmp_path / "a.tar", samples(range(10, 20)))
-    with pytest.raises(UserError, match="begun with another units"):
+    with pytest.raises(UserError, match="begun with other units"):
         import_dataset(tmp_path / "a.tar", tmp_path / "out")
+
+
+def test_where_nothing_was_kept_another_try_begins_anew(tmp_path):
+    path, out = tmp_path / "a.tar", tmp_path / "out"
+    write_tar(path, samples([10, 20]))
+    for filters in (Filters(min_side=100), Filters(min_side=50)):
+        with pytest.raises(UserError, match=r"nothing of .* was kept \(too small 2\)"):
+            import_dataset(path, out, filters=filters)
+        assert not (out / "dataset.json").exists()
+        with pytest.raises(UserError, match="is not a finished data set"):
+            ImageShards(out)
+    # Not under the hands of someone who is at it.
+    with (
+        (out / ".lock-1-2").open("a") as lock,
+        pytest.raises(UserError, match="another process is writing"),
+    ):
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        import_dataset(path, out)
+    assert import_dataset(path, out)["kept"] == 2
+    assert list(contents(out)) == ["000010", "000020"]
+    with pytest.raises(UserError, match="was begun with other options; give"):
+        import_dataset(path, out, filters=Filters(min_side=10))
+
+
+def test_no_pictures_at_all(tmp_path):
+    write_tar(tmp_path / "a.tar", [])
+    write_tar(tmp_path / "b.tar", [("readme.md", b"x")])
+    with pytest.raises(UserError, match=r"was kept \(no pictures in 2 file\(s\)\)"):
+        import_dataset(tmp_path, tmp_path / "out")
+    (tmp_path / "a.tar").write_bytes(b"no tar at all" * 100)
+    with pytest.raises(UserError, match=r"\(no pictures in 2 file\(s\), damaged files 1\)"):
+        import_dataset(tmp_path, tmp_path / "out")
+
+
+def test_progress_tells_what_is_known(tmp_path, monkeypatch):
+    seconds = itertools.count(0.0, 2.0)
+    monkeypatch.setattr(importing.time, "perf_counter", lambda: next(seconds))
+    lines = []
+    for number in range(4):
+        (tmp_path / f"{number}.png").write_bytes(picture(10))
+        (tmp_path / f"{number}.txt").write_text("x")
+    import_dataset(tmp_path, tmp_path / "out", unit_size=4, show=lines.append)
+    assert lines == [
+        *(f"unit 0/1  {n}/4 pictures  0 pictures/s  about {8 - 2 * n} s left" for n in (1, 2, 3)),
+        "unit 0/1  4/4 pictures  0 pictures/s  about 0 s left",
+        "unit 1/1  4/4 pictures  0 pictures/s",
+    ]
+    for number in range(2):
+        write_tar(tmp_path / f"{number}.tar", samples([10, 20]))
+    lines.clear()
+    import_dataset(tmp_path, tmp_path / "tars", kind="webdataset", show=lines.append)
+    assert lines[0] == "unit 0/2  1 pictures  0 pictures/s"
+    assert "about 6 s left" in lines[2] and lines[-1] == "unit 2/2  4 pictures  0 pictures/s"
 
 
 def test_hosts_share_the_work(tmp_path):
