@@ -4,9 +4,12 @@ import io
 import json
 import logging
 import os
+import shutil
+import signal
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import jax
@@ -132,7 +135,7 @@ def test_an_interrupted_encoding_goes_on(pictures, tiny_tokenizer_folder, tmp_pa
     with pytest.raises(Enough):
         encode_dataset(*arguments, tmp_path / "cut", batch_size=8, show=stop)
     assert not (tmp_path / "cut" / "dataset.json").exists()
-    with pytest.raises(UserError, match="begun with another"):
+    with pytest.raises(UserError, match="begun with other"):
         encode_dataset(*arguments, tmp_path / "cut", views=Views(16, crops=2))
     assert encode_dataset(*arguments, tmp_path / "cut", batch_size=8) == encode_dataset(
         *arguments, tmp_path / "whole", batch_size=8
@@ -140,6 +143,60 @@ def test_an_interrupted_encoding_goes_on(pictures, tiny_tokenizer_folder, tmp_pa
     for number in range(2):
         name = f"shards/{number:05d}.arrayrecord"
         assert (tmp_path / "cut" / name).read_bytes() == (tmp_path / "whole" / name).read_bytes()
+
+
+def test_cut_shards_are_told_once_and_nothing_but_them_is_no_data_set(
+    pictures, tiny_tokenizer_folder, tmp_path, caplog
+):
+    caplog.set_level(logging.WARNING)
+    source = shutil.copytree(pictures[0], tmp_path / "in")
+    cut = source / "1.arrayrecord"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    report = encode_dataset(str(tiny_tokenizer_folder), source, tmp_path / "out")
+    assert (report["kept"], report["dropped"]) == (5, 6)
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 2 and "k4" in told[0] and "1.arrayrecord" in told[1]
+    cut = source / "0.arrayrecord"
+    cut.write_bytes(cut.read_bytes()[:-1])
+    with pytest.raises(UserError, match="no picture of .* could be encoded"):
+        encode_dataset(str(tiny_tokenizer_folder), source, tmp_path / "none")
+    assert not (tmp_path / "none" / "dataset.json").exists()
+
+
+@pytest.mark.slow
+def test_a_killed_encoding_loses_and_repeats_nothing(tiny_tokenizer_folder, tmp_path):
+    folder, image = tmp_path / "in", io.BytesIO()
+    folder.mkdir()
+    Image.effect_noise((512, 512), 60).convert("RGB").save(image, "png")
+    shards = []
+    for number in range(6):
+        path = folder / f"{number}.arrayrecord"
+        with shard_writer(path, path.with_suffix(".scratch")) as writer:
+            for row in range(40):
+                writer.write({"key": f"{number}-{row}", "texts": ["noise"]}, image.getvalue())
+        shards.append(Shard(path.name, 40, path.stat().st_size))
+    write_manifest(folder, "images", shards, {})
+    out, arguments = tmp_path / "out", (str(tiny_tokenizer_folder), str(folder))
+    command = [sys.executable, "-m", "instella_jax", "data", "encode", *arguments, str(out)]
+    process = subprocess.Popen(
+        [*command, "--crops=2", "--batch-size=8", "--distributed=off"], stdout=subprocess.DEVNULL
+    )
+    done = out / "shards" / "00002.json"
+    while process.poll() is None and not done.exists():
+        time.sleep(0.002)
+    process.kill()
+    assert process.wait() == -signal.SIGKILL
+    assert done.exists() and not (out / "dataset.json").exists()
+    views = Views(model_folder.read_description(tiny_tokenizer_folder)["image_size"], crops=2)
+    begun = done.stat().st_mtime_ns
+    for path in (out, tmp_path / "whole"):
+        encode_dataset(*arguments, path, views=views, batch_size=8)
+    assert done.stat().st_mtime_ns == begun
+    found, whole = (
+        {path.name: path.read_bytes() for path in (folder / "shards").iterdir()}
+        for folder in (out, tmp_path / "whole")
+    )
+    assert found == whole and len(CodeShards(out)) == 240
 
 
 @pytest.mark.slow
