@@ -1,8 +1,7 @@
 """What a run begins with: sizes that fit each other, parameters and state on the mesh."""
 
 import math
-from collections.abc import Mapping
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from typing import Any
 
 import jax
