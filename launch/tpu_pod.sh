@@ -13,8 +13,9 @@
 source "$(dirname "${BASH_SOURCE[0]}")/run.sh"
 
 usage="usage: launch/tpu_pod.sh [--dry-run] TPU ZONE --config=FILE ..."
-tpu="${1:?$usage}"
-zone="${2:?$usage}"
+(($# >= 3)) || say_usage
+tpu="$1"
+zone="$2"
 shift 2
 
 # --distributed=tpu: the hosts find each other through the pod's metadata.

@@ -50,17 +50,18 @@ def free_port():
         return server.getsockname()[1]
 
 
-def test_every_script_but_the_shared_one_can_be_run():
-    assert len(SCRIPTS) == 6
+def test_every_script_but_the_shared_ones_can_be_run():
+    assert len(SCRIPTS) == 7
     for path in SCRIPTS:
         runnable = bool(path.stat().st_mode & stat.S_IXUSR)
-        assert runnable == (path.name != "run.sh"), path
+        assert runnable == (path.name not in ("run.sh", "chip.sh")), path
 
 
 def test_shellcheck_has_nothing_to_say():
-    shellcheck = shutil.which("shellcheck")
-    if shellcheck is None:
-        pytest.skip("shellcheck is not installed")
+    # Beside the interpreter, whose environment need not be the shell's.
+    places = [str(Path(sys.executable).parent), os.environ["PATH"]]
+    shellcheck = shutil.which("shellcheck", path=os.pathsep.join(places))
+    assert shellcheck is not None, "pip install -e '.[test]' brings it"
     result = subprocess.run(
         [shellcheck, "-x", *(f"launch/{path.name}" for path in SCRIPTS)],
         cwd=ROOT, capture_output=True, text=True, check=False,
@@ -78,6 +79,28 @@ def test_one_machine_sets_what_the_chip_needs():
     assert settings["JAX_OPTIMIZATION_LEVEL"] == "O1"
     settings, _ = dry("one_machine.sh", "cpu", *words)
     assert settings == {"JAX_PLATFORMS": "cpu", "GLIBC_TUNABLES": "glibc.malloc.hugetlb=1"}
+
+
+def test_slurm_sets_what_the_chip_needs_where_it_is_told():
+    """Several nodes of a chip need what one machine of it does."""
+    for kind in ("cpu", "cuda", "rocm"):
+        alone, _ = dry("one_machine.sh", kind, "--config=a.py")
+        assert alone["JAX_PLATFORMS"] == kind
+        assert dry("slurm.sh", "--config=a.py", KIND=kind)[0] == alone
+    assert dry("slurm.sh", "--config=a.py")[0] == {"XLA_PYTHON_CLIENT_MEM_FRACTION": ".9"}
+    result = launch("slurm.sh", "--config=a.py", KIND="abacus")
+    assert result.returncode == 2 and "cuda or rocm" in result.stderr
+
+
+def test_settings_reach_the_command(tmp_path):
+    srun = tmp_path / "srun"
+    srun.write_text('#!/bin/sh\necho "$XLA_FLAGS,$RCCL_MSCCL_ENABLE"\n')
+    srun.chmod(0o755)
+    path = f"{tmp_path}{os.pathsep}{os.environ['PATH']}"
+    result = launch("slurm.sh", "--config=a.py", PATH=path, KIND="rocm")
+    flags, msccl = result.stdout.splitlines()[-1].split(",")
+    assert msccl == "0" and "--xla_gpu_enable_command_buffer=" in flags.split()
+    assert len(flags.split()) == 6
 
 
 def test_what_the_caller_has_set_holds():
@@ -99,6 +122,16 @@ def test_processes_share_an_address():
     settings, commands = dry("processes.sh", "3", "--config=a.py", PORT="1234")
     assert settings == {"JAX_COORDINATOR_ADDRESS": "127.0.0.1:1234", "JAX_NUM_PROCESSES": "3"}
     assert {words[1] for words in commands} == {f"JAX_PROCESS_ID={index}" for index in range(3)}
+    # Those of a run on several hosts, in whose shell this one is started.
+    others = {"JAX_COORDINATOR_ADDRESS": "far:1", "JAX_NUM_PROCESSES": "4"}
+    assert dry("processes.sh", "3", "--config=a.py", PORT="1234", **others)[0] == settings
+
+
+def test_a_number_of_processes_is_one_of_at_least_1():
+    for count in ("two", "0", "-1", "1.5", "", "2x", "--config=a.py"):
+        result = launch("processes.sh", "--dry-run", count, "--config=a.py")
+        assert result.returncode == 2 and "COUNT of at least 1" in result.stderr, count
+        assert result.stderr.count("\n") == 1 and result.stdout == ""
 
 
 def test_slurm_tpu_and_container_print_their_commands():
@@ -115,14 +148,26 @@ def test_slurm_tpu_and_container_print_their_commands():
     assert "--device=/dev/kfd" in command and "image" in command
 
 
-@pytest.mark.parametrize("script", ["one_machine.sh", "processes.sh", "tpu_pod.sh"])
-def test_without_arguments_they_say_how(script):
-    result = launch(script)
-    assert result.returncode != 0 and f"usage: launch/{script}" in result.stderr
+def test_without_arguments_they_say_how(tmp_path):
+    # None of what the scripts would start is found there.
+    bash, dirname = shutil.which("bash"), shutil.which("dirname")
+    assert bash is not None and dirname is not None
+    (tmp_path / "dirname").symlink_to(dirname)
+    for path in SCRIPTS:
+        if path.name in ("run.sh", "chip.sh"):
+            continue
+        for arguments in ((), ("--dry-run",)):
+            result = subprocess.run(
+                [bash, path, *arguments], cwd=ROOT, env={"PATH": str(tmp_path)},
+                capture_output=True, text=True, check=False,
+            )  # fmt: skip
+            assert result.returncode == 2 and result.stdout == "", path
+            assert result.stderr.startswith(f"usage: launch/{path.name}"), result.stderr
+            assert result.stderr.count("\n") == 1
 
 
 def test_an_unknown_machine_says_how():
-    result = launch("one_machine.sh", "abacus")
+    result = launch("one_machine.sh", "abacus", "--config=a.py")
     assert result.returncode == 2 and "cpu|cuda|rocm" in result.stderr
 
 
