@@ -56,8 +56,8 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     """
     mesh = sharding.make_mesh(config.mesh)
     check_sizes(config, mesh)
-    claim_workdir(workdir, config)
     stage = make_stage(config)
+    claim_workdir(workdir, config)
     try:
         with only_run(workdir), sharding.use(mesh):
             return _Run(config, Path(workdir), stage, mesh).go()
