@@ -135,19 +135,15 @@ def draw(config: Config, workdir: str | os.PathLike[str] | None) -> Path | None:
     options = options_from_config(config.sample)
     out = Path(config.sample.out or (Path(workdir) / "drawn" if workdir else "drawn"))
     first = jax.process_index() == 0
-    if first:
-        try:
-            out.mkdir(parents=True, exist_ok=True)
-        except OSError as error:
-            raise _cannot_write(out, error) from None
     pipeline, source = load_pipeline(config, workdir)
+    batches = pipeline.batches(prompts, options)
     captions = [p for p in prompts for _ in range(options.images_per_prompt)]
     progress, rate = Progress(enabled=first), Throughput()
     progress.message(f"drawing {len(captions)} picture(s) with {source}")
     album = Album(out, captions, config.sample) if first else None
     start, done = time.perf_counter(), 0
     with contextlib.closing(progress):
-        for pictures in pipeline.batches(prompts, options):
+        for pictures in batches:
             if album is not None:
                 album.add(pictures)
             done += len(pictures)
@@ -167,13 +163,20 @@ class Album:
     """Writes pictures as they come: PNG files, `metadata.jsonl`, and a grid every so often."""
 
     def __init__(self, out: Path, captions: list[str], sample: Config):
-        """Goes on after the numbers that are there.
+        """Makes the folder, or goes on after the numbers that are there.
 
         Args:
           out: the folder.
           captions: prompt of each picture that will come, those of a prompt together.
           sample: the config's `sample` section, which `metadata.jsonl` repeats.
+
+        Raises:
+          UserError: the folder cannot be made.
         """
+        try:
+            out.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise _cannot_write(out, error) from None
         self._out, self._captions, self._sample = out, captions, sample
         self._first, self._done = next_number(out), 0
         self._sheet: list[np.ndarray] = []

@@ -263,11 +263,19 @@ class InstellaPipeline:
         return np.concatenate(list(self.batches(prompts, options)))
 
     def batches(self, prompts: Sequence[str], options: Options = Options()) -> Iterator[np.ndarray]:
-        """Draws prompts in the order of `__call__`, yielding a batch of pictures at a time."""
+        """Draws prompts in the order of `__call__`, a batch of pictures at a time.
+
+        What cannot be drawn is refused here, before the first batch is asked for.
+        """
         if not prompts:
             raise UserError("there is no prompt to draw")
         height, width = options.height or self.image_size, options.width or self.image_size
         self.tokenizer.config.grid(height, width)
+        return self._batches(prompts, options, height, width)
+
+    def _batches(
+        self, prompts: Sequence[str], options: Options, height: int, width: int
+    ) -> Iterator[np.ndarray]:
         rows = np.repeat(np.arange(len(prompts)), options.images_per_prompt)
         seeds = options.seed + np.tile(np.arange(options.images_per_prompt), len(prompts))
         negative = options.negative_prompt

@@ -98,3 +98,27 @@ def test_a_folder_that_cannot_be_written_is_one_sentence(config, tmp_path):
     (tmp_path / "metadata.jsonl").mkdir()
     with pytest.raises(UserError, match="cannot write pictures to .* \\(Is a directory\\)"):
         draw.Album(tmp_path, ["a cat"], config.sample).add(pictures(1))
+
+
+def test_a_file_in_the_folders_place_is_one_sentence(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write pictures to .* \\(File exists\\)"):
+        draw.Album(tmp_path / "file", ["a cat"], config.sample)
+
+
+@pytest.mark.parametrize(
+    ("workdir", "changes", "sentence"),
+    [
+        ("nowhere", {}, "is not the workdir of a run"),
+        (None, {"init_from": "nowhere"}, "no model at nowhere"),
+        (None, {"tokenizer": "nowhere"}, "no model at nowhere"),
+        (None, {"sample.height": 60}, "image size 60x64 does not fit"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(config, tmp_path, monkeypatch, workdir, changes, sentence):
+    monkeypatch.chdir(tmp_path)
+    config.sample.prompt = "a cat"
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=sentence):
+        draw.draw(config, workdir)
+    assert not list(tmp_path.iterdir())
