@@ -44,40 +44,29 @@ class Rows(grain.IterDataset):
           ahead: samples that the threads read ahead.
         """
         super().__init__(stream)
-        self._stream, self._rows, self._count, self._groups = stream, rows, count, groups
-        self._threads, self._ahead = threads, ahead
+        self.stream, self.rows, self.count, self.groups = stream, rows, count, groups
+        self.threads, self.ahead = threads, max(ahead, 1) if threads else 1
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
         """Leaves of the stream what one of several workers reads; called by grain."""
         del sequential_slice
-        self._stream = self._stream.slice(sl)
+        self.stream = self.stream.slice(sl)
 
     def __iter__(self) -> grain.DatasetIterator:
         """Begins with the first samples."""
-        return _RowsIterator(
-            self._stream, self._rows, self._count, self._groups, self._threads, self._ahead
-        )
+        return _RowsIterator(self)
 
 
 class _RowsIterator(grain.DatasetIterator):
     """Its state is how far in the stream each row is: it is whole after every item."""
 
-    def __init__(
-        self,
-        stream: grain.MapDataset,
-        rows: range,
-        count: int,
-        groups: int,
-        threads: int,
-        ahead: int,
-    ):
+    def __init__(self, of: Rows):
         self._pool: ThreadPoolExecutor | None = None
         super().__init__()
-        self._stream, self._rows, self._count = stream, rows, count
-        self._threads, self._ahead = threads, max(ahead, 1) if threads else 1
+        self._of = of
         # Slots of an item, in order, by the number of their row.
-        self._slots = list(range(len(rows))) * groups
-        self._go_to([0] * len(rows))
+        self._slots = list(range(len(of.rows))) * of.groups
+        self._go_to([0] * len(of.rows))
 
     def _go_to(self, read: Sequence[int]) -> None:
         """Begins where each row has read so many samples."""
@@ -93,9 +82,9 @@ class _RowsIterator(grain.DatasetIterator):
 
     def _order(self, slot: int) -> None:
         """Has one more sample read for the row of a slot: now by a thread, or when it is wanted."""
-        row = slot % len(self._rows)
-        place = self._ordered[row] * self._count + self._rows[row]
-        read = functools.partial(self._stream.__getitem__, place)
+        row = slot % len(self._of.rows)
+        place = self._ordered[row] * self._of.count + self._of.rows[row]
+        read = functools.partial(self._of.stream.__getitem__, place)
         self._orders[row].append(self._pool.submit(read).result if self._pool else read)
         self._ordered[row] += 1
 
@@ -103,9 +92,9 @@ class _RowsIterator(grain.DatasetIterator):
         """Returns the samples of the next item."""
         if not self._started:
             self._started = True
-            if self._threads:
-                self._pool = ThreadPoolExecutor(self._threads, thread_name_prefix="rows")
-            for slot in range(self._ahead):
+            if self._of.threads:
+                self._pool = ThreadPoolExecutor(self._of.threads, thread_name_prefix="rows")
+            for slot in range(self._of.ahead):
                 self._order(slot)
         return [self._sample(slot, row) for slot, row in enumerate(self._slots)]
 
@@ -115,7 +104,7 @@ class _RowsIterator(grain.DatasetIterator):
         while (sample := self._take(row)) is None:
             skipped += 1
             self._order(row)
-        self._order(slot + self._ahead)
+        self._order(slot + self._of.ahead)
         return {**sample, "skipped_before": np.int32(skipped)}
 
     def _take(self, row: int) -> dict[str, Any] | None:
@@ -133,9 +122,9 @@ class _RowsIterator(grain.DatasetIterator):
         Raises:
           ValueError: it is one of another number of rows.
         """
-        if len(state["rows"]) != len(self._rows):
+        if len(state["rows"]) != len(self._of.rows):
             raise ValueError(
-                f"the position is one of {len(state['rows'])} rows, not {len(self._rows)}"
+                f"the position is one of {len(state['rows'])} rows, not {len(self._of.rows)}"
             )
         self._go_to(state["rows"])
 
