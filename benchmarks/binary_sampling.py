@@ -19,7 +19,9 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.arguments import whole
 from benchmarks.timing import where
+from instella_jax.errors import command_line
 from instella_jax.kernels import binary_sampling
 
 REPEATS = 7
@@ -121,16 +123,21 @@ def ways() -> dict[str, dict[str, Any]]:
 def main() -> None:
     """Prints the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
-    parser.add_argument("--batch", type=int, default=64)
-    parser.add_argument("--tokens", type=int, default=128)
-    parser.add_argument("--bits", type=int, default=64)
+    parser.add_argument("--batch", type=whole(), default=64)
+    parser.add_argument("--tokens", type=whole(), default=128)
+    parser.add_argument("--bits", type=whole(), default=64)
     parser.add_argument("--dtype", choices=("bfloat16", "float32"), default="bfloat16")
-    parser.add_argument("--calls", type=int, default=0, help="per timing; default by platform")
+    parser.add_argument("--calls", type=whole(0), default=0, help="per timing; default by platform")
     options = parser.parse_args()
-    calls = options.calls or (10 if jax.default_backend() == "cpu" else 1000)
+    with command_line():
+        run(options)
 
-    rate = copy_rate()
-    print(f"{where()}: copies {rate / 1e9:.1f} GB/s")
+
+def run(options: argparse.Namespace) -> None:
+    """Times both operations in all ways that the device has."""
+    device, rate = where(), copy_rate()
+    calls = options.calls or (10 if jax.default_backend() == "cpu" else 1000)
+    print(f"{device}: copies {rate / 1e9:.1f} GB/s")
     keys = jax.random.split(jax.random.key(0), options.batch)
     shape = (options.batch, options.tokens, options.bits)
     logits = 2 * jax.random.normal(jax.random.key(1), (2, *shape))

@@ -23,6 +23,8 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benchmarks import arguments
+from instella_jax.errors import UserError, command_line
 from instella_jax.manifest import MANIFEST
 from instella_jax.metrics import read_metrics
 
@@ -307,23 +309,40 @@ FAULTS: dict[str, Callable[[Trial], Row]] = {
 def main() -> None:
     """Tries everything, or what is asked for, and prints a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--kills", type=int, default=24, help="kill -9 so many times")
-    parser.add_argument("--damages", type=int, default=6, help="damage so many checkpoints")
-    parser.add_argument("--terms", type=int, default=3, help="SIGTERM so many times")
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument(
+        "--kills", type=arguments.whole(0), default=24, help="kill -9 so many times"
+    )
+    parser.add_argument(
+        "--damages", type=arguments.whole(0), default=6, help="damage so many checkpoints"
+    )
+    parser.add_argument("--terms", type=arguments.whole(0), default=3, help="SIGTERM so many times")
+    parser.add_argument("--seed", type=arguments.whole(0), default=0)
     parser.add_argument("--only", nargs="+", choices=FAULTS, default=list(FAULTS), metavar="FAULT",
                         help=f"some of {', '.join(FAULTS)}")  # fmt: skip
     args = parser.parse_args()
-    with tempfile.TemporaryDirectory() as place:
-        folder = Path(place)
-        runs, whole = Runs(150, str(folder / "xla")), folder / "whole"
-        assert runs.run(whole)[0] == 0
-        trial = Trial(folder, runs, whole, vars(args), random.Random(args.seed))
-        rows = [FAULTS[name](trial) for name in args.only]
+    with command_line():
+        rows = run(args)
     print("\n| tried | times | survived |\n|---|---|---|")
     for what, times, good in rows:
         print(f"| {what} | {times} | {'all' if good else 'NO'} |")
     sys.exit(not all(good for _, _, good in rows))
+
+
+def run(args: argparse.Namespace) -> list[Row]:
+    """Tries what the arguments name.
+
+    Raises:
+      UserError: the run that nothing happens to fails too.
+    """
+    with tempfile.TemporaryDirectory() as place:
+        folder = Path(place)
+        runs, whole = Runs(150, str(folder / "xla")), folder / "whole"
+        status, _, err = runs.run(whole)
+        if status:
+            reason = (err.strip().splitlines() or [f"exit status {status}"])[-1]
+            raise UserError(f"a run fails without any fault: {reason.removeprefix('error: ')}")
+        trial = Trial(folder, runs, whole, vars(args), random.Random(args.seed))
+        return [FAULTS[name](trial) for name in args.only]
 
 
 if __name__ == "__main__":

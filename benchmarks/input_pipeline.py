@@ -13,18 +13,20 @@ import io
 import json
 import tempfile
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 from PIL import Image
 
+from benchmarks.arguments import seconds, whole, whole_list
 from instella_jax.data.codes import CodeShards, PickVariant
 from instella_jax.data.folder import decode_picture
 from instella_jax.data.loader import make_loader
 from instella_jax.data.shards import ImageShards, Shard, shard_writer, write_manifest
 from instella_jax.data.transforms import TrainTransform, crop_resize
+from instella_jax.errors import UserError, command_line
 
 
 def photographs(count: int, side: int) -> list[bytes]:
@@ -160,24 +162,46 @@ def show(name: str, value: float, unit: str = "") -> None:
     print(f"{name:<44}{value:>10.1f}  {unit}".rstrip(), flush=True)
 
 
-def numbers(text: str) -> Iterator[int]:
-    """Reads "0,2"."""
-    return (int(part) for part in text.split(",") if part)
-
-
 def main() -> None:
     """Runs the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--side", type=int, default=512, help="of the crops, in pixels")
-    parser.add_argument("--source-side", type=int, default=768, help="shorter side of the files")
-    parser.add_argument("--workers", default="0,2", help="numbers of worker processes to try")
-    parser.add_argument("--seconds", type=float, default=5.0, help="for each measurement")
+    parser.add_argument("--side", type=whole(), default=512, help="of the crops, in pixels")
+    parser.add_argument(
+        "--source-side", type=whole(12), default=768, help="shorter side of the files"
+    )
+    parser.add_argument(
+        "--workers", type=whole_list, default="0,2", help="numbers of worker processes to try"
+    )
+    parser.add_argument("--seconds", type=seconds, default=5.0, help="for each measurement")
     parser.add_argument("--tokenizer", default="demo", help="model folder; none: do not train")
-    parser.add_argument("--steps", type=int, default=100, help="of training, measured")
+    parser.add_argument("--steps", type=whole(), default=100, help="of training, measured")
     parser.add_argument("--json", type=Path, help="file for the figures")
     options = parser.parse_args()
+    with command_line():
+        check(options)
+        run(options)
+
+
+def check(options: argparse.Namespace) -> None:
+    """Looks first at what is used last.
+
+    Raises:
+      UserError: the tokenizer is none for the demo's generator, or the figures have no place.
+    """
+    from configs import t2i_diffusion
+    from instella_jax.model_folder import code_sizes
+
+    if options.tokenizer != "none":
+        demo: Any = t2i_diffusion.get_config().model
+        code_sizes(options.tokenizer, demo.num_tokens, demo.bits)
+    if options.json and (options.json.is_dir() or not options.json.parent.is_dir()):
+        raise UserError(f"--json={options.json} cannot be written: name a file in a folder")
+
+
+def run(options: argparse.Namespace) -> None:
+    """Measures all, and prints it."""
     files = photographs(16, options.source_side)
     size = sum(map(len, files)) / len(files) / 1024
     print(f"JPEG files of {size:.0f} KiB; images a second:")
@@ -189,7 +213,7 @@ def main() -> None:
         )
         code = CodeShards(write_codes(folder / "codes", 20_000, 1_024))
         transform = TrainTransform(options.side, options.side)
-        for workers in numbers(options.workers):
+        for workers in options.workers:
             where = f"{workers} workers" if workers else "threads"
             speed = loaded(images, transform, 16, workers, options.seconds)
             show(f"loader, shards, {where}", speed)

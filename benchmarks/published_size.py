@@ -13,6 +13,9 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.arguments import whole
+from instella_jax.errors import command_line
+
 PROMPT = "a lighthouse on a rocky coast at sunset, oil painting"
 
 
@@ -41,33 +44,42 @@ def import_random(source: Path, out: Path) -> None:
     print(f"  import {time.perf_counter() - start:.1f} s", flush=True)
 
 
+def run(*arguments: str) -> None:
+    """Runs Python in another process, and ends as it does where it fails: it has told why."""
+    status = subprocess.run([sys.executable, *arguments], check=False).returncode
+    if status:
+        sys.exit(status)
+
+
 def main() -> None:
     """Runs all steps, or one of them in this process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("scratch", type=Path, help="folder for the files; they stay")
     parser.add_argument("--step", nargs="*", help=argparse.SUPPRESS)
-    parser.add_argument("--steps", type=int, default=20, help="of the diffusion sampler")
-    parser.add_argument("--dtype", default="bfloat16", help="of the random files")
+    parser.add_argument("--steps", type=whole(), default=20, help="of the diffusion sampler")
+    parser.add_argument(
+        "--dtype", default="bfloat16", choices=("bfloat16", "float32"), help="of the random files"
+    )
     options = parser.parse_args()
     source, folder = options.scratch / "source", options.scratch / "model"
     if options.step:
-        if options.step[0] == "import":
-            import_random(source, folder)
-        else:
-            draw(folder, options.step[0], int(options.step[1]), options.steps)
+        with command_line():
+            if options.step[0] == "import":
+                import_random(source, folder)
+            else:
+                draw(folder, options.step[0], int(options.step[1]), options.steps)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         print(f"  peak resident memory {peak:.2f} GB", flush=True)
         return
     if not source.exists():
         tool = Path(__file__).parents[1] / "tools/make_random_published.py"
-        made = [str(tool), str(source), "--scale=published", f"--dtype={options.dtype}"]
-        subprocess.run([sys.executable, *made], check=True)
+        run(str(tool), str(source), "--scale=published", f"--dtype={options.dtype}")
     steps = [] if folder.exists() else [["import"]]
     steps += [[kind, str(side)] for side in (512, 1024) for kind in ("diffusion", "ar")]
     for step in steps:
         print(*step, flush=True)
-        same = [__file__, str(options.scratch), f"--steps={options.steps}", "--step", *step]
-        subprocess.run([sys.executable, *same], check=True)
+        same = ("-m", "benchmarks.published_size", str(options.scratch))
+        run(*same, f"--steps={options.steps}", "--step", *step)
 
 
 if __name__ == "__main__":

@@ -16,8 +16,10 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 
+from benchmarks.arguments import whole
 from benchmarks.timing import compare, spread, where
 from instella_jax import sampling, sharding
+from instella_jax.errors import command_line
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import init_params
@@ -110,9 +112,17 @@ def main() -> None:
     )
     parser.add_argument("--what", nargs="+", choices=("ar", "text"), default=["ar", "text"])
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=list(SIZES))
-    parser.add_argument("--batch", type=int, default=1, help="B, images drawn at a time")
-    parser.add_argument("--repeats", type=int, default=5, help="timed calls of each alternative")
+    parser.add_argument("--batch", type=whole(), default=1, help="B, images drawn at a time")
+    parser.add_argument(
+        "--repeats", type=whole(), default=5, help="timed calls of each alternative"
+    )
     options = parser.parse_args()
+    with command_line():
+        run(options)
+
+
+def run(options: argparse.Namespace) -> None:
+    """Times what the arguments name."""
     print(f"{where()}; N = {TOKENS}, float32; seconds: median (least to most)")
     for name in options.sizes:
         if "ar" in options.what:

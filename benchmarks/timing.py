@@ -8,6 +8,8 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
+from instella_jax.platform import find_devices
+
 
 class Spread(NamedTuple):
     """Seconds of repeated calls."""
@@ -27,8 +29,12 @@ def spread(seconds: Sequence[float]) -> Spread:
 
 
 def where() -> str:
-    """The version of jax, the device and how many there are."""
-    devices = jax.devices()
+    """The version of jax, the device and how many there are.
+
+    Raises:
+      UserError: jax does not start.
+    """
+    devices = find_devices()
     return f"jax {jax.__version__}, {len(devices)} x {devices[0].device_kind}"
 
 

@@ -189,7 +189,11 @@ def row(name: str, result: dict[str, Any]) -> str:
 
 
 def run(argv: list[str]) -> None:
-    """Measures the config, or starts a process for each row."""
+    """Measures the config, or starts a process for each row.
+
+    Raises:
+      UserError: an argument cannot be used, or no row could be measured.
+    """
     if _CONFIG.value is None:
         raise UserError(NO_CONFIG)
     if _STEPS.value < 1:
@@ -214,6 +218,8 @@ def run(argv: list[str]) -> None:
             print(f"{result['where']}\n\n| {' | '.join(COLUMNS)} |\n{'|---' * len(COLUMNS)}|")
             head = True
         print(row(name, result), flush=True)
+    if not head:
+        raise UserError("nothing was measured, for the reasons above")
 
 
 def main() -> None:

@@ -106,6 +106,8 @@ def run(argv: list[str]) -> None:
     """Prints the table."""
     if _CONFIG.value is None:
         raise UserError(NO_CONFIG)
+    if _REPEATS.value < 1:
+        raise UserError(f"--repeats is {_REPEATS.value}: expected at least 1")
     platform.start(_CONFIG.value)
     whole, spent = measure(_CONFIG.value, _REPEATS.value)
     print(f"{where()}; batch {_CONFIG.value.train.batch_size}; processor time")
