@@ -1,5 +1,6 @@
 """Eight devices, a compile cache and configs small enough to compile in seconds."""
 
+import collections
 import getpass
 import os
 import tempfile
@@ -33,6 +34,12 @@ def pytest_configure(config):
     """A cache entry that another process is writing, or was killed while writing, is no fault."""
     Path(os.environ["JAX_COMPILATION_CACHE_DIR"]).mkdir(parents=True, exist_ok=True, mode=0o700)
     config.addinivalue_line("filterwarnings", "ignore:Error (reading|writing) persistent")
+
+
+def pytest_collection_modifyitems(items):
+    """Begins with the files that take longest, so that no worker is left with one at the end."""
+    slow = collections.Counter(item.path for item in items if item.get_closest_marker("slow"))
+    items.sort(key=lambda item: -slow[item.path])
 
 
 @pytest.fixture
