@@ -97,6 +97,7 @@ def test_a_workdir_of_another_run_is_left_alone(tmp_path):
     assert contents(tmp_path) == before
 
 
+@pytest.mark.slow
 def test_a_workdir_that_cannot_be_written(tmp_path):
     (tmp_path / "file").write_text("something of the user's")
     for place in ("file", "file/run"):
@@ -136,6 +137,7 @@ def test_data_and_weights_that_are_not_there_leave_no_trace(
     assert {path.name for path in workdir.iterdir()} <= {".lock"}
 
 
+@pytest.mark.slow
 def test_sizes_that_do_not_fit(tmp_path):
     workdir = f"--workdir={tmp_path / 'run'}"
     sentence = mistake(TINY, workdir, "--config.mesh.data=3")
@@ -148,6 +150,7 @@ def test_sizes_that_do_not_fit(tmp_path):
     assert sentence.startswith("mesh data=0, fsdp=1, tensor=1 does not fit")
 
 
+@pytest.mark.slow
 def test_prompts_that_are_not_there(tmp_path):
     (tmp_path / "empty.txt").write_text("\n  \n")
     sample = (TINY_T2I, "--mode=sample", f"--config.sample.out={tmp_path / 'out'}")
@@ -160,6 +163,7 @@ def test_prompts_that_are_not_there(tmp_path):
     assert not (tmp_path / "out").exists()
 
 
+@pytest.mark.slow
 def test_workdirs_without_a_run(tmp_path):
     for mode in ("eval", "sample"):
         sentence = mistake(

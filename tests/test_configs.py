@@ -249,6 +249,7 @@ def names_read(pattern, variable):
     }
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("name", CONFIGS)
 def test_every_key_has_a_reader(name, tmp_path, monkeypatch, tiny_tokenizer_folder):
     config = get_config(name)

@@ -112,6 +112,7 @@ def test_a_broken_environment_is_told_in_sentences():
     assert slurm.endswith("SLURM_NTASKS is 'two': expected a whole number.")
 
 
+@pytest.mark.slow
 def test_this_machine_is_examined():
     run = visit()
     assert "backend     " in run.stdout, run.stderr

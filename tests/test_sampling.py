@@ -59,6 +59,7 @@ def sample(name, text, mask, seeds, **options):
     )
 
 
+@pytest.mark.slow
 @EACH
 def test_an_image_does_not_depend_on_its_batch(name):
     text, mask = prompts(3)

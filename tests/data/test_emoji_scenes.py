@@ -154,6 +154,7 @@ def _holds_heldout(scene: Scene) -> bool:
     return False
 
 
+@pytest.mark.slow
 def test_no_held_out_combination_in_100_000_training_scenes():
     source = EmojiScenes()
     numbers, objects, backgrounds = Counter(), Counter(), Counter()

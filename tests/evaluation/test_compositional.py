@@ -15,6 +15,7 @@ def _true(size: int = 64, **arguments):
     return np.stack([e["image"] for e in elements]), [e["facts"] for e in elements]
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     "arguments",
     [{}, {"places": "free"}, {"styles": ("fluent",)}, {"size": 96, "places": "free"}],
@@ -25,6 +26,7 @@ def test_true_scenes_are_right(arguments: dict):
     assert min(rates.values()) >= 0.97
 
 
+@pytest.mark.slow
 def test_noise_and_blur_are_borne():
     images, scenes = _true()
     noise = np.random.default_rng(0).normal(0, 20, images.shape)
