@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from instella_jax.errors import command_line
+from instella_jax.errors import UserError
 
 _NOTE = "instella_jax/ended"
 # How often the others look, and how long one that fails gives them to.
@@ -43,13 +43,16 @@ def ending_together() -> Iterator[None]:
         return
     others = _Others(client, number)
     try:
-        with command_line():
-            yield
+        yield
         wait_for_all("done")
         others.forget()
-    except SystemExit as error:
-        others.tell(str(error.__context__ or "it was told to stop"))
-        others.end(error.code if isinstance(error.code, int) else 1)
+    except UserError as error:
+        others.tell(str(error), f"error: {error}")
+        others.end(2)
+    except (KeyboardInterrupt, SystemExit) as error:
+        others.tell("it was told to stop")
+        code = error.code if isinstance(error, SystemExit) else 130
+        others.end(code if isinstance(code, int) else 1)
     except BaseException as error:
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
         if others.tell(reason) or not isinstance(error, jax.errors.JaxRuntimeError):
@@ -93,9 +96,14 @@ class _Others:
         self._over.set()
         self._thread.join()
 
-    def tell(self, reason: str) -> bool:
-        """Tells the others why this process ends; returns whether all have heard it in time."""
+    def tell(self, reason: str, line: str = "") -> bool:
+        """Tells the others why this process ends; returns whether all have heard it in time.
+
+        Prints a line first, if given, unless another process has told of its end by now.
+        """
         self._ending.acquire()  # held to the end: a process tells one reason
+        if line:
+            print(line, file=sys.stderr)
         with contextlib.suppress(Exception):  # another was faster
             self._client.key_value_set(_NOTE, f"process {self._number} of this run ended: {reason}")
         return self._meet()
