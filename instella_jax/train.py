@@ -32,7 +32,7 @@ from instella_jax.run_setup import (
 )
 from instella_jax.stages import Stage, make_stage
 from instella_jax.stop_signals import StopRequest
-from instella_jax.train_state import TrainState, make_optimizer, make_step
+from instella_jax.train_state import TrainState, jit_step, make_optimizer
 from instella_jax.workdir_config import claim_workdir, note_config
 from instella_jax.workdir_lock import only_run
 
@@ -87,8 +87,9 @@ class _Run:
         )
         self.frozen = load_frozen(stage, mesh)
         self.checkpoints = Checkpoints(workdir, config.train.keep)
+        self.shapes = state_shapes(stage, config, mesh)
         optimizer = make_optimizer(config.optimizer, config.train.steps)
-        self.step_function = jax.jit(make_step(stage, optimizer, config), donate_argnums=0)
+        self.step_function = jit_step(stage, optimizer, config, self.shapes)
         self.rate = Throughput()
         shapes = buckets.shapes(config)
         self.watch = DataWatch(shapes)
@@ -100,10 +101,9 @@ class _Run:
 
     def first_state(self) -> TrainState:
         """Own checkpoint > init_from > random weights."""
-        shapes = state_shapes(self.stage, self.config, self.mesh)
         if self.first:
-            print_overview(shapes.params)
-        restored = self.checkpoints.restore(shapes, self.loader)
+            print_overview(self.shapes.params)
+        restored = self.checkpoints.restore(self.shapes, self.loader)
         if restored is not None:
             return restored
         state, _ = initial_state(self.stage, self.config, self.mesh)

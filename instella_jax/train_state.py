@@ -169,12 +169,20 @@ def make_step(
             return state, rest
 
         state, (metrics, skipped) = jax.lax.scan(scanned, state, batches)
+        # A sum over devices that waits for nothing could be begun beside those of the gradients. On
+        # a CPU each holds a thread, and there are as many as devices: two begun by some devices may
+        # leave none for the others, and all wait for ever. So these sums wait for the last step.
+        done = state.skipped >= 0
+
+        def total(rows: jax.Array) -> jax.Array:
+            return jnp.sum(jnp.where(done, rows, 0))
+
         counts = {"skipped": jnp.sum(skipped)}
         if "skipped_before" in batches:
-            counts["skipped_samples"] = jnp.sum(batches["skipped_before"])
+            counts["skipped_samples"] = total(batches["skipped_before"])
         if "source" in batches:
             for number, name in enumerate(part_names(config.data)):
-                counts[f"samples_{name}"] = jnp.sum(batches["source"] == number)
+                counts[f"samples_{name}"] = total(batches["source"] == number)
         if "image" in batches and len(shapes := buckets.shapes(config)) > 1:
             *leading, height, width, _ = batches["image"].shape
             for shape in shapes:
@@ -184,3 +192,18 @@ def make_step(
         return state, {**metrics, "skipped_in_a_row": state.skipped, "counts": counts}
 
     return step
+
+
+def jit_step(
+    stage: Stage, optimizer: optax.GradientTransformation, config: Config, state: TrainState
+) -> jax.stages.Wrapped:
+    """Returns `make_step` under jit: it gives up the state, which comes back divided as it was.
+
+    Args:
+      state: arrays or shapes, with their shardings.
+    """
+    # Left to itself, XLA may divide a part of the new state otherwise than that of the old one, and
+    # the next call would compile anew.
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step = make_step(stage, optimizer, config)
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))

@@ -5,11 +5,12 @@ import getpass
 import os
 import tempfile
 from pathlib import Path
+from unittest import mock
 
 import jax
 import pytest
 
-from instella_jax import model_folder, sharding
+from instella_jax import model_folder, platform, sharding
 from instella_jax.stages import init_stage, make_stage
 from tests import tiny_ar, tiny_diffusion, tiny_tokenizer
 
@@ -28,6 +29,9 @@ jax.config.update(
     float(os.environ["JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"]),
 )
 jax.config.update("jax_num_cpu_devices", DEVICES)
+# For this process alone, as jax begins here.
+with mock.patch.dict(os.environ, NPROC=str(platform.THREADS_PER_DEVICE * DEVICES)):
+    jax.devices()
 
 
 def pytest_configure(config):

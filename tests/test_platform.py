@@ -1,5 +1,7 @@
 """A backend of jax that does not start is one sentence, whichever command asked for it."""
 
+import os
+
 import jax
 import pytest
 
@@ -69,3 +71,31 @@ def test_each_command_says_so(broken, monkeypatch, tiny_tokenizer_config, tmp_pa
     with pytest.raises(UserError, match="JAX_PLATFORMS=cuda"):
         cli.run(["data", "encode", "demo", str(tmp_path), str(tmp_path / "out")])
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize(
+    ("mesh", "threads"),
+    [
+        (dict(data=2, fsdp=2, tensor=2), "512"),
+        (dict(data=1, fsdp=4, tensor=1), "256"),
+        (dict(data=8, fsdp=1, tensor=1), None),
+        (dict(data=1, fsdp=1, tensor=1), None),
+    ],
+)
+def test_divided_parameters_get_threads_enough(monkeypatch, tiny_tokenizer_config, mesh, threads):
+    monkeypatch.setenv("NPROC", "1")  # To be put back as it was.
+    monkeypatch.delenv("NPROC")
+    monkeypatch.setattr(platform, "use_cache", lambda: None)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    tiny_tokenizer_config.mesh.update(mesh)
+    platform.start(tiny_tokenizer_config)
+    assert os.environ.get("NPROC") == threads
+
+
+def test_threads_that_the_user_chose_stay(monkeypatch, tiny_tokenizer_config):
+    monkeypatch.setenv("NPROC", "9")
+    monkeypatch.setattr(platform, "use_cache", lambda: None)
+    monkeypatch.setattr(jax.config, "update", lambda name, value: None)
+    tiny_tokenizer_config.mesh.update(fsdp=8, data=1)
+    platform.start(tiny_tokenizer_config)
+    assert os.environ["NPROC"] == "9"

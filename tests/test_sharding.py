@@ -18,6 +18,7 @@ from instella_jax.pipeline import InstellaPipeline
 from instella_jax.run_setup import check_sizes, initial_state, load_frozen
 from instella_jax.stages import init_stage, make_stage
 from instella_jax.train_state import init_state, make_optimizer, make_step
+from tests import collectives
 
 MESHES = {
     "data": dict(data=8, fsdp=1, tensor=1),
@@ -49,7 +50,11 @@ def first_state(config, sizes):
 
 
 def two_steps(config, sizes, state):
-    """Moves a state to a mesh and runs two steps: the losses and the state after them."""
+    """Moves a state to a mesh and runs two steps.
+
+    Returns:
+      The losses, the state after them and the compiled step as text.
+    """
     mesh = mesh_of(sizes)
     stage = make_stage(config)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
@@ -65,13 +70,14 @@ def two_steps(config, sizes, state):
         contextlib.closing(stage.loader("train", batch_size=8, steps_per_call=1)) as loader,
     ):
         frozen = load_frozen(stage, mesh)
-        step = jax.jit(make_step(stage, optimizer, config))
-        for _ in range(2):
-            batch = sharding.arrays(next(loader))
-            rows = sharding.place(batch, sharding.batch_sharding(mesh, leading=1))
-            state, metrics = step(state, frozen, rows)
+        rows = sharding.batch_sharding(mesh, leading=1)
+        batches = [sharding.place(sharding.arrays(next(loader)), rows) for _ in range(2)]
+        step = jax.jit(make_step(stage, optimizer, config), out_shardings=(where, None))
+        step = step.lower(state, frozen, batches[0]).compile()
+        for batch in batches:
+            state, metrics = step(state, frozen, batch)
             losses.append(float(metrics["loss"]))
-    return losses, state
+    return losses, state, step.as_text()
 
 
 def assert_close(a, b):
@@ -92,7 +98,7 @@ def known():
 
 @pytest.fixture
 def on_one_device(config, known):
-    """Initial state, losses of two steps and the state after them."""
+    """Initial state, and what `two_steps` returns."""
     if config.stage not in known:
         initial = first_state(config, ONE)
         known[config.stage] = (initial, *two_steps(config, ONE, initial))
@@ -109,12 +115,15 @@ def on_one_device(config, known):
     indirect=["config"],
 )
 def test_two_steps_are_those_of_one_device(config, on_one_device, name):
-    initial, wanted, one = on_one_device
-    losses, state = two_steps(config, MESHES[name], initial)
+    initial, wanted, one, _ = on_one_device
+    losses, state, compiled = two_steps(config, MESHES[name], initial)
     np.testing.assert_allclose(losses, wanted, atol=1e-5, rtol=0)
     assert_close(state.params, one.params)
     before, after = jax.tree.leaves(initial.params), jax.tree.leaves(one.params)
     assert max(np.abs(x - y).max() for x, y in zip(before, after, strict=True)) > 1e-4
+    assert "all-reduce" in compiled
+    if name == "data":  # For which a CPU has one thread a device.
+        assert not collectives.at_once(compiled)
 
 
 def test_initial_values_are_made_in_their_place_and_those_of_one_device(config, on_one_device):
