@@ -12,7 +12,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instella_jax import main, train
+from instella_jax import main, train, train_state
 from instella_jax.data.watch import DataWatch
 from instella_jax.train_state import make_step
 
@@ -51,6 +51,6 @@ def make_idle_step(*arguments):
 
 
 if __name__ == "__main__":
-    train.DataWatch, train.make_step = Poisoned, make_idle_step
+    train.DataWatch, train_state.make_step = Poisoned, make_idle_step
     del sys.argv[1:4]
     main.main()
