@@ -24,9 +24,9 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks import arguments
+from instella_jax.checkpoints.integrity import MANIFEST
 from instella_jax.errors import UserError, command_line
-from instella_jax.manifest import MANIFEST
-from instella_jax.metrics import read_metrics
+from instella_jax.reporting.metrics import read_metrics
 
 ROOT = Path(__file__).resolve().parents[1]
 LIMIT = 300

@@ -117,8 +117,8 @@ def loaded(source: Any, transform: Any, batch_size: int, workers: int, seconds: 
 
 def training(config: Any, steps: int) -> tuple[float, float]:
     """Images a second, and the share of time that the loop waits, after compiling."""
-    from instella_jax.metrics import read_metrics
-    from instella_jax.train import train
+    from instella_jax.reporting.metrics import read_metrics
+    from instella_jax.training.loop import train
 
     with tempfile.TemporaryDirectory() as workdir:
         config.train.update(
@@ -134,9 +134,9 @@ def training(config: Any, steps: int) -> tuple[float, float]:
 def train_both(folder: Path, tokenizer: str, steps: int) -> None:
     """The demo's generator on scenes in shards, and on their codes."""
     from configs import t2i_diffusion
-    from instella_jax.data.encoding import encode_dataset
-    from instella_jax.data.importing import import_dataset
-    from instella_jax.data.scene_tars import write_tars
+    from instella_jax.preparing.encoding import encode_dataset
+    from instella_jax.preparing.importing import import_dataset
+    from instella_jax.preparing.scene_tars import write_tars
 
     write_tars(folder / "tars", 4_000, 2_000)
     import_dataset(folder / "tars", folder / "scenes")
@@ -191,7 +191,7 @@ def check(options: argparse.Namespace) -> None:
       UserError: the tokenizer is none for the demo's generator, or the figures have no place.
     """
     from configs import t2i_diffusion
-    from instella_jax.model_folder import code_sizes
+    from instella_jax.weights.model_folder import code_sizes
 
     if options.tokenizer != "none":
         demo: Any = t2i_diffusion.get_config().model

@@ -22,7 +22,7 @@ PROMPT = "a lighthouse on a rocky coast at sunset, oil painting"
 def draw(folder: Path, kind: str, side: int, steps: int) -> None:
     """Draws one picture twice, compiling included and not."""
     from instella_jax.models.layers import Execution
-    from instella_jax.pipeline import InstellaPipeline, Options
+    from instella_jax.sampling.pipeline import InstellaPipeline, Options
 
     start = time.perf_counter()
     run = Execution(param_dtype="bfloat16", dtype="bfloat16")
@@ -37,7 +37,7 @@ def draw(folder: Path, kind: str, side: int, steps: int) -> None:
 
 def import_random(source: Path, out: Path) -> None:
     """Imports what tools/make_random_published.py wrote."""
-    from instella_jax.published import import_model
+    from instella_jax.weights.published import import_model
 
     start = time.perf_counter()
     import_model(source / "model", source / "olmo", out)

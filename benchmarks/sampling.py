@@ -18,11 +18,12 @@ import jax.numpy as jnp
 
 from benchmarks.arguments import whole
 from benchmarks.timing import compare, spread, where
-from instella_jax import sampling, sharding
 from instella_jax.errors import command_line
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import init_params
+from instella_jax.runtime import sharding
+from instella_jax.sampling import loops
 from tests import uncached
 
 TOKENS, STEPS, LENGTHS = 128, 20, (64, 128)
@@ -74,12 +75,12 @@ def decoding(name: str, batch: int, repeats: int) -> None:
     size = SIZES[name]
     network = ArTransformer(num_tokens=TOKENS, **size)
     params, (text, mask) = random_params(network), prompts(size, batch, LENGTHS[0])
-    keys = sampling.image_keys(jnp.arange(batch))
+    keys = loops.image_keys(jnp.arange(batch))
     uniforms = jax.random.uniform(jax.random.key(2), (batch, TOKENS, size["bits"]))
     whole = jax.jit(functools.partial(uncached.sample_ar, network))
     times, same = compare(
         {
-            "cached": lambda: sampling.sample_ar(
+            "cached": lambda: loops.sample_ar(
                 network, params, text, mask, keys, guidance=9.0, temperature=0.5, uniforms=uniforms
             ),
             "uncached": lambda: whole(params, text, mask, uniforms, 9.0, 0.5),
@@ -94,10 +95,10 @@ def text_cache(name: str, batch: int, length: int, repeats: int) -> None:
     size = SIZES[name]
     network = DiffusionTransformer(num_tokens=TOKENS, **size)
     params, (text, mask) = random_params(network), prompts(size, batch, length)
-    keys = sampling.image_keys(jnp.arange(batch))
+    keys = loops.image_keys(jnp.arange(batch))
 
     def sample(network: DiffusionTransformer) -> jax.Array:
-        return sampling.sample_diffusion(network, params, text, mask, keys, steps=STEPS)
+        return loops.sample_diffusion(network, params, text, mask, keys, steps=STEPS)
 
     again = Recomputing(num_tokens=TOKENS, **size)
     calls = {"once": lambda: sample(network), "at every step": lambda: sample(again)}

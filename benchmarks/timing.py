@@ -8,7 +8,7 @@ from typing import NamedTuple
 import jax
 import numpy as np
 
-from instella_jax.platform import find_devices
+from instella_jax.runtime.devices import find_devices
 
 
 class Spread(NamedTuple):

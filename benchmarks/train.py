@@ -23,9 +23,10 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from instella_jax.arguments import NO_CONFIG, parse
+from instella_jax.commands.arguments import NO_CONFIG, parse
 from instella_jax.config import Config
 from instella_jax.errors import UserError, command_line
+from instella_jax.stages import parameters
 
 OTHERS = {
     "unroll": (False, True),
@@ -48,7 +49,7 @@ def synthetic(config: Config, stage: Any, mesh: Any) -> tuple[Any, Any]:
     import jax.numpy as jnp
     import numpy as np
 
-    from instella_jax import plan
+    from instella_jax.planning import plan
 
     shapes = plan.frozen_shapes(stage, config, mesh)
 
@@ -85,26 +86,27 @@ def measure(config: Config, steps: int, made_up: bool) -> dict[str, Any]:
     import jax
 
     from benchmarks.timing import where
-    from instella_jax import flops, platform, run_setup, sharding
     from instella_jax.data.watch import DataWatch
+    from instella_jax.runtime import devices, sharding
     from instella_jax.stages import make_stage
-    from instella_jax.train_state import jit_step
+    from instella_jax.training import flops, setup
+    from instella_jax.training.step import jit_step
 
-    platform.start(config)
+    devices.start(config)
     # Compiling is measured, not reading what was compiled before.
     jax.config.update("jax_enable_compilation_cache", False)
     mesh = sharding.make_mesh(config.mesh)
-    run_setup.check_sizes(config, mesh)
+    setup.check_sizes(config, mesh)
     stage, size = make_stage(config), config.train
     with sharding.use(mesh):
         if made_up:
             frozen, loader = synthetic(config, stage, mesh)
         else:
-            frozen = run_setup.load_frozen(stage, mesh)
+            frozen = parameters.load_frozen(stage, mesh)
             loader = stage.loader(
                 "train", batch_size=size.batch_size, steps_per_call=size.steps_per_call
             )
-        state, optimizer = run_setup.initial_state(stage, config, mesh)
+        state, optimizer = setup.initial_state(stage, config, mesh)
         rows, watch = sharding.batch_sharding(mesh, leading=1), DataWatch()
 
         def take() -> Any:

@@ -20,12 +20,13 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from benchmarks.timing import where
-from instella_jax import platform, run_setup, sharding
-from instella_jax.arguments import NO_CONFIG, parse
+from instella_jax.commands.arguments import NO_CONFIG, parse
 from instella_jax.config import Config
 from instella_jax.errors import UserError, command_line
-from instella_jax.stages import make_stage
-from instella_jax.train_state import gradients, make_step
+from instella_jax.runtime import devices, sharding
+from instella_jax.stages import make_stage, parameters
+from instella_jax.training import setup
+from instella_jax.training.step import gradients, make_step
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "Of a generator.")
 _REPEATS = flags.DEFINE_integer("repeats", 10, "Timed calls of each part.")
@@ -53,14 +54,14 @@ def measure(config: Config, repeats: int) -> tuple[float, dict[str, float]]:
     mesh = sharding.make_mesh(config.mesh)
     stage: Any = make_stage(config)
     with sharding.use(mesh):
-        frozen, key = run_setup.load_frozen(stage, mesh), jax.random.key(0)
+        frozen, key = parameters.load_frozen(stage, mesh), jax.random.key(0)
         loader = stage.loader("train", batch_size=config.train.batch_size, prefetch=0)
         spent = {"data": seconds(lambda: next(loader)["image"], repeats)}
         loader.close()
         batch = sharding.place(sharding.arrays(next(stage.loader(
             "train", batch_size=config.train.batch_size
         ))), sharding.batch_sharding(mesh))  # fmt: skip
-        state, optimizer = run_setup.initial_state(stage, config, mesh)
+        state, optimizer = setup.initial_state(stage, config, mesh)
         params = state.params
 
         def timed(function: Callable[..., Any], *args: Any) -> float:
@@ -96,7 +97,7 @@ def measure(config: Config, repeats: int) -> tuple[float, dict[str, float]]:
             return new, opt_state, optax.incremental_update(new, state.ema, 1e-3)
 
         spent["optimizer and average"] = timed(update, grads, state)
-        step = make_step(stage, optimizer, config)
+        step = make_step(stage, optimizer, config, lambda *_: {})
         one = jax.tree.map(lambda x: x[None], batch)
         whole = timed(step, state, frozen, one) + spent["data"]
     return whole, spent
@@ -108,7 +109,7 @@ def run(argv: list[str]) -> None:
         raise UserError(NO_CONFIG)
     if _REPEATS.value < 1:
         raise UserError(f"--repeats is {_REPEATS.value}: expected at least 1")
-    platform.start(_CONFIG.value)
+    devices.start(_CONFIG.value)
     whole, spent = measure(_CONFIG.value, _REPEATS.value)
     print(f"{where()}; batch {_CONFIG.value.train.batch_size}; processor time")
     for name, part in {"data + step": whole, **spent, "sum": sum(spent.values())}.items():

@@ -7,8 +7,8 @@ import sys
 from collections.abc import Sequence
 from pathlib import Path
 
-from instella_jax.data_cli import add_parser as add_data_parser
-from instella_jax.data_cli import run as run_data
+from instella_jax.commands.data import add_parser as add_data_parser
+from instella_jax.commands.data import run as run_data
 from instella_jax.errors import command_line
 
 
@@ -72,7 +72,7 @@ def run(arguments: Sequence[str]) -> None:
         run_data(options)
         return
     if options.command == "doctor":
-        from instella_jax import doctor
+        from instella_jax.commands import doctor
 
         sys.exit(doctor.main())
     # Nothing is computed: an accelerator that someone trains on stays as it is.
@@ -80,13 +80,13 @@ def run(arguments: Sequence[str]) -> None:
     # So that a command that is told to stop still clears its unfinished output away.
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.command == "import":
-        from instella_jax.published import import_model
-        from instella_jax.tensor_files import read_json
+        from instella_jax.weights.published import import_model
+        from instella_jax.weights.tensor_files import read_json
 
         sizes = read_json(options.sizes) if options.sizes else None
         import_model(options.source, options.text_encoder, options.out, sizes)
     else:
-        from instella_jax.export import export_model
+        from instella_jax.weights.export import export_model
 
         export_model(options.source, options.to, options.out)
     print(options.out)

@@ -17,7 +17,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from instella_jax.arguments import NO_CONFIG, parse
+from instella_jax.commands.arguments import NO_CONFIG, parse
 from instella_jax.errors import UserError, command_line
 
 MODES = ("train", "eval", "sample", "plan")
@@ -76,13 +76,13 @@ def dispatch(argv: list[str]) -> None:
     if _CONFIG.value is None:
         raise UserError(NO_CONFIG)
     if _MODE.value == "plan":
-        from instella_jax import plan_report
+        from instella_jax.planning import report
 
-        plan_report.main(_CONFIG.value)
+        report.main(_CONFIG.value)
         return
     # Before jax starts, which reads the cache folder once.
-    from instella_jax import distributed
-    from instella_jax.ending import ending_together
+    from instella_jax.runtime import distributed
+    from instella_jax.runtime.failure import ending_together
 
     setup = distributed.detect(
         os.environ, _DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
@@ -94,24 +94,24 @@ def dispatch(argv: list[str]) -> None:
 
 def run(processes: int) -> None:
     """Trains, evaluates or samples, as one of several processes perhaps."""
-    from instella_jax import platform
+    from instella_jax.runtime import devices
 
-    platform.start(_CONFIG.value, processes, training=_MODE.value != "sample")
+    devices.start(_CONFIG.value, processes, training=_MODE.value != "sample")
     workdir = _WORKDIR.value or default_workdir(config_argument())
     if _MODE.value == "train":
-        from instella_jax.checkpoint import hush_closed_loops
-        from instella_jax.train import train
+        from instella_jax.checkpoints.manager import hush_closed_loops
+        from instella_jax.training.loop import train
 
         hush_closed_loops()
         train(_CONFIG.value, workdir)
     elif _MODE.value == "eval":
-        from instella_jax.evaluation.run import evaluate_config
+        from instella_jax.commands.evaluate import evaluate_config
 
         evaluate_config(_CONFIG.value, _WORKDIR.value)
     else:
-        from instella_jax.draw import draw
+        from instella_jax.commands.generate import generate
 
-        draw(_CONFIG.value, _WORKDIR.value)
+        generate(_CONFIG.value, _WORKDIR.value)
 
 
 def main() -> None:

@@ -10,8 +10,10 @@ from unittest import mock
 import jax
 import pytest
 
-from instella_jax import model_folder, platform, sharding
-from instella_jax.stages import init_stage, make_stage
+from instella_jax.runtime import devices, sharding
+from instella_jax.stages import make_stage
+from instella_jax.stages.base import init_stage
+from instella_jax.weights import model_folder
 from tests import tiny_ar, tiny_diffusion, tiny_tokenizer
 
 DEVICES = 8
@@ -30,7 +32,7 @@ jax.config.update(
 )
 jax.config.update("jax_num_cpu_devices", DEVICES)
 # For this process alone, as jax begins here.
-with mock.patch.dict(os.environ, NPROC=str(platform.THREADS_PER_DEVICE * DEVICES)):
+with mock.patch.dict(os.environ, NPROC=str(devices.THREADS_PER_DEVICE * DEVICES)):
     jax.devices()
 
 

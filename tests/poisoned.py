@@ -12,9 +12,10 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 
-from instella_jax import main, train, train_state
+from instella_jax import main
 from instella_jax.data.watch import DataWatch
-from instella_jax.train_state import make_step
+from instella_jax.training import loop, step
+from instella_jax.training.step import make_step
 
 HOW, FIRST, LAST = sys.argv[1], int(sys.argv[2]), int(sys.argv[3])
 
@@ -51,6 +52,6 @@ def make_idle_step(*arguments):
 
 
 if __name__ == "__main__":
-    train.DataWatch, train_state.make_step = Poisoned, make_idle_step
+    loop.DataWatch, step.make_step = Poisoned, make_idle_step
     del sys.argv[1:4]
     main.main()

@@ -3,12 +3,12 @@
 import os
 import subprocess
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 
-ROOT = Path(__file__).resolve().parents[1]
+from tests.paths import ROOT
+
 TINY = "--config=tests/tiny_tokenizer.py"
 TINY_T2I = "--config=tests/tiny_diffusion.py"
 TOKENIZER = "--config=configs/tokenizer.py"

@@ -2,7 +2,6 @@
 
 import ast
 import importlib
-from pathlib import Path
 from types import SimpleNamespace
 
 import jax
@@ -10,15 +9,19 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 from ml_collections import ConfigDict
-from toy_stage import Points
 
-from instella_jax import draw, model_folder, platform, sharding, train
+from instella_jax.commands import generate
 from instella_jax.data import sources
 from instella_jax.errors import UserError
 from instella_jax.models.functional import abstract_params
-from instella_jax.stages import init_stage, make_stage
+from instella_jax.runtime import devices, sharding
+from instella_jax.stages import make_stage
+from instella_jax.stages.base import init_stage
+from instella_jax.training import loop
+from instella_jax.weights import model_folder
+from tests.paths import ROOT
+from tests.toy_stage import Points
 
-ROOT = Path(__file__).resolve().parents[1]
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 VARIANTS = ("", "instella_512", "instella_1024")
 GENERATORS = ("t2i_diffusion", "t2i_ar")
@@ -200,22 +203,22 @@ def pretend_to_train(config, workdir, monkeypatch):
     with monkeypatch.context() as patch:
         patch.setattr(jax, "jit", shapes_only)
         patch.setattr(sharding, "make_mesh", lambda sizes: [sizes[a] for a in one] and mesh)
-        train.train(config, workdir)
+        loop.train(config, workdir)
 
 
 def pretend_to_draw(config, monkeypatch):
     """Reads prompts and options as --mode=sample does."""
     with monkeypatch.context() as patch:
         blank = SimpleNamespace(batches=lambda *_: [np.zeros((1, 8, 8, 3), np.uint8)])
-        patch.setattr(draw, "load_pipeline", lambda *_: (blank, "nothing"))
-        draw.draw(config, None)
+        patch.setattr(generate, "load_pipeline", lambda *_: (blank, "nothing"))
+        generate.generate(config, None)
 
 
 def pretend_to_start(config, monkeypatch):
     """Chooses devices as main does."""
     with monkeypatch.context() as patch:
         patch.setattr(jax.config, "update", lambda *_: None)
-        platform.start(config)
+        devices.start(config)
 
 
 def read_all_kinds_of_data(config, folder, monkeypatch):

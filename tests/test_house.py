@@ -6,13 +6,12 @@ import subprocess
 import sys
 import tomllib
 from importlib import metadata
-from pathlib import Path
 
 import pytest
 
 import instella_jax
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 HEAVY = ("tensorflow", "torch", "gradio")
 
 

@@ -5,8 +5,6 @@ PARITY_DIR names another folder of the same form.
 
 import functools
 import json
-import os
-from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -14,16 +12,19 @@ import numpy as np
 import pytest
 from safetensors.numpy import load_file
 
-from instella_jax import binary_diffusion, convert, reference_sizes, sampling
 from instella_jax.errors import UserError
+from instella_jax.models import binary_diffusion
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import BinaryTokenizer, code_loss, hard_code
+from instella_jax.sampling import loops
+from instella_jax.weights import convert, reference_sizes
+from tests.paths import PARITY
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
-FOLDER = Path(os.environ.get("PARITY_DIR") or Path(__file__).parent / "data" / "parity")
+FOLDER = PARITY
 META = json.loads((FOLDER / "meta.json").read_text())
 SAMPLES = META["samples"]
 TOKENIZER_CASES = list(enumerate(META["tokenizer_cases"]))
@@ -133,7 +134,7 @@ def sample_case(case):
         for key, value in values.items()
         if key.startswith(f"{case['key']}.")
     }
-    keys = sampling.image_keys(jnp.arange(own["final"].shape[0]))
+    keys = loops.image_keys(jnp.arange(own["final"].shape[0]))
     return own, numbered(values, "text"), values["text_mask"], keys
 
 
@@ -148,7 +149,7 @@ def test_diffusion_samples(case):
     network = generator(DiffusionTransformer)
     variables = load(network, "diffusion")
     own, text, mask, keys = sample_case(case)
-    bits = sampling.sample_diffusion(
+    bits = loops.sample_diffusion(
         network,
         variables["params"],
         text,
@@ -190,7 +191,7 @@ def test_ar_samples(case):
     network = generator(ArTransformer)
     variables = load(network, "ar")
     own, text, mask, keys = sample_case(case)
-    bits = sampling.sample_ar(
+    bits = loops.sample_ar(
         network,
         variables["params"],
         text,

@@ -29,7 +29,7 @@ class Points:
 
 
 class ToyStage:
-    """Least squares; see `instella_jax.stages.Stage`."""
+    """Least squares; see `instella_jax.stages.base.Stage`."""
 
     def __init__(self, noise=0.1, source=None, heldout=None):
         self.noise = noise

@@ -3,7 +3,7 @@
 import jax
 import jax.numpy as jnp
 
-from instella_jax import binary_diffusion
+from instella_jax.models import binary_diffusion
 
 
 def sample_ar(network, params, text, mask, uniforms, guidance, temperature):

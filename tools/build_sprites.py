@@ -20,8 +20,8 @@ from pathlib import Path
 import numpy as np
 from PIL import Image
 
-from instella_jax.data.english import is_countable, plural
-from instella_jax.data.sprites import ASSET, BACKGROUNDS, CORE, SPRITE_SIDE
+from instella_jax.data.scenes.english import is_countable, plural
+from instella_jax.data.scenes.sprites import ASSET, BACKGROUNDS, CORE, SPRITE_SIDE
 
 RENAMED = {
     "deciduous tree": "tree",

@@ -17,15 +17,15 @@ from typing import Any
 import jax.numpy as jnp
 import numpy as np
 
-from instella_jax import convert, model_parts, reference_names, reference_sizes
 from instella_jax.errors import command_line
-from instella_jax.fresh_folder import fresh_folder
 from instella_jax.models.functional import Network
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import BinaryTokenizer
-from instella_jax.published import TOKENIZER_FILE
-from instella_jax.tensor_files import Spec, write_safetensors
-from instella_jax.torch_files import import_torch, write_torch
+from instella_jax.runtime.files import fresh_folder
+from instella_jax.weights import convert, model_parts, reference_names, reference_sizes
+from instella_jax.weights.published import TOKENIZER_FILE
+from instella_jax.weights.tensor_files import Spec, write_safetensors
+from instella_jax.weights.torch_files import import_torch, write_torch
 
 SCALES: dict[str, dict[str, Any]] = {
     "tiny": {

@@ -17,9 +17,9 @@ from pathlib import Path
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, trainers
 
-from instella_jax.data import captions, sprites
-from instella_jax.data.emoji_scenes import EmojiScenes
-from instella_jax.text import DEMO_FOLDER, WORD_END, WORD_START, TextTokenizer
+from instella_jax.data.scenes import captions, sprites
+from instella_jax.data.scenes.source import EmojiScenes
+from instella_jax.models.text import DEMO_FOLDER, WORD_END, WORD_START, TextTokenizer
 
 
 def corpus(concepts: str | tuple[str, ...], scenes: int) -> list[str]:

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from instella_jax.data.loader import BadSample
+from instella_jax.data.samples import BadSample
 from instella_jax.data.shards import Records, read_manifest
 from instella_jax.data.transforms import with_text
 from instella_jax.errors import UserError

@@ -20,7 +20,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 import numpy as np
 
-from instella_jax.data.loader import BadSample
+from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
 
 if TYPE_CHECKING:

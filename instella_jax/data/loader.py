@@ -15,36 +15,18 @@ import logging
 import os
 import threading
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any, Protocol
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from instella_jax.data.collate import Collate, TextEncoder, add_ids
+from instella_jax.data.samples import BadSample, Sample, Source, Transform
 from instella_jax.errors import UserError
 
 if TYPE_CHECKING:
     import grain
 
 logger = logging.getLogger(__name__)
-
-Sample = dict[str, Any]
-Transform = Callable[[Sample, np.random.Generator], Sample]
-
-
-class BadSample(Exception):
-    """Raised by a source or a transform for a sample that cannot be used; the loader skips it."""
-
-
-class Source(Protocol):
-    """Random access to samples: pure in the index."""
-
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        ...
-
-    def __getitem__(self, index: int, /) -> Sample:
-        """Return the sample at `index`, in [0, len)."""
-        ...
 
 
 @dataclasses.dataclass(frozen=True)

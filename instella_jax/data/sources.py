@@ -8,8 +8,8 @@ import numpy as np
 
 from instella_jax.config import Config
 from instella_jax.data import buckets
-from instella_jax.data.emoji_scenes import EmojiScenes
 from instella_jax.data.loader import Buckets, Mixture, make_loader
+from instella_jax.data.scenes.source import EmojiScenes
 from instella_jax.errors import UserError
 
 KINDS = ("scenes", "folder", "shards", "codes")

@@ -3,17 +3,15 @@
 import contextlib
 import functools
 from collections.abc import Callable
-from typing import Any
 
 import jax
 import numpy as np
 
-from instella_jax import sharding
 from instella_jax.config import Config
 from instella_jax.errors import UserError
-from instella_jax.stages import Stage
-
-Params = Any
+from instella_jax.models.functional import Params
+from instella_jax.runtime import sharding
+from instella_jax.stages.base import Stage
 
 
 @functools.lru_cache(maxsize=2)

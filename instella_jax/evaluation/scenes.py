@@ -5,14 +5,14 @@ from typing import Any
 
 import numpy as np
 
-from instella_jax import sharding
 from instella_jax.config import Config
-from instella_jax.data.emoji_scenes import draw, heldout_prompts
+from instella_jax.data.scenes.source import draw, heldout_prompts
 from instella_jax.data.sources import scenes_source
-from instella_jax.evaluation.compositional import judge, summarise
+from instella_jax.evaluation.judge import judge, summarise
 from instella_jax.evaluation.pca import PcaCodec
 from instella_jax.models.tokenizer import BinaryTokenizer
-from instella_jax.pipeline import InstellaPipeline, options_from_config
+from instella_jax.runtime import sharding
+from instella_jax.sampling.pipeline import InstellaPipeline, options_from_config
 from instella_jax.stages.tokenizer import reconstruct
 
 PCA_PICTURES = 4_096

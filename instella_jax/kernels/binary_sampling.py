@@ -20,9 +20,10 @@ from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
 
-from instella_jax import binary_diffusion, sharding
-from instella_jax.binary_diffusion import Scalar
 from instella_jax.errors import UserError
+from instella_jax.models import binary_diffusion
+from instella_jax.models.binary_diffusion import Scalar
+from instella_jax.runtime import sharding
 
 logger = logging.getLogger(__name__)
 

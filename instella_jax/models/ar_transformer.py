@@ -8,15 +8,8 @@ import jax
 import jax.numpy as jnp
 
 from instella_jax.models.joint_attention import JointAttention, KeysValues
-from instella_jax.models.layers import (
-    Execution,
-    GeluMLP,
-    linear,
-    partitioned,
-    repeat,
-    rms_norm,
-)
-from instella_jax.sharding import constrain
+from instella_jax.models.layers import Execution, GeluMLP, linear, partitioned, repeat, rms_norm
+from instella_jax.runtime.sharding import constrain
 
 
 class Block(nn.Module):

@@ -11,15 +11,8 @@ import jax
 import jax.numpy as jnp
 
 from instella_jax.models.joint_attention import JointAttention, KeysValues
-from instella_jax.models.layers import (
-    Execution,
-    GeluMLP,
-    layer_norm,
-    linear,
-    partitioned,
-    repeat,
-)
-from instella_jax.sharding import constrain
+from instella_jax.models.layers import Execution, GeluMLP, layer_norm, linear, partitioned, repeat
+from instella_jax.runtime.sharding import constrain
 
 
 def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:

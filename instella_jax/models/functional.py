@@ -1,15 +1,20 @@
 """Networks as functions of their parameters: making them, their shapes, applying them."""
 
+import math
+from collections.abc import Mapping
 from typing import Any
 
 import jax
 import jax.numpy as jnp
 
+from instella_jax.errors import UserError
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import BinaryTokenizer
 
+# A tree of arrays, or of their shapes.
+Params = Any
 Network = BinaryTokenizer | DiffusionTransformer | ArTransformer | Olmo
 
 
@@ -59,3 +64,24 @@ def tensor_sizes(network: Network) -> dict[str, int]:
             "hidden units of the MLP": sizes.intermediate_size,
         }
     return {"heads": network.num_heads}
+
+
+def check_tensor(networks: Mapping[str, Network], mesh: jax.sharding.Mesh) -> None:
+    """Checks that networks, by part, can be split over the mesh axis `tensor`.
+
+    Raises:
+      UserError: naming what does not split, and the sizes of the axis that would do.
+    """
+    parts = mesh.shape["tensor"]
+    found = {
+        f"{number} {what} of the {part}": number
+        for part, network in networks.items()
+        for what, number in tensor_sizes(network).items()
+    }
+    uneven = [name for name, number in found.items() if number % parts]
+    if uneven:
+        common = math.gcd(*found.values())
+        fitting = [n for n in range(1, common + 1) if common % n == 0]
+        raise UserError(
+            f"{', '.join(uneven)} do not split into mesh.tensor={parts} parts: use one of {fitting}"
+        )

@@ -20,7 +20,7 @@ from instella_jax.models.layers import (
     repeat,
     rotate,
 )
-from instella_jax.sharding import constrain
+from instella_jax.runtime.sharding import constrain
 
 NORM_EPSILON = 1e-5
 

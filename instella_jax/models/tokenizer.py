@@ -26,7 +26,7 @@ from instella_jax.models.layers import (
     rotate,
     torch_uniform,
 )
-from instella_jax.sharding import constrain
+from instella_jax.runtime.sharding import constrain
 
 
 @dataclasses.dataclass(frozen=True)

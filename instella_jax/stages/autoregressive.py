@@ -3,17 +3,13 @@
 Axes: B batch, N latent tokens, K bits, L text length.
 """
 
-from typing import Any
-
 import jax
 
-from instella_jax import binary_diffusion
 from instella_jax.config import Config
+from instella_jax.models import binary_diffusion
 from instella_jax.models.ar_transformer import ArTransformer
-from instella_jax.models.functional import apply
+from instella_jax.models.functional import Params, apply
 from instella_jax.stages.generator import GeneratorStage
-
-Params = Any
 
 
 class AutoregressiveStage(GeneratorStage):

@@ -7,13 +7,11 @@ from typing import Any
 
 import jax
 
-from instella_jax import binary_diffusion
 from instella_jax.config import Config
+from instella_jax.models import binary_diffusion
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
-from instella_jax.models.functional import apply
+from instella_jax.models.functional import Params, apply
 from instella_jax.stages.generator import GeneratorStage
-
-Params = Any
 
 
 class DiffusionStage(GeneratorStage):

@@ -9,20 +9,17 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 
-from instella_jax import model_folder, model_parts
 from instella_jax.config import Config
 from instella_jax.data import codes
 from instella_jax.data.sources import make_split, part_paths
 from instella_jax.errors import UserError
-from instella_jax.models.functional import Network, apply
+from instella_jax.models.functional import Network, Params, apply
 from instella_jax.models.olmo import Olmo
+from instella_jax.models.pixels import to_float
+from instella_jax.models.text import TextTokenizer
 from instella_jax.models.tokenizer import BinaryTokenizer, hard_code
-from instella_jax.stages.tokenizer import to_float
-from instella_jax.text import TextTokenizer
-
-Params = Any
+from instella_jax.weights import model_folder, model_parts
 
 
 class GeneratorStage(abc.ABC):
@@ -209,19 +206,6 @@ class GeneratorStage(abc.ABC):
         # The encoder sees the caption even where it is dropped: its states are masked later.
         text = self.text_features(params, frozen, batch["ids"], batch["mask"])
         return self.code_metrics(params, code, text, mask, key, train)
-
-    def pictures(
-        self, params: Params, frozen: Params, count: int
-    ) -> tuple[list[np.ndarray], list[str]]:
-        """Draws the first held-out captions with the config's sampling settings."""
-        from instella_jax.pipeline import InstellaPipeline, options_from_config
-
-        texts = next(self.loader("heldout", batch_size=count, drop_remainder=False))["text"]
-        mesh = jax.sharding.get_mesh()
-        pipeline = InstellaPipeline.from_stage(
-            self, {**frozen, **params}, None if mesh.empty else mesh
-        )
-        return list(pipeline(texts, options_from_config(self.config.sample))), texts
 
     def describe(self) -> dict[str, Any]:
         """Sizes of the generator and the text encoder, and the picture size."""

@@ -9,35 +9,16 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 import optax
 
 from instella_jax.config import Config
 from instella_jax.data import buckets
 from instella_jax.data.sources import make_split
 from instella_jax.errors import UserError
-from instella_jax.model_folder import execution, tokenizer_config
-from instella_jax.models.functional import Network, apply
+from instella_jax.models.functional import Network, Params, apply
+from instella_jax.models.pixels import psnr, to_float, to_uint8
 from instella_jax.models.tokenizer import BinaryTokenizer, code_loss, hard_code, sample_code
-from instella_jax.sharding import fetch
-
-Params = Any
-
-
-def to_float(images: jax.Array) -> jax.Array:
-    """Maps uint8 pictures to float32 in [-1, 1]."""
-    return images.astype(jnp.float32) / 127.5 - 1.0
-
-
-def to_uint8(images: jax.Array) -> jax.Array:
-    """Maps pictures in [-1, 1], clipped, to uint8."""
-    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
-
-
-def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]: [B, h, w, 3] twice -> [B]."""
-    mse = jnp.mean(jnp.square(a - b), axis=(1, 2, 3))
-    return 10.0 * jnp.log10(4.0 / jnp.maximum(mse, 1e-10))
+from instella_jax.weights.model_folder import execution, tokenizer_config
 
 
 @functools.partial(jax.jit, static_argnames="network")
@@ -148,21 +129,6 @@ class TokenizerStage:
             "psnr": psnr(decoded, images).mean(),
             "bits_on": code.mean(),
         }
-
-    def pictures(
-        self, params: Params, frozen: Params, count: int
-    ) -> tuple[list[np.ndarray], list[str]]:
-        """Held-out pictures, each followed by its reconstruction."""
-        del frozen
-        batch = next(self.loader("heldout", batch_size=count, drop_remainder=False))
-        images = batch["image"]
-
-        drawn, quality = fetch(reconstruct(self.network, params["tokenizer"], jnp.asarray(images)))
-        pictures, captions = [], []
-        for image, copy, decibel in zip(images, drawn, quality, strict=True):
-            pictures += [image, copy]
-            captions += ["original", f"{decibel:.1f} dB"]
-        return pictures, captions
 
     def describe(self) -> dict[str, Any]:
         """Sizes of the tokenizer and the picture size it was trained at."""

@@ -15,11 +15,11 @@ from test_shards import png
 from instella_jax.config import data
 from instella_jax.data import buckets
 from instella_jax.data.folder import FolderSource
-from instella_jax.data.importing import Filters, import_dataset
-from instella_jax.data.picture_sizes import sizes_path
+from instella_jax.data.image_sizes import sizes_path
 from instella_jax.data.shards import ImageShards, Shard, shard_writer, write_manifest
 from instella_jax.data.sources import make_split
 from instella_jax.errors import UserError
+from instella_jax.preparing.importing import Filters, import_dataset
 
 SHAPES = "16x16,16x32,32x16"
 # Height and width of pictures for each of them.

@@ -10,25 +10,25 @@ import socket
 import subprocess
 import sys
 import time
-from pathlib import Path
 
 import jax
 import numpy as np
 import pytest
 from PIL import Image
 
-from instella_jax import model_folder
 from instella_jax.data import codes
 from instella_jax.data.codes import CodeShards, PickVariant
-from instella_jax.data.encoding import Views, encode_dataset
 from instella_jax.data.shards import ImageShards, Shard, shard_writer, write_manifest
 from instella_jax.data.sources import make_split, part_names, part_paths
 from instella_jax.data.watch import DataWatch
 from instella_jax.errors import UserError
 from instella_jax.models.functional import apply
 from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.preparing.encoding import Views, encode_dataset
 from instella_jax.stages import make_stage
+from instella_jax.weights import model_folder
 from tests import tiny_diffusion
+from tests.paths import ROOT
 
 
 @pytest.fixture(scope="module")
@@ -203,12 +203,11 @@ def test_a_killed_encoding_loses_and_repeats_nothing(tiny_tokenizer_folder, tmp_
 def test_two_processes_encode_what_one_does(pictures, tiny_tokenizer_folder, tmp_path):
     alone = encode_dataset(str(tiny_tokenizer_folder), pictures[0], tmp_path / "one")
     command = ["data", "encode", tiny_tokenizer_folder, pictures[0], tmp_path / "two"]
-    root = Path(__file__).resolve().parents[2]
     with socket.socket() as server:
         server.bind(("127.0.0.1", 0))
         port = server.getsockname()[1]
     result = subprocess.run(
-        ["bash", root / "launch/processes.sh", "2", *command],
+        ["bash", ROOT / "launch/processes.sh", "2", *command],
         env={**os.environ, "PYTHON": sys.executable, "PORT": str(port)},
         capture_output=True, text=True, check=False, timeout=400,
     )  # fmt: skip

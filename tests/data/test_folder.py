@@ -11,7 +11,8 @@ import pytest
 from PIL import Image
 
 from instella_jax.data.folder import FolderSource, read_picture
-from instella_jax.data.loader import BadSample, make_loader
+from instella_jax.data.loader import make_loader
+from instella_jax.data.samples import BadSample
 from instella_jax.data.transforms import EvalTransform, TrainTransform
 from instella_jax.errors import UserError
 

@@ -6,7 +6,8 @@ import logging
 import numpy as np
 import pytest
 
-from instella_jax.data.loader import BadSample, make_loader
+from instella_jax.data.loader import make_loader
+from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
 
 

@@ -9,7 +9,8 @@ import pytest
 from PIL import Image
 
 import configs.tokenizer
-from instella_jax.data.loader import BadSample, Mixture, make_loader
+from instella_jax.data.loader import Mixture, make_loader
+from instella_jax.data.samples import BadSample
 from instella_jax.data.shards import (
     ImageShards,
     Records,

@@ -2,8 +2,9 @@ import numpy as np
 import pytest
 
 import configs.t2i_diffusion
-from instella_jax.data.emoji_scenes import draw, heldout_prompts
-from instella_jax.evaluation import run, scenes
+from instella_jax.commands import evaluate
+from instella_jax.data.scenes.source import draw, heldout_prompts
+from instella_jax.evaluation import scenes
 
 
 class Painter:
@@ -52,11 +53,11 @@ def test_psnr_by_hand():
 def test_a_config_is_evaluated_from_a_model_folder(
     tiny_tokenizer_config, tiny_tokenizer_folder, monkeypatch, capsys
 ):
-    monkeypatch.setattr(run, "report_scenes", lambda *_: None)  # 64-pixel scenes are not tiny
+    monkeypatch.setattr(evaluate, "report_scenes", lambda *_: None)  # 64-pixel scenes are not tiny
     with tiny_tokenizer_config.unlocked():
         tiny_tokenizer_config.init_from = str(tiny_tokenizer_folder)
     tiny_tokenizer_config.mesh.data = -1
-    metrics = run.evaluate_config(tiny_tokenizer_config, None)
+    metrics = evaluate.evaluate_config(tiny_tokenizer_config, None)
     # Random weights draw grey: far below what any training reaches, and finite.
     assert 0 < metrics["psnr"] < 15 and 0 <= metrics["bits_on"] <= 1
     assert f"psnr {metrics['psnr']:.4f}" in capsys.readouterr().out

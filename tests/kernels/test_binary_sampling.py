@@ -8,11 +8,13 @@ import pytest
 from jax.sharding import AbstractDevice, AbstractMesh
 from jax.sharding import PartitionSpec as P
 
-from instella_jax import binary_diffusion, sampling, sharding
 from instella_jax.errors import UserError
 from instella_jax.kernels import binary_sampling
+from instella_jax.models import binary_diffusion
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.runtime import sharding
+from instella_jax.sampling import loops
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -44,7 +46,7 @@ autoregressive_bits = jax.jit(
 
 def inputs(batch, shape, dtype=jnp.float32):
     """Logits, some of them very large, bits and keys."""
-    keys = sampling.image_keys(jnp.arange(batch) + 5)
+    keys = loops.image_keys(jnp.arange(batch) + 5)
     logits = 2 * np.random.default_rng(0).normal(size=(2, batch, *shape))
     extremes = np.array([0, 90, -90, 1e4, -1e4, 1e30, -1e30, 3e38, -3e38])
     flat = logits.reshape(2, -1)
@@ -143,7 +145,7 @@ def test_threefry_is_that_of_jax_random():
 @PROTOCOL
 def test_a_million_draws_have_the_probabilities_of_the_formula(protocol, how):
     shape, levels = (512, 128), np.array([-3.0, -1.0, 0.0, 0.5])
-    keys = sampling.image_keys(jnp.arange(16))
+    keys = loops.image_keys(jnp.arange(16))
     flip = np.broadcast_to(levels[np.arange(128) % 4], (16, *shape))
     z = np.broadcast_to((np.arange(512) % 2)[:, None], (16, *shape)).astype(np.float32)
     t, t_next, guidance, temperature = 0.8, 0.5, 1.5, 2.0
@@ -268,11 +270,11 @@ def test_sampling_loops_lower_for_devices_that_are_not_here(platform):
     sizes = dict(num_layers=1, num_heads=2, head_dim=8, num_tokens=6, bits=7, text_width=12)
     diffusion, ar = DiffusionTransformer(**sizes), ArTransformer(**sizes)
     text, mask = jnp.zeros((1, 6, 4, 12)), jnp.ones((6, 4))
-    keys = sampling.image_keys(jnp.arange(3))
+    keys = loops.image_keys(jnp.arange(3))
     z = jnp.zeros((6, 6, 7))
     for sampler, network, args in (
-        (sampling.sample_diffusion, diffusion, (z, jnp.zeros(6), text, mask)),
-        (sampling.sample_ar, ar, (z[:, 1:], text, mask)),
+        (loops.sample_diffusion, diffusion, (z, jnp.zeros(6), text, mask)),
+        (loops.sample_ar, ar, (z[:, 1:], text, mask)),
     ):
         params = jax.eval_shape(network.init, jax.random.key(0), *args)["params"]
         how = dict(kernel=binary_sampling.resolve("pallas", platform))

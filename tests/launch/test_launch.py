@@ -11,9 +11,9 @@ from pathlib import Path
 
 import pytest
 
-from instella_jax.metrics import read_metrics
+from instella_jax.reporting.metrics import read_metrics
+from tests.paths import ROOT
 
-ROOT = Path(__file__).resolve().parents[2]
 SCRIPTS = sorted((ROOT / "launch").glob("*.sh"))
 TINY = ["--config=tests/tiny_tokenizer.py", "--config.mesh.data=2", "--config.run.cpu_devices=1"]
 

@@ -1,6 +1,6 @@
 import pytest
 
-from instella_jax.text import TextTokenizer
+from instella_jax.models.text import TextTokenizer
 from tools import train_bpe
 
 

@@ -1,0 +1,234 @@
+"""Checkpoints of a run.
+
+A checkpoint holds the train state, the position in the data and nothing else; `config.json` of the
+workdir says what run it belongs to.
+"""
+
+import contextlib
+import itertools
+import json
+import logging
+import os
+import re
+import sys
+import time
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import orbax.checkpoint as ocp
+from jax.experimental import multihost_utils
+
+from instella_jax.checkpoints.integrity import restore_newest, write_manifest
+from instella_jax.checkpoints.positions import share_state
+from instella_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+# What orbax writes as it commits, after the manifest; nothing that is restored.
+_COMMIT_FILES = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt"})
+
+
+class _HashedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
+    """A checkpoint being written: has its manifest before it gets the name that counts."""
+
+    async def finalize(self) -> None:
+        write_manifest(Path(self.get()), leave_out=_COMMIT_FILES)
+        await super().finalize()
+
+
+def _told_anyway(record: logging.LogRecord) -> bool:
+    """Leaves out of a log the errors that are raised as well: they are told in a sentence."""
+    orphan = "never retrieved" in record.getMessage()
+    return not (record.exc_info and (orphan or "orbax" in record.pathname))
+
+
+def hush_closed_loops() -> None:
+    """Keeps this process from printing what storage says to an event loop that an error closed.
+
+    Only the error itself, which is raised, tells anything.
+    """
+    before = sys.unraisablehook
+
+    def hook(args: Any) -> None:
+        if "Event loop is closed" not in str(args.exc_value):
+            before(args)
+
+    sys.unraisablehook = hook
+
+
+class Checkpoints:
+    """The checkpoints of a workdir, written in the background, each with a manifest of hashes."""
+
+    def __init__(self, workdir: str | os.PathLike[str], keep: int = 3):
+        """Opens `workdir/checkpoints`, made if needed; at most `keep` checkpoints stay."""
+        self._folder = Path(workdir).absolute() / "checkpoints"
+        self._saving = self._failed = False
+        self._error: BaseException | None = None
+        logging.getLogger("absl").addFilter(self._notice)
+        with self._told():
+            self._manager = ocp.CheckpointManager(
+                self._folder,
+                options=ocp.CheckpointManagerOptions(
+                    max_to_keep=keep, create=True, temporary_path_class=_HashedPath
+                ),
+                item_names=("state", "data"),
+            )
+
+    def save(self, state: Any, data: Any, step: int) -> None:
+        """Saves the state and the loader's position after `step` steps, unless that is there.
+
+        Raises:
+          UserError: this one or the one before it cannot be written.
+        """
+        import grain
+
+        if step in self._manager.all_steps():
+            return
+        with self._told():
+            self._wait_for_all()
+            self._manager.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state),
+                    data=grain.checkpoint.CheckpointSave(data),
+                ),
+            )
+        self._saving = True
+
+    def check(self) -> None:
+        """Notices, without waiting, whether what was being saved could not be written.
+
+        Raises:
+          UserError: it could not.
+        """
+        if self._error or (self._saving and not self._manager.is_saving_in_progress()):
+            self.wait()
+
+    def restore(self, like: Any, data: Any) -> Any:
+        """Restores the newest checkpoint that is whole, and sets damaged newer ones aside.
+
+        Args:
+          like: a state, or its shapes, with the shardings wanted.
+          data: the loader, set to the position that belongs to the state.
+
+        Returns:
+          The state, or None where there is no checkpoint.
+
+        Raises:
+          UserError: the checkpoint does not fit the state, or none is whole.
+        """
+        like = jax.tree.map(
+            lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=x.sharding), like
+        )
+        steps = self._manager.all_steps()
+        found = restore_newest(
+            self._folder, steps, lambda step: self._restore_step(step, like, data)
+        )
+        if found is None:
+            return None
+        good, state = found
+        self._set_aside([step for step in steps if step > good])
+        return state
+
+    def _restore_step(self, step: int, like: Any, data: Any) -> Any:
+        import grain
+
+        items: dict[str, Any] = dict(state=ocp.args.StandardRestore(like))
+        position = self._position_of_other_processes(step)
+        if position is None:
+            items["data"] = grain.checkpoint.CheckpointRestore(data)
+        restored = self._manager.restore(step, args=ocp.args.Composite(**items))
+        if position is not None:
+            data.set_state(position)
+        return restored["state"]
+
+    def _set_aside(self, steps: Sequence[int]) -> None:
+        """Renames damaged checkpoints to `<step>.damaged`, where they are in nobody's way."""
+        if not steps:
+            return
+        if jax.process_index() == 0:
+            for step in steps:
+                names = (f"{step}.damaged{n or ''}" for n in itertools.count())
+                free = next(n for n in names if not (self._folder / n).exists())
+                os.rename(self._folder / str(step), self._folder / free)
+                logger.warning(
+                    "checkpoint %d is set aside as %s: remove that when you need it no more",
+                    step, self._folder / free,
+                )  # fmt: skip
+        multihost_utils.sync_global_devices("damaged checkpoints are set aside")
+        self._manager.reload()
+
+    def _position_of_other_processes(self, step: int) -> Any:
+        """Returns the loader's position where as many processes as now did not save it."""
+        index, now = jax.process_index(), jax.process_count()
+        folder = self._folder / str(step) / "data"
+        saved = sorted(folder.glob("process_0-of-*.json"))
+        if not saved or (folder / f"process_{index}-of-{now}.json").exists():
+            return None
+        before = int(saved[0].stem.rpartition("-")[2])
+        logger.warning("checkpoint %d was saved by %d process(es), %d go on", step, before, now)
+        names = [f"process_{number}-of-{before}.json" for number in range(before)]
+        states = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names]
+        return share_state(states, index, now)
+
+    def wait(self) -> None:
+        """Waits until everything is on disk.
+
+        Raises:
+          UserError: it cannot be written.
+        """
+        with self._told():
+            self._wait_for_all()
+            self._manager.wait_until_finished()
+        self._saving = False
+
+    def _notice(self, record: logging.LogRecord) -> bool:
+        """Sees in the log what a background thread of this process could not write."""
+        if record.exc_info and record.threadName == "async_save":
+            self._error = record.exc_info[1]
+        return _told_anyway(record)
+
+    def _wait_for_all(self) -> None:
+        """Waits for what is being saved, unless this process could not write its part.
+
+        The others would wait ten minutes for that one, and storage waits for them before it raises.
+        """
+        while jax.process_count() > 1 and self._manager.is_saving_in_progress():
+            if self._error is not None:
+                raise self._error
+            time.sleep(0.02)
+
+    def close(self) -> None:
+        """Waits and closes.
+
+        Raises:
+          UserError: what was being saved cannot be written, and that was not told before.
+        """
+        if self._failed and jax.process_count() > 1:
+            return  # this process ends, and storage would wait for the others
+        # What could not be written is told once.
+        with contextlib.suppress(Exception) if self._failed else self._told():
+            self._manager.close()
+
+    @contextlib.contextmanager
+    def _told(self) -> Iterator[None]:
+        """Makes one sentence of what the file system says."""
+        try:
+            yield
+        except (OSError, ValueError, RuntimeError) as error:
+            self._failed, self._saving = True, False
+            logging.getLogger("asyncio").addFilter(_told_anyway)
+            raise UserError(
+                f"a checkpoint cannot be written to {self._folder} ({_reason(error)}); "
+                "those before it stay: make room there and run the same command again"
+            ) from error
+
+
+def _reason(error: Exception) -> str:
+    """Returns what the operating system said, where that is known."""
+    number = re.search(r"os_error_code='?(\d+)", str(error))
+    if number:
+        return os.strerror(int(number[1]))
+    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]

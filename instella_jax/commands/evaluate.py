@@ -1,0 +1,90 @@
+"""`--mode=eval`: held-out figures of a stage, from a workdir or from a model folder."""
+
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import numpy as np
+from jax.sharding import Mesh
+
+from instella_jax.config import Config
+from instella_jax.evaluation import scenes
+from instella_jax.evaluation.heldout import evaluate
+from instella_jax.models.functional import check_tensor
+from instella_jax.reporting.pictures import save_grid
+from instella_jax.runtime import sharding
+from instella_jax.sampling.pipeline import InstellaPipeline
+from instella_jax.sampling.previews import preview
+from instella_jax.stages import make_stage
+from instella_jax.stages.base import Stage
+from instella_jax.stages.generator import GeneratorStage
+from instella_jax.stages.parameters import load_average, load_frozen, load_trained
+from instella_jax.stages.tokenizer import TokenizerStage
+from instella_jax.training.workdir import check_config
+from instella_jax.weights import model_folder
+
+GRID = 32
+
+
+def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> dict:
+    """Prints and returns the held-out metrics of a stage.
+
+    Args:
+      config: of the stage.
+      workdir: of a training run; None for `init_from` or the shipped weights.
+
+    Raises:
+      UserError: there are no such weights, or the data cannot be read.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    stage = make_stage(config)
+    check_tensor({**stage.frozen_networks, **stage.networks}, mesh)
+    with sharding.use(mesh):
+        if workdir is not None:
+            check_config(workdir, config)
+            step, params = load_average(stage, mesh, workdir)
+            frozen = load_frozen(stage, mesh)
+            source = f"step {step} of {workdir}"
+        else:
+            params, frozen = load_trained(stage, config, mesh), load_frozen(stage, mesh)
+            source = str(model_folder.find_weights(config))
+        metrics = evaluate(stage, params, frozen, config, mesh)
+    tell(f"held out, with {source}:")
+    show(metrics)
+    if config.data.kind == "scenes":
+        out = Path(workdir or "drawn") / f"heldout-{config.stage}.png"
+        report_scenes(stage, {**frozen, **params}, config, mesh, out)
+    return metrics
+
+
+def report_scenes(stage: Stage, params: Any, config: Config, mesh: Mesh, out: Path) -> None:
+    """Prints what the facts of emoji scenes allow to measure, and draws a grid."""
+    if isinstance(stage, GeneratorStage):
+        report = scenes.prompts_report(InstellaPipeline.from_stage(stage, params, mesh), config)
+        tell(f"share right of {scenes.PROMPTS} held-out prompts:")
+        show(report.drawn)
+        tell("the same of true pictures through the tokenizer (the ceiling):")
+        show(report.ceiling)
+        pictures, captions = list(report.pictures[:GRID]), report.prompts[:GRID]
+    elif isinstance(stage, TokenizerStage):
+        tell("512 held-out scenes, and PCA with as many bits:")
+        show(scenes.tokenizer_report(stage.network, params["tokenizer"], config))
+        pictures, captions = preview(stage, params, {}, GRID // 2)
+    else:
+        return
+    if jax.process_index() == 0:
+        save_grid(out, np.stack(pictures), captions)
+    tell(f"pictures: {out}")
+
+
+def tell(line: str) -> None:
+    """Prints a line, in the first of several processes."""
+    if jax.process_index() == 0:
+        print(line, flush=True)
+
+
+def show(metrics: dict[str, float]) -> None:
+    """Prints a line for each metric."""
+    for name, value in metrics.items():
+        tell(f"  {name.replace('_', ' ')} {value:.4f}")

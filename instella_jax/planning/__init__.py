@@ -1,0 +1,1 @@
+"""What a config needs and costs, without accelerators."""

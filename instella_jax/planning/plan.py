@@ -1,0 +1,337 @@
+"""`--mode=plan`: what a config needs and costs, told from shapes on any machine.
+
+The training step of the config is compiled by XLA for as many imaginary CPU devices as the plan
+has; nothing is allocated, and no weights or pictures are needed.
+
+Axes: G steps per call, B batch, L text length.
+"""
+
+import dataclasses
+import math
+import time
+from collections.abc import Mapping
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+
+from instella_jax.config import Config
+from instella_jax.data import buckets, codes
+from instella_jax.errors import UserError
+from instella_jax.models.functional import abstract_params
+from instella_jax.runtime import sharding
+from instella_jax.stages import make_stage
+from instella_jax.stages.base import Stage, init_stage
+from instella_jax.training import flops
+from instella_jax.training.optimizer import make_optimizer
+from instella_jax.training.setup import check_sizes
+from instella_jax.training.step import init_state, jit_step
+
+# The rest of a device's memory is for the runtime, libraries and fragmentation.
+USABLE = 0.9
+# Numbers of parts of a batch that are compiled before giving up.
+ATTEMPTS = 2
+
+
+@dataclasses.dataclass(frozen=True)
+class Memory:
+    """Bytes that a training step needs of one device.
+
+    Attributes:
+      params: trained parameters.
+      average: their moving average.
+      optimizer: moments of the optimizer.
+      frozen: parameters that are only read.
+      batch: pictures and captions.
+      gradients: of the trained parameters; of a part of the batch too where parts are summed up.
+      working: activations and temporaries, the rest of what XLA assigns buffers to.
+    """
+
+    params: int
+    average: int
+    optimizer: int
+    frozen: int
+    batch: int
+    gradients: int
+    working: int
+
+    @property
+    def kept(self) -> int:
+        """What stays from step to step."""
+        return self.params + self.average + self.optimizer + self.frozen
+
+    @property
+    def total(self) -> int:
+        """All of it."""
+        return self.kept + self.batch + self.gradients + self.working
+
+
+@dataclasses.dataclass(frozen=True)
+class Plan:
+    """What a config needs.
+
+    Attributes:
+      memory: of one device.
+      limit: bytes of a device that may be used.
+      compile_seconds: what compiling the step took here.
+      mesh: size of each axis.
+      trained: number of trained parameters.
+      frozen: number of frozen parameters.
+      checkpoint: bytes of one checkpoint.
+      flops: per image, by part, by formula.
+      xla_flops: per image, XLA's count.
+      remedies: what was tried where the step does not fit: changed keys, and the memory then.
+    """
+
+    memory: Memory
+    limit: float
+    compile_seconds: float
+    mesh: dict[str, int]
+    trained: int
+    frozen: int
+    checkpoint: int
+    flops: dict[str, int]
+    xla_flops: float
+    remedies: tuple[tuple[dict[str, Any], Memory], ...]
+
+    @property
+    def fits(self) -> bool:
+        """Whether the step fits as it is configured."""
+        return self.memory.total <= self.limit
+
+
+def start(devices: int) -> None:
+    """Makes imaginary CPU devices, whatever accelerators there are.
+
+    Raises:
+      UserError: the number is not positive.
+    """
+    if devices < 1:
+        raise UserError(f"plan.devices is {devices}: expected at least 1")
+    jax.config.update("jax_platforms", "cpu")
+    jax.config.update("jax_num_cpu_devices", devices)
+
+
+def frozen_shapes(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Any:
+    """Shapes of the frozen parameters, in the type that they are held in."""
+    boxed = {part: abstract_params(network) for part, network in stage.frozen_networks.items()}
+    dtype = jnp.dtype(config.run.param_dtype)
+    return jax.tree.map(lambda x: x.update(dtype=dtype), sharding.placed(boxed, mesh))
+
+
+def batch_shapes(config: Config, rows: int, leading: tuple[int, ...] = ()) -> dict[str, Any]:
+    """Shapes of what a training batch of the config sends to the devices, [*leading, rows, ...].
+
+    Of several shapes that pictures may have it is the largest.
+    """
+    shapes: dict[str, Any] = {"image": ((*buckets.shapes(config)[0], 3), jnp.uint8)}
+    if config.data.kind == "codes":
+        packed = codes.packed_bytes(config.model.num_tokens, config.model.bits)
+        shapes = {"code": ((packed,), jnp.uint8)}
+    if config.stage != "tokenizer":
+        length = config.text.max_length
+        shapes |= {"ids": ((length,), jnp.int32), "mask": ((length,), jnp.bool_)}
+    return {
+        name: jax.ShapeDtypeStruct((*leading, rows, *shape), dtype)
+        for name, (shape, dtype) in shapes.items()
+    }
+
+
+def size(tree: Any) -> int:
+    """Bytes of a tree of shapes as a whole."""
+    return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
+
+
+def local_size(tree: Any) -> int:
+    """Bytes that one device holds of a tree of shapes with shardings."""
+    return sum(
+        math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
+    )
+
+
+def count(tree: Any) -> int:
+    """Number of parameters."""
+    return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
+
+
+def abstract_step(
+    config: Config, mesh: jax.sharding.Mesh
+) -> tuple[jax.stages.Wrapped, tuple[Any, Any, Any]]:
+    """Returns a config's jitted step, and the shapes of its arguments with their shardings.
+
+    The arguments are the train state, the frozen parameters and a batch.
+
+    Raises:
+      UserError: sizes in the config do not fit each other.
+    """
+    check_sizes(config, mesh)
+    stage = make_stage(config)
+    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    state = sharding.placed(
+        jax.eval_shape(
+            lambda key: init_state(init_stage(stage, key), optimizer, key), jax.random.key(0)
+        ),
+        mesh,
+    )
+    rows = sharding.batch_sharding(mesh, leading=1)
+    batch = jax.tree.map(
+        lambda x: x.update(sharding=rows),
+        batch_shapes(config, config.train.batch_size, (config.train.steps_per_call,)),
+    )
+    step = jit_step(stage, optimizer, config, state)
+    return step, (state, frozen_shapes(stage, config, mesh), batch)
+
+
+def measure(config: Config, mesh: jax.sharding.Mesh) -> tuple[Memory, Any, Any]:
+    """Compiles a config's step.
+
+    Returns:
+      What it needs of one device, and the shapes of the train state and of the frozen parameters.
+
+    Raises:
+      UserError: sizes in the config do not fit each other.
+    """
+    step, (state, frozen, batch) = abstract_step(config, mesh)
+    with sharding.use(mesh):
+        analysis = step.lower(state, frozen, batch).compile().memory_analysis()
+    if analysis is None:
+        raise UserError("this version of jax tells nothing of the memory of compiled programs")
+    params, parts = local_size(state.params), config.train.accumulate
+    # See `train_state.gradients`: they are as large as the parameters, and divided like them.
+    gradients = min(params * (1 if parts == 1 else 2), analysis.temp_size_in_bytes)
+    memory = Memory(
+        params,
+        local_size(state.ema),
+        local_size(state.opt_state),
+        local_size(frozen),
+        local_size(batch),
+        gradients,
+        analysis.temp_size_in_bytes - gradients,
+    )
+    return memory, state, frozen
+
+
+def changed(config: Config, changes: Mapping[str, Any]) -> Config:
+    """Returns a copy of a config with some keys changed."""
+    copy = config.copy_and_resolve_references()
+    copy.update_from_flattened_dict(changes)
+    return copy
+
+
+def xla_flops(config: Config) -> float:
+    """XLA's count of what training takes per image: unrolled, nothing recomputed."""
+    config = changed(config, {"run.unroll": True, "run.remat": "none"})
+    stage = make_stage(config)
+    params, frozen = (
+        {part: sharding.values(abstract_params(network)) for part, network in networks.items()}
+        for networks in (stage.networks, stage.frozen_networks)
+    )
+
+    def loss(params: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
+        return stage.loss(params, frozen, batch, key, jnp.zeros((), jnp.int32))
+
+    gradient = jax.jit(jax.grad(loss, has_aux=True))
+    lowered = gradient.lower(params, frozen, batch_shapes(config, 1), jax.random.key(0))
+    analysis: Any = lowered.cost_analysis()
+    return float(analysis["flops"])
+
+
+def enough_parts(rows: int, parts: int, memory: Memory, limit: float) -> int:
+    """Tells by a measured step how many more parts of a batch would make it fit.
+
+    Args:
+      rows: of a device in a batch.
+      parts: that these were summed up in.
+      memory: that this took.
+      limit: bytes of a device that may be used.
+
+    Returns:
+      The value for `train.accumulate`; 0 where not even parts of one row would do.
+    """
+    # Activations shrink with the rows of a part, gradients do not.
+    fixed = memory.kept + memory.batch + 2 * memory.params
+    shares = [2**n for n in range(1, 21) if rows // parts % 2**n == 0]
+    return next((parts * n for n in shares if fixed + memory.working / n <= limit), 0)
+
+
+def find_remedies(
+    config: Config, mesh: jax.sharding.Mesh, memory: Memory, limit: float
+) -> list[tuple[dict[str, Any], Memory]]:
+    """Compiles changes of a config that does not fit, the cheapest first, until one fits.
+
+    Args:
+      config: as it is.
+      mesh: of the plan.
+      memory: that it needs.
+      limit: bytes of a device that may be used.
+
+    Returns:
+      Changed keys, and the memory then, of each that was tried.
+    """
+    tried: list[tuple[dict[str, Any], Memory]] = []
+
+    def attempt(changes: dict[str, Any]) -> Memory:
+        other = changed(config, changes)
+        devices = list(mesh.devices.flat)
+        tried.append((changes, measure(other, sharding.make_mesh(other.mesh, devices))[0]))
+        return tried[-1][1]
+
+    recompute = {} if config.run.remat == "full" else {"run.remat": "full"}
+    layouts: list[dict[str, Any]] = [{}]
+    if mesh.shape["fsdp"] == 1 and mesh.shape["data"] > 1:
+        layouts.append({"mesh.data": 1, "mesh.fsdp": -1})
+    rows = config.train.batch_size // sharding.batch_parts(mesh)
+    for layout in layouts:
+        changes, parts = {**recompute, **layout}, config.train.accumulate
+        if changes:
+            memory = attempt(changes)
+        for _ in range(ATTEMPTS):
+            parts = enough_parts(rows, parts, memory, limit)
+            if memory.total <= limit or not parts:
+                break
+            memory = attempt({**changes, "train.accumulate": parts})
+        if memory.total <= limit:
+            break
+    return tried
+
+
+def make_plan(config: Config) -> Plan:
+    """Measures a config on the devices that there are, see `start`.
+
+    Raises:
+      UserError: a key of the `plan` section is out of range, or the sizes do not fit each other.
+    """
+    wanted = config.plan
+    if wanted.chip not in flops.CHIPS:
+        raise UserError(f"plan.chip is {wanted.chip!r}: expected one of {sorted(flops.CHIPS)}")
+    if not 0 < wanted.utilisation <= 1:
+        raise UserError(f"plan.utilisation is {wanted.utilisation}: expected more than 0, up to 1")
+    if not 0 <= wanted.memory_gb < math.inf:
+        raise UserError(
+            f"plan.memory_gb is {wanted.memory_gb}: expected the memory of a device in GB, or 0 "
+            "for the chip's own"
+        )
+    if config.run.attention == "cudnn":  # which no CPU can compile
+        config = changed(config, {"run.attention": "xla"})
+    memory_gb = wanted.memory_gb or flops.CHIPS[wanted.chip].memory_gb
+    limit = USABLE * memory_gb * 1e9
+    devices = jax.devices()[: wanted.devices]
+    mesh = sharding.make_mesh(config.mesh, devices)
+    begin = time.perf_counter()
+    memory, state, frozen = measure(config, mesh)
+    seconds = time.perf_counter() - begin
+    tried = []
+    if memory.total > limit:
+        tried = find_remedies(config, mesh, memory, limit)
+    return Plan(
+        memory=memory,
+        limit=limit,
+        compile_seconds=seconds,
+        mesh=dict(mesh.shape),
+        trained=count(state.params),
+        frozen=count(frozen),
+        checkpoint=size(state),
+        flops=flops.training(config),
+        xla_flops=xla_flops(config),
+        remedies=tuple(tried),
+    )

@@ -1,0 +1,129 @@
+"""A plan in words; see `plan.py`."""
+
+from collections.abc import Iterator
+
+from instella_jax.config import Config
+from instella_jax.data import buckets
+from instella_jax.planning.plan import USABLE, Memory, Plan, make_plan, start
+from instella_jax.training import flops
+
+NOTES = """\
+(e) is estimated, everything else counted. Temporaries are XLA's for CPU devices: an accelerator's
+compiler fuses differently and its attention kernels may need less. A speed is the utilisation that
+you gave times the chip's dense bfloat16 peak: it says nothing of data, network or start-up."""
+
+
+def number(value: float) -> str:
+    """Writes a positive number to three digits at least."""
+    return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
+
+
+def several(count: int, noun: str) -> str:
+    """Writes how many there are of something."""
+    return f"{count:,} {noun}" + ("s" if count != 1 else "")
+
+
+def amount(size: float) -> str:
+    """Writes bytes in units of 10^9, or of 10^6 below a tenth of that."""
+    return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
+
+
+def duration(seconds: float) -> str:
+    """Writes a time in days, or in hours or minutes where they are few."""
+    for unit, size in (("days", 86_400), ("hours", 3_600)):
+        if seconds >= 2 * size:
+            return f"{number(seconds / size)} {unit}"
+    return f"{number(seconds / 60)} minutes" if seconds >= 60 else "under a minute"
+
+
+def memory_lines(memory: Memory) -> Iterator[str]:
+    """Yields the table of what one device holds."""
+    rows = {
+        "parameters": memory.params,
+        "their moving average": memory.average,
+        "optimizer": memory.optimizer,
+        "frozen parameters": memory.frozen,
+        "batch": memory.batch,
+        "gradients": memory.gradients,
+        "activations and temporaries (e)": memory.working,
+        "together (e)": memory.total,
+    }
+    for name, size in rows.items():
+        yield f"  {name:<33}{amount(size):>14}"
+
+
+def verdict_lines(plan: Plan) -> Iterator[str]:
+    """Yields whether the step fits and, if not, what would."""
+    limit = f"{amount(plan.limit)} ({USABLE:.0%} of a device)"
+    if plan.fits:
+        yield f"  fits in {limit}"
+        return
+    yield f"  WARNING: does NOT fit in {limit}"
+    for changes, memory in plan.remedies:
+        options = " ".join(f"--config.{key}={value}" for key, value in changes.items())
+        fits = "fits" if memory.total <= plan.limit else "does not fit either"
+        yield f"    with {options}: {amount(memory.total)}, {fits}"
+    if not any(memory.total <= plan.limit for _, memory in plan.remedies):
+        yield "    nothing tried fits: more devices (mesh.fsdp), or a smaller train.batch_size"
+
+
+def chip_lines(plan: Plan, config: Config) -> Iterator[str]:
+    """Yields speed and days on each chip."""
+    wanted, train = config.plan, config.train
+    per_image = sum(plan.flops.values())
+    images = train.steps * train.batch_size
+    yield (
+        f"Speed of {several(wanted.devices, 'device')} at {wanted.utilisation:.0%} of peak (e), "
+        f"and {several(train.steps, 'step')} of {several(train.batch_size, 'image')}:"
+    )
+    for chip in flops.CHIPS.values():
+        one = wanted.utilisation * chip.tflops * 1e12 / per_image
+        together = number(one * wanted.devices)
+        time = duration(images / (one * wanted.devices))
+        room = "" if plan.memory.total <= USABLE * chip.memory_gb * 1e9 else ", does not fit"
+        mark = "*" if chip.name == wanted.chip else " "
+        yield (
+            f" {mark}{chip.name:<7}{chip.tflops:>6,.0f} TFLOP/s {chip.memory_gb:>4.0f} GB"
+            f"{together:>14} images/s {f'({number(one)} a device)':<24}{time:>14}{room}"
+        )
+
+
+def report(plan: Plan, config: Config) -> str:
+    """Returns the plan as text."""
+    train = config.train
+    mesh = " ".join(f"{axis}={n}" for axis, n in plan.mesh.items())
+    parts = ", ".join(f"{name} {number(value / 1e9)}" for name, value in plan.flops.items())
+    (height, width), *smaller = buckets.shapes(config)
+    largest = f" (the largest of {1 + len(smaller)} buckets)" if smaller else ""
+    rows = train.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
+    return "\n".join(
+        [
+            f"Plan of stage {config.stage}: {height}x{width} px{largest}, mesh {mesh}, "
+            f"batch {train.batch_size:,} ({rows:,} a device in "
+            f"{several(train.accumulate, 'part')}), remat {config.run.remat}",
+            f"Step compiled in {plan.compile_seconds:.0f} s.",
+            f"Parameters: {number(plan.trained / 1e6)} M trained, "
+            f"{number(plan.frozen / 1e6)} M frozen.",
+            "Memory of one device:",
+            *memory_lines(plan.memory),
+            *verdict_lines(plan),
+            f"Checkpoint: {amount(plan.checkpoint)}; train.keep={train.keep} of them: "
+            f"{amount(plan.checkpoint * train.keep)}.",
+            f"Training, GFLOP per image: {number(sum(plan.flops.values()) / 1e9)} "
+            f"({parts}); XLA counts {number(plan.xla_flops / 1e9)}.",
+            *chip_lines(plan, config),
+            NOTES,
+        ]
+    )
+
+
+def main(config: Config) -> Plan:
+    """Prints the plan of a config.
+
+    Raises:
+      UserError: see `plan.make_plan`.
+    """
+    start(config.plan.devices)
+    plan = make_plan(config)
+    print(report(plan, config), flush=True)
+    return plan

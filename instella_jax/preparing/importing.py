@@ -1,0 +1,367 @@
+"""`data import`: pictures with captions in whatever form -> checked, filtered shards.
+
+Every picture is decoded. What is left out is counted by reason and reported, with examples.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import io
+import logging
+import math
+import os
+import threading
+import time
+from collections.abc import Callable, Iterator, Mapping
+from concurrent import futures
+from concurrent.futures.process import BrokenProcessPool
+from multiprocessing import get_context, parent_process
+from typing import Any
+
+from instella_jax.data.folder import FORMATS, decode_picture, shown_size
+from instella_jax.data.samples import BadSample
+from instella_jax.data.shards import write_json
+from instella_jax.errors import UserError
+from instella_jax.preparing import readers
+from instella_jax.preparing.items import Item, Problem
+from instella_jax.preparing.jobs import Job
+from instella_jax.preparing.readers import Unit
+
+logger = logging.getLogger(__name__)
+
+_EXAMPLES = 5
+
+
+@dataclasses.dataclass(frozen=True)
+class Filters:
+    """What is kept (SPEC section 5).
+
+    Attributes:
+      min_side: the shorter side in pixels, at least; 0: any.
+      max_watermark: score of a watermark ("pwatermark"), at most; pictures without one are kept.
+      max_aspect: longer side over shorter side, at most; 0: any.
+      captions: whether a picture needs a caption.
+    """
+
+    min_side: int = 0
+    max_watermark: float = 0.5
+    max_aspect: float = 0.0
+    captions: bool = True
+
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+          UserError: a value is out of range.
+        """
+        if self.min_side < 0:
+            raise UserError(f"--min-side is {self.min_side}: expected at least 0.")
+        if not 0 <= self.max_watermark <= 1:
+            raise UserError(f"--max-watermark is {self.max_watermark:g}: expected 0 to 1.")
+        if self.max_aspect and not self.max_aspect >= 1:
+            raise UserError(f"--max-aspect is {self.max_aspect:g}: expected 1 or more, or 0: any.")
+
+
+@dataclasses.dataclass(frozen=True)
+class Reading:
+    """How the input is read; see `readers.read_unit`."""
+
+    caption_keys: tuple[str, ...] = readers.CAPTION_KEYS
+    image_key: str = ""
+
+
+class _Left(Exception):
+    """Raised with the reason why a picture is left out."""
+
+
+def check(item: Item, filters: Filters) -> tuple[bytes, tuple[int, int]]:
+    """Returns the file and the size, width and height as shown, of a picture that is kept.
+
+    Raises:
+      _Left: with the reason why it is not.
+    """
+    from PIL import Image
+
+    if item.image is None:
+        raise _Left("no picture")
+    if filters.captions and not item.texts:
+        raise _Left("no caption")
+    if _watermark(item.meta) > filters.max_watermark:
+        raise _Left("watermark")
+    if len(item.image) > readers.MAX_BYTES:
+        raise _Left("file too large")
+    limit = Image.MAX_IMAGE_PIXELS or math.inf
+    try:
+        with Image.open(io.BytesIO(item.image), formats=FORMATS) as picture:
+            width, height = shown_size(picture)
+    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
+        raise _Left("too many pixels") from None
+    except Exception:  # Pillow's parsers raise all kinds on broken files
+        raise _Left("broken picture") from None
+    # By its header first: what is filtered out need not be decoded.
+    if width * height > limit:
+        raise _Left("too many pixels")
+    if min(width, height) < filters.min_side:
+        raise _Left("too small")
+    if filters.max_aspect and max(width, height) > filters.max_aspect * min(width, height):
+        raise _Left("aspect ratio")
+    try:
+        # Damage shows at a fraction of the size too.
+        decode_picture(io.BytesIO(item.image), item.name, decode_side=256)
+    except BadSample:
+        raise _Left("broken picture") from None
+    return item.image, (width, height)
+
+
+def _watermark(meta: Mapping[str, Any]) -> float:
+    """The score of a watermark, 0 where there is none."""
+    for key, value in meta.items():
+        if key.lower() == "pwatermark" and isinstance(value, int | float):
+            return 1.0 if math.isnan(value) else float(value)
+    return 0.0
+
+
+def import_unit(
+    job: Job, number: int, unit: Unit, reading: Reading, filters: Filters,
+    tick: Callable[[], None] = lambda: None,
+) -> None:  # fmt: skip
+    """Makes the shard of a unit and notes what became of its pictures."""
+    kept = captions = 0
+    dropped: dict[str, int] = {}
+    examples: dict[str, list[str]] = {}
+    damaged: list[str] = []
+
+    def leave_out(name: str, reason: str) -> None:
+        dropped[reason] = dropped.get(reason, 0) + 1
+        if len(names := examples.setdefault(reason, [])) < _EXAMPLES:
+            names.append(name)
+
+    with job.writer(number) as writer:
+        for item in readers.read_unit(unit, reading.caption_keys, reading.image_key):
+            if isinstance(item, Problem) and item.of_file:
+                damaged.append(item.name)
+                continue
+            tick()
+            if isinstance(item, Problem):
+                leave_out(item.name, item.reason)
+                continue
+            try:
+                image, size = check(item, filters)
+            except _Left as reason:
+                leave_out(item.name, str(reason))
+                continue
+            writer.write({"key": item.name, "texts": item.texts, "size": size}, image)
+            kept += 1
+            captions += len(item.texts)
+    result = {"kept": kept, "captions": captions, "dropped": dropped, "examples": examples}
+    job.finish(number, kept, {**result, "damaged": damaged[:_EXAMPLES]})
+
+
+def import_dataset(
+    source: str | os.PathLike[str],
+    out: str | os.PathLike[str],
+    *,
+    kind: str = "auto",
+    split: str = "train",
+    unit_size: int = 10_000,
+    reading: Reading = Reading(),  # noqa: B008 (frozen)
+    filters: Filters = Filters(),  # noqa: B008 (frozen)
+    workers: int = 1,
+    part: tuple[int, int] = (0, 1),
+    show: Callable[[str], None] = lambda line: None,
+) -> dict[str, Any] | None:
+    """Imports a data set; run again after any interruption, it goes on where it stopped.
+
+    Args:
+      source: what is imported; see `readers.find_units`.
+      out: folder of the shards.
+      kind: see `readers.find_units`.
+      split: of a TFDS data set.
+      unit_size: pictures in a shard, of a folder and a TFDS data set.
+      reading: where captions and pictures are.
+      filters: what is kept.
+      workers: processes; with 1 this one does the work. The main module of a program that asks for
+        more must guard its top level by `if __name__ == "__main__"`.
+      part: (I, N): this is host I of N that share the work and `out`.
+      show: is given a line of progress twice a second.
+
+    Returns:
+      The report (also `report.json`), or None while other parts are not done.
+
+    Raises:
+      UserError: an argument cannot be used, nothing was kept, or a process was killed.
+    """
+    units = readers.find_units(source, kind, split=split, size=unit_size)
+    plan = {
+        "source": os.path.abspath(os.path.expanduser(source)),
+        "options": {**dataclasses.asdict(reading), **dataclasses.asdict(filters)},
+    }
+    job = Job(out, plan, [unit.name for unit in units])
+    with job.claim(part) as todo:
+        own = len(range(part[0], len(units), part[1]))
+        known = [units[number].pictures for number in todo]
+        progress = _Progress(show, own - len(todo), own, sum(known) if all(known) else 0)
+        work = [(job, number, units[number], reading, filters) for number in todo]
+        if workers <= 1 or len(todo) <= 1:
+            for arguments in work:
+                import_unit(*arguments, tick=progress.tick)
+                progress.unit()
+        else:
+            _spread(work, min(workers, len(todo)), progress)
+    results = job.results()
+    if results is None:
+        return None
+    report = summarize(results)
+    write_json(job.folder / "report.json", report)
+    if not report["kept"]:
+        reasons = [f"{reason} {n}" for reason, n in report["dropped"].items()]
+        if not report["read"]:
+            reasons = [f"no pictures in {len(units)} file(s)"]
+        if report["damaged_files"]:
+            reasons.append(f"damaged files {report['damaged_files']}")
+        raise UserError(
+            f"nothing of {source} was kept ({', '.join(reasons)}); see {out}/report.json, and run "
+            "the command again with other input or options."
+        )
+    job.complete("images", results, {"source": plan["source"]})
+    return report
+
+
+def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
+    """Adds up the results of units."""
+    dropped: dict[str, int] = {}
+    examples: dict[str, list[str]] = {}
+    for result in results:
+        for reason, number in result["dropped"].items():
+            dropped[reason] = dropped.get(reason, 0) + number
+            names = examples.setdefault(reason, [])
+            names += result["examples"][reason][: _EXAMPLES - len(names)]
+    kept = sum(result["kept"] for result in results)
+    return {
+        "read": kept + sum(dropped.values()),
+        "kept": kept,
+        "captions": sum(result["captions"] for result in results),
+        "bytes": sum(result["shard"]["bytes"] for result in results if result["shard"]),
+        "shards": sum(result["shard"] is not None for result in results),
+        "dropped": dict(sorted(dropped.items(), key=lambda entry: -entry[1])),
+        "examples": examples,
+        # Nobody knows how many pictures were in what could not be read of them.
+        "damaged_files": sum(bool(result["damaged"]) for result in results),
+        "damage": [place for result in results for place in result["damaged"]][:_EXAMPLES],
+    }
+
+
+def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
+    """Says a report in lines."""
+    yield (
+        f"kept {report['kept']} of {report['read']} pictures with {report['captions']} captions "
+        f"in {report['shards']} shard(s), {report['bytes'] / 2**20:.1f} MiB"
+    )
+    for reason, number in report["dropped"].items():
+        examples = report["examples"][reason]
+        more = ", ..." if number > len(examples) else ""
+        yield f"  left out, {reason}: {number} ({', '.join(examples)}{more})"
+    if report["damaged_files"]:
+        places = ", ".join(report["damage"])
+        yield f"  damaged files, read in part: {report['damaged_files']} ({places})"
+
+
+class _Progress:
+    """Counts units and pictures, and shows them now and then."""
+
+    def __init__(self, show: Callable[[str], None], done: int, total: int, expected: int):
+        """Begins to count.
+
+        Args:
+          show: is given a line twice a second, and the last one.
+          done: units that were there already.
+          total: units.
+          expected: pictures in those that were not, 0 where that is not known.
+        """
+        self.pictures = 0
+        self._show, self._done, self._total, self._expected = show, done, total, expected
+        self._first, self._start, self._shown = done, time.perf_counter(), -math.inf
+
+    def tick(self) -> None:
+        self.pictures += 1
+        self.show()
+
+    def unit(self) -> None:
+        self._done += 1
+        self.show(now=self._done == self._total)
+
+    def show(self, now: bool = False) -> None:
+        clock = time.perf_counter()
+        if not now and clock - self._shown < 0.5:
+            return
+        self._shown = clock
+        self._show(self._line(clock - self._start))
+
+    def _line(self, seconds: float) -> str:
+        of = f"/{self._expected}" if self._expected else ""
+        line = f"unit {self._done}/{self._total}  {self.pictures}{of} pictures"
+        if seconds > 1:
+            line += f"  {self.pictures / seconds:.0f} pictures/s"
+        if self._done == self._total:
+            return line
+        # By pictures where their number is known, else by units.
+        whole, part = self._total - self._first, self._done - self._first
+        if self._expected:
+            whole, part = self._expected, self.pictures
+        if part:
+            rest = max(whole - part, 0) * seconds / part
+            line += (
+                f"  about {rest / 60:.0f} min left" if rest > 90 else f"  about {rest:.0f} s left"
+            )
+        return line
+
+
+def _spread(work: list[tuple], workers: int, progress: _Progress) -> None:
+    """Does the work in processes of its own."""
+    context = get_context("spawn")
+    counter = context.Value("q", 0)
+    pool = futures.ProcessPoolExecutor(workers, context, _begin_worker, (counter,))
+    try:
+        waiting = {pool.submit(_work, arguments) for arguments in work}
+        while waiting:
+            done, waiting = futures.wait(waiting, 0.5, futures.FIRST_COMPLETED)
+            progress.pictures = counter.value
+            for future in done:
+                future.result()
+                progress.unit()
+            progress.show()
+    except BrokenProcessPool:
+        raise UserError(
+            "a worker process was killed, perhaps for want of memory; run the same command again, "
+            "with fewer --workers: what is done stays."
+        ) from None
+    finally:
+        pool.shutdown(wait=True, cancel_futures=True)
+
+
+_counter: Any = None
+
+
+def _begin_worker(counter: Any) -> None:
+    """Sets a worker up: Ctrl-C is the parent's to handle, and nobody outlives the parent."""
+    import signal
+
+    global _counter
+    _counter = counter
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+
+    def follow() -> None:
+        parent = parent_process()
+        if parent is not None:
+            parent.join()
+            os._exit(1)
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def _work(arguments: tuple) -> None:
+    def tick() -> None:
+        with _counter.get_lock():
+            _counter.value += 1
+
+    import_unit(*arguments, tick=tick)

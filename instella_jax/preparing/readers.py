@@ -1,0 +1,173 @@
+"""What `data import` reads: webdataset tars, parquet files, TFDS data sets, folders.
+
+`find_units` cuts a data set into units, `read_unit` yields what is in one. Nothing is unpacked to
+disk, and nothing of a file is trusted: what cannot be read is yielded as a `Problem`.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import json
+import os
+import zlib
+from collections.abc import Iterator, Sequence
+from pathlib import Path
+from typing import Any
+
+from instella_jax.errors import UserError
+from instella_jax.preparing.items import CAPTION_KEYS, MAX_BYTES, Item, Problem, captions
+
+KINDS = ("webdataset", "parquet", "tfds", "folder")
+
+
+@dataclasses.dataclass(frozen=True)
+class Unit:
+    """A part of the input that is read at one go.
+
+    Attributes:
+      name: tells it, and its version, from the others.
+      kind: one of `KINDS`.
+      path: a file, or the folder of the whole data set.
+      rows: its part of that: (start, stop) of a TFDS split, or (picture, captions or caption file).
+      split: of a TFDS data set.
+      pictures: how many it has, 0 where that is not known before it is read.
+    """
+
+    name: str
+    kind: str
+    path: str
+    rows: tuple[Any, ...] = ()
+    split: str = ""
+    pictures: int = 0
+
+
+def find_units(
+    path: str | os.PathLike[str], kind: str = "auto", *, split: str = "train", size: int = 10_000
+) -> list[Unit]:
+    """Cuts a data set into units: tar and parquet files as they are, else `size` pictures each.
+
+    Args:
+      path: a file, or a folder that is searched with its subfolders.
+      kind: one of `KINDS`, or "auto".
+      split: which part of a TFDS data set.
+      size: pictures in a unit.
+
+    Raises:
+      UserError: there is nothing of the kind.
+    """
+    root = Path(path).expanduser()
+    if not root.exists():
+        raise UserError(f"{root} does not exist; give the file or folder to import.")
+    kind = _guess(root) if kind == "auto" else kind
+    if kind in ("webdataset", "parquet"):
+        files = _files(root, kind)
+        if not files:
+            raise UserError(f"{root} has no {kind} files ({', '.join(_SUFFIXES[kind])}).")
+        base = root if root.is_dir() else root.parent
+        return [
+            Unit(f"{file.relative_to(base)} ({file.stat().st_size} bytes)", kind, str(file))
+            for file in files
+        ]
+    if kind == "tfds":
+        from instella_jax.preparing.tfds_reader import count
+
+        total = count(root, split)
+        ranges = [(start, min(start + size, total)) for start in range(0, total, size)]
+        return [Unit(f"{split}[{a}:{b}]", kind, str(root), (a, b), split, b - a) for a, b in ranges]
+    if kind == "folder":
+        from instella_jax.data.folder import list_pictures
+
+        entries = list_pictures(root)
+        units = []
+        for start in range(0, len(entries), size):
+            rows = tuple(entries[start : start + size])
+            digest = zlib.crc32(repr(rows).encode())
+            name = f"{rows[0][0]} and {len(rows)} ({digest:08x})"
+            units.append(Unit(name, kind, str(root), rows, pictures=len(rows)))
+        return units
+    raise UserError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}.")
+
+
+_SUFFIXES = {
+    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "parquet": (".parquet",),
+}
+
+
+def _files(root: Path, kind: str) -> list[Path]:
+    if root.is_file():
+        return [root]
+    found = (p for p in root.rglob("*") if p.name.endswith(_SUFFIXES[kind]) and p.is_file())
+    return sorted(p for p in found if not p.name.startswith("."))
+
+
+def _guess(root: Path) -> str:
+    if (
+        root.is_dir()
+        and (root / "dataset_info.json").is_file()
+        and (root / "features.json").exists()
+    ):
+        return "tfds"
+    for kind in ("webdataset", "parquet"):
+        if root.is_file() and root.name.endswith(_SUFFIXES[kind]):
+            return kind
+        if root.is_dir() and _files(root, kind):
+            return kind
+    if root.is_file():
+        raise UserError(f"{root} is neither a tar nor a parquet file; give one, or a folder.")
+    return "folder"
+
+
+def read_unit(
+    unit: Unit, caption_keys: Sequence[str] = CAPTION_KEYS, image_key: str = ""
+) -> Iterator[Item | Problem]:
+    """Yields what is in a unit, in its order.
+
+    Args:
+      unit: see `find_units`.
+      caption_keys: columns, JSON keys or features that captions are in; all that are there count.
+      image_key: the column or feature of the picture; "" for the usual names.
+    """
+    keys = tuple(caption_keys)
+    if unit.kind == "webdataset":
+        from instella_jax.preparing.tar_reader import read_tar
+
+        return read_tar(unit.path, keys)
+    if unit.kind == "parquet":
+        from instella_jax.preparing.parquet_reader import read_parquet
+
+        return read_parquet(unit.path, keys, image_key)
+    if unit.kind == "tfds":
+        from instella_jax.preparing.tfds_reader import read_tfds
+
+        start, end = unit.rows
+        return read_tfds(unit.path, unit.split, start, end, keys, image_key)
+    return _read_folder(unit, keys)
+
+
+def _read_folder(unit: Unit, keys: tuple[str, ...]) -> Iterator[Item | Problem]:
+    from instella_jax.data.folder import read_caption
+    from instella_jax.data.samples import BadSample
+
+    root = Path(unit.path)
+    for name, text in unit.rows:
+        path = root / name
+        try:
+            if path.stat().st_size > MAX_BYTES:
+                yield Problem(name, "file too large")
+                continue
+            image = path.read_bytes()
+            side = path.with_suffix(".json")
+            meta = json.loads(side.read_text(encoding="utf-8-sig")) if side.is_file() else {}
+            meta = meta if isinstance(meta, dict) else {}
+            if isinstance(text, str):
+                text = read_caption(root / text) if text else ()
+        except OSError:
+            yield Problem(name, "file cannot be read")
+        except BadSample:
+            yield Problem(name, "broken caption")
+        except ValueError:
+            yield Problem(name, "broken JSON")
+        else:
+            texts = captions({"text": list(text)}, ("text",)) + captions(meta, keys)
+            yield Item(name, image, tuple(dict.fromkeys(texts)), meta)

@@ -1,0 +1,118 @@
+"""What a run says of itself: metrics files, the progress line, images per second.
+
+Nothing here touches the device: callers pass numbers that they have fetched.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any, TextIO
+
+import numpy as np
+
+from instella_jax.reporting.event_files import EventFile
+
+logger = logging.getLogger(__name__)
+
+
+class MetricsWriter:
+    """Scalars as JSON lines in `workdir/metrics.jsonl`, and with pictures as TensorBoard events.
+
+    A line is one JSON object: {"step": 100, "train/loss": 0.31, ...}; a value that is not finite
+    is null there. Only one process of a run should be `enabled`; in the others every method does
+    nothing.
+    """
+
+    def __init__(
+        self,
+        workdir: str | os.PathLike[str],
+        *,
+        start_step: int = 0,
+        enabled: bool = True,
+        tensorboard: bool = True,
+    ):
+        """Open the files for appending.
+
+        Args:
+          workdir: Made if it is not there.
+          start_step: The step a resumed run continues from. What a killed run wrote of later
+            steps is removed, since those steps come again.
+          enabled: False in every process but the first.
+          tensorboard: Also write TensorBoard event files, in `workdir/tensorboard`.
+        """
+        self._file: TextIO | None = None
+        self._events: EventFile | None = None
+        if not enabled:
+            return
+        path = Path(workdir) / "metrics.jsonl"
+        path.parent.mkdir(parents=True, exist_ok=True)
+        _drop_after(path, start_step)
+        self._file = path.open("a", encoding="utf-8")
+        if tensorboard:
+            self._events = EventFile(
+                path.parent / "tensorboard", purge_step=start_step + 1 if start_step else None
+            )
+
+    def scalars(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
+        """Write numbers (Python, numpy or fetched jax scalars) under `prefix/name`."""
+        if self._file is None:
+            return
+        named = {f"{prefix}/{k}" if prefix else k: float(v) for k, v in values.items()}
+        plain = {name: v if math.isfinite(v) else None for name, v in named.items()}
+        self._file.write(json.dumps({"step": int(step), **plain}, allow_nan=False) + "\n")
+        self._file.flush()
+        if self._events is not None:
+            self._events.scalars(int(step), named)
+
+    def image(self, step: int, name: str, picture: np.ndarray) -> None:
+        """Write a picture, uint8 [H, W, 3], to TensorBoard."""
+        if self._events is not None:
+            self._events.image(int(step), name, picture)
+
+    def close(self) -> None:
+        """Flush and close; writing afterwards does nothing."""
+        file, events = self._file, self._events
+        self._file = self._events = None
+        if events is not None:
+            events.close()
+        if file is not None:
+            file.close()
+
+    def __enter__(self) -> MetricsWriter:
+        """Return self."""
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        """Close."""
+        self.close()
+
+
+def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
+    """Return the lines of `workdir/metrics.jsonl`; [] without one. A cut last line is left out."""
+    path = Path(workdir) / "metrics.jsonl"
+    if not path.exists():
+        return []
+    rows = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            rows.append(json.loads(line))
+        except json.JSONDecodeError:
+            logger.warning("%s has a line that is not JSON; left out.", path)
+    return rows
+
+
+def _drop_after(path: Path, step: int) -> None:
+    """Keep only the whole lines of steps up to `step`."""
+    if not path.exists():
+        return
+    rows = read_metrics(path.parent)
+    kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+    if kept != path.read_text(encoding="utf-8"):
+        scratch = path.with_name(f".{path.name}.{os.getpid()}")
+        scratch.write_text(kept, encoding="utf-8")
+        os.replace(scratch, path)

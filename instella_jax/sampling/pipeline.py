@@ -1,0 +1,366 @@
+"""What a user imports: prompts in, pictures out.
+
+Axes: B pictures, U different prompts, N latent tokens, K bits, L text length.
+"""
+
+import contextlib
+import dataclasses
+import functools
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+from jax.sharding import Mesh
+
+from instella_jax.config import Config
+from instella_jax.errors import UserError
+from instella_jax.kernels import binary_sampling
+from instella_jax.models import binary_diffusion
+from instella_jax.models.ar_transformer import ArTransformer
+from instella_jax.models.binary_diffusion import Target
+from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.models.functional import Params, apply, check_tensor
+from instella_jax.models.layers import Execution
+from instella_jax.models.olmo import Olmo
+from instella_jax.models.pixels import to_uint8
+from instella_jax.models.text import TextTokenizer
+from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.runtime import sharding
+from instella_jax.sampling import loops
+from instella_jax.stages.generator import GeneratorStage
+from instella_jax.weights import model_folder, model_parts
+
+Generator = DiffusionTransformer | ArTransformer
+
+# Text is padded to a multiple of this, so that few lengths are ever compiled.
+TEXT_BLOCK = 32
+MAX_STEPS = 1_000
+MAX_SIDE = 4_096
+MAX_BATCH = 1_024
+
+
+@dataclasses.dataclass(frozen=True)
+class Options:
+    """How prompts are drawn; the defaults are the published ones.
+
+    Attributes:
+      negative_prompt: what guidance leads away from; "" is the unconditional prompt.
+      images_per_prompt: pictures of each prompt; picture j has the seed `seed` + j.
+      seed: of the first picture of every prompt.
+      steps: of the diffusion sampler.
+      guidance: g in (1 + g) conditional - g unconditional; 0 is none. g is the scale of other
+        systems less 1.
+      temperature: of the guided logits; 0 takes the likelier bit.
+      rho: exponent of the schedule of times.
+      protocol: how bits are drawn between steps, 1 or 2 (the posterior).
+      height: of the pictures in pixels; 0 is the size that the model was trained at.
+      width: likewise.
+      batch_size: pictures drawn at a time.
+      kernel: what draws the bits, see `kernels.binary_sampling.resolve`.
+    """
+
+    negative_prompt: str = ""
+    images_per_prompt: int = 1
+    seed: int = 0
+    steps: int = 20
+    guidance: float = 7.5
+    temperature: float = 1.0
+    rho: float = 1.0
+    protocol: int = 1
+    height: int = 0
+    width: int = 0
+    batch_size: int = 16
+    kernel: str = "auto"
+
+    def __post_init__(self) -> None:
+        """Checks ranges.
+
+        Raises:
+          UserError: a value is out of range.
+        """
+        for name, low, high in (
+            ("images_per_prompt", 1, 10_000),
+            ("seed", 0, 2**31 - 1),
+            ("steps", 1, MAX_STEPS),
+            ("guidance", 0.0, 1_000.0),
+            ("temperature", 0.0, 1_000.0),
+            ("rho", 0.01, 100.0),
+            ("height", 0, MAX_SIDE),
+            ("width", 0, MAX_SIDE),
+            ("batch_size", 1, MAX_BATCH),
+        ):
+            value = getattr(self, name)
+            if not low <= value <= high:
+                raise UserError(f"{name} is {value}: expected {low} to {high}")
+        if self.protocol not in binary_diffusion.PROTOCOLS:
+            raise UserError(
+                f"protocol is {self.protocol}: expected one of {binary_diffusion.PROTOCOLS}"
+            )
+        if self.kernel not in binary_sampling.NAMES:
+            raise UserError(f"kernel is {self.kernel!r}: expected one of {binary_sampling.NAMES}")
+
+
+def options_from_config(config: Config) -> Options:
+    """Reads the drawing options out of a config's `sample` section."""
+    names = {field.name for field in dataclasses.fields(Options)}
+    return Options(**{name: config[name] for name in names if name in config})
+
+
+@functools.partial(jax.jit, static_argnames="network")
+def text_features(network: Olmo, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    """What the blocks of a generator see of prompts [U, L]: [layers, U, L, Dt]."""
+    return apply(network, params, ids, mask)[1:]
+
+
+image_keys = jax.jit(loops.image_keys)
+
+
+@functools.partial(jax.jit, static_argnames=("network", "height", "width"))
+def decode(
+    network: BinaryTokenizer, params: Params, code: jax.Array, height: int, width: int
+) -> jax.Array:
+    """Draws codes [B, N, K]: uint8 [B, height, width, 3]."""
+    return to_uint8(apply(network, params, code, height, width, method="decode"))
+
+
+class InstellaPipeline:
+    """A text encoder, a generator and a tokenizer, ready to draw.
+
+    A picture depends on the parameters, its prompt, its seed and the options alone. With a mesh,
+    each batch is spread over its devices; where they are those of several processes, all of them
+    must ask for the same pictures, and all get them.
+    """
+
+    def __init__(
+        self,
+        *,
+        generator: Generator,
+        text: Olmo,
+        tokenizer: BinaryTokenizer,
+        params: Mapping[str, Params],
+        text_tokenizer: TextTokenizer,
+        max_length: int,
+        image_size: int,
+        target: Target = "epsilon",
+        mesh: Mesh | None = None,
+    ):
+        """Joins the parts.
+
+        Args:
+          generator: the network that makes codes.
+          text: the network that describes prompts.
+          tokenizer: the network that draws codes.
+          params: parameters of the three, under "generator", "text" and "tokenizer".
+          text_tokenizer: cuts prompts into ids.
+          max_length: longest prompt in tokens.
+          image_size: side in pixels that the model was trained at.
+          target: what a diffusion generator was trained to tell, see `binary_diffusion`.
+          mesh: devices to draw on, on which the parameters are; None is the default device.
+        """
+        self.generator, self.text, self.tokenizer = generator, text, tokenizer
+        self.params = params
+        self.text_tokenizer, self.max_length = text_tokenizer, max_length
+        self.image_size, self.target, self.mesh = image_size, target, mesh
+
+    @classmethod
+    def from_folder(
+        cls,
+        folder: str | os.PathLike[str],
+        tokenizer: str | os.PathLike[str] | None = None,
+        run: Execution = Execution(),  # noqa: B008 (frozen)
+        *,
+        kind: str | None = None,
+        text_encoder: str | os.PathLike[str] | None = None,
+        mesh: Mesh | None = None,
+    ) -> "InstellaPipeline":
+        """Reads a model folder.
+
+        Args:
+          folder: with a generator, a text encoder and its `tokenizer.json`.
+          tokenizer: folder of the image tokenizer, None where `folder` holds it.
+          run: how the networks are computed.
+          kind: "diffusion" or "ar", which generator is wanted where the folder holds both; None
+            for the one there is, or the diffusion one.
+          text_encoder: folder of the text encoder; not looked at where `folder` holds it.
+          mesh: devices to draw on; None is the default device.
+
+        Raises:
+          UserError: a part is missing, damaged, or the parts do not fit each other or the mesh.
+        """
+        folder = Path(folder)
+        description = model_folder.read_description(folder)
+        generator = model_parts.find_generator(folder, description, kind)
+        # A generator that was trained on top of a frozen text encoder comes without it.
+        text_folder = folder
+        if text_encoder is not None and not model_folder.has_weights(folder, "text"):
+            text_folder = Path(text_encoder)
+        tokenizer_folder = Path(folder if tokenizer is None else tokenizer)
+        places = {
+            "generator": (folder, generator),
+            "text": (text_folder, "text"),
+            "tokenizer": (tokenizer_folder, "tokenizer"),
+        }
+        networks, params = {}, {}
+        for part, (place, name) in places.items():
+            values = model_folder.read_description(place)
+            networks[part] = model_parts.make_network(place, values, name, run)
+        if mesh is not None:
+            check_tensor(networks, mesh)
+        for part, (place, name) in places.items():
+            params[part] = model_folder.load(place, name, networks[part], run.param_dtype, mesh)
+        return cls(
+            **networks,
+            params=params,
+            text_tokenizer=TextTokenizer.from_folder(text_folder),
+            max_length=description["text"]["max_length"],
+            image_size=description["image_size"],
+            target=description.get("target", "epsilon"),
+            mesh=mesh,
+        )
+
+    @classmethod
+    def from_stage(
+        cls, stage: GeneratorStage, params: Mapping[str, Params], mesh: Mesh | None = None
+    ) -> "InstellaPipeline":
+        """Draws with a stage's networks and given parameters, on their mesh.
+
+        The image tokenizer's are read from its folder where they are not given: training on codes
+        has no use for them.
+        """
+        tokenizer = stage.tokenizer_network()
+        if "tokenizer" not in params:
+            dtype = stage.run.param_dtype
+            loaded = model_folder.load(stage.tokenizer_folder, "tokenizer", tokenizer, dtype, mesh)
+            params = {**params, "tokenizer": loaded}
+        return cls(
+            generator=stage.network,
+            text=stage.text_network,
+            tokenizer=tokenizer,
+            params=params,
+            text_tokenizer=TextTokenizer.from_folder(stage.text_folder),
+            max_length=stage.config.text.max_length,
+            image_size=stage.config.data.image_size,
+            target=stage.config.loss.get("target", "epsilon"),
+            mesh=mesh,
+        )
+
+    def __call__(self, prompts: Sequence[str], options: Options = Options()) -> np.ndarray:
+        """Draws prompts.
+
+        Args:
+          prompts: U texts.
+          options: see `Options`.
+
+        Returns:
+          uint8 [U * images_per_prompt, height, width, 3], the pictures of a prompt together.
+
+        Raises:
+          UserError: there is no prompt, or the tokenizer cannot draw the size.
+        """
+        return np.concatenate(list(self.batches(prompts, options)))
+
+    def batches(self, prompts: Sequence[str], options: Options = Options()) -> Iterator[np.ndarray]:
+        """Draws prompts in the order of `__call__`, a batch of pictures at a time.
+
+        What cannot be drawn is refused here, before the first batch is asked for.
+        """
+        if not prompts:
+            raise UserError("there is no prompt to draw")
+        height, width = options.height or self.image_size, options.width or self.image_size
+        self.tokenizer.config.grid(height, width)
+        return self._batches(prompts, options, height, width)
+
+    def _batches(
+        self, prompts: Sequence[str], options: Options, height: int, width: int
+    ) -> Iterator[np.ndarray]:
+        rows = np.repeat(np.arange(len(prompts)), options.images_per_prompt)
+        seeds = options.seed + np.tile(np.arange(options.images_per_prompt), len(prompts))
+        negative = options.negative_prompt
+        length = self.padded_length([*prompts, negative])
+        parts = sharding.batch_parts(self.mesh) if self.mesh else 1
+        size = -(-min(options.batch_size, len(rows)) // parts) * parts
+        for start in range(0, len(rows), size):
+            # The last batch is filled up, so that all have the compiled shape.
+            chosen = np.minimum(np.arange(start, start + size), len(rows) - 1)
+            texts = [*(prompts[row] for row in rows[chosen]), *[negative] * size]
+            with sharding.use(self.mesh) if self.mesh else contextlib.nullcontext():
+                features, mask = self.describe(texts, length)
+                code = self.codes(features, mask, seeds[chosen], options)
+                drawn = decode(self.tokenizer, self.params["tokenizer"], code, height, width)
+            yield sharding.fetch(drawn)[: len(rows) - start]
+
+    def padded_length(self, prompts: Sequence[str]) -> int:
+        """The length L of the longest prompt in tokens, with padding, so that few are compiled."""
+        _, mask = self.text_tokenizer.encode(prompts, max_length=self.max_length)
+        return min(-(-mask.shape[1] // TEXT_BLOCK) * TEXT_BLOCK, self.max_length)
+
+    def describe(self, prompts: Sequence[str], length: int) -> tuple[jax.Array, np.ndarray]:
+        """Encodes prompts, each different one once and the empty one once ever.
+
+        Args:
+          prompts: 2B texts.
+          length: L, see `padded_length`.
+
+        Returns:
+          features [layers, 2B, L, Dt] and mask bool [2B, L].
+        """
+        unique = list(dict.fromkeys(prompt for prompt in prompts if prompt))
+        # Nothing sees the states of the empty prompt, so that any padding does for them.
+        features = jnp.pad(self._empty, ((0, 0), (0, 0), (length - 1, 0), (0, 0)))
+        mask = np.zeros((1, length), bool)
+        if unique:
+            ids, seen = self.text_tokenizer.encode(
+                unique, max_length=self.max_length, pad_to=length
+            )
+            described = text_features(self.text, self.params["text"], ids, seen)
+            features = jnp.concatenate([features, described], axis=1)
+            mask = np.concatenate([mask, seen])
+        rows = np.array([unique.index(prompt) + 1 if prompt else 0 for prompt in prompts])
+        return jnp.take(features, rows, axis=1), mask[rows]
+
+    @functools.cached_property
+    def _empty(self) -> jax.Array:
+        """Features [layers, 1, 1, Dt] of the empty prompt."""
+        ids, mask = self.text_tokenizer.encode([""], pad_to=1)
+        return text_features(self.text, self.params["text"], ids, mask)
+
+    def codes(
+        self, features: jax.Array, mask: Any, seeds: np.ndarray, options: Options
+    ) -> jax.Array:
+        """Samples codes [B, N, K] for text of 2B rows, conditional ones first."""
+        rows: Any = seeds.astype(np.uint32)
+        if self.mesh is not None:
+            rows, mask = jax.device_put((rows, mask), sharding.batch_sharding(self.mesh))
+            features = jax.device_put(features, sharding.batch_sharding(self.mesh, leading=1))
+        keys = image_keys(rows)
+        params = self.params["generator"]
+        kernel = binary_sampling.resolve(options.kernel, jax.default_backend())
+        if isinstance(self.generator, ArTransformer):
+            return loops.sample_ar(
+                self.generator,
+                params,
+                features,
+                mask,
+                keys,
+                guidance=options.guidance,
+                temperature=options.temperature,
+                kernel=kernel,
+            )
+        return loops.sample_diffusion(
+            self.generator,
+            params,
+            features,
+            mask,
+            keys,
+            steps=options.steps,
+            guidance=options.guidance,
+            temperature=options.temperature,
+            rho=options.rho,
+            protocol=options.protocol,
+            target=self.target,
+            kernel=kernel,
+        )

@@ -1,0 +1,55 @@
+"""What the training loop needs to know of a stage."""
+
+from typing import Any, Protocol
+
+import jax
+
+from instella_jax.models.functional import Network, Params, init_params
+
+Batch = dict[str, jax.Array]
+
+
+class Stage(Protocol):
+    """What the training loop needs to know of a stage; all functions are pure."""
+
+    @property
+    def networks(self) -> dict[str, Network]:
+        """The networks that are trained, by the name of their part in params."""
+        ...
+
+    @property
+    def frozen_networks(self) -> dict[str, Network]:
+        """The networks that the loss reads and nobody trains, by part; {} without."""
+        ...
+
+    def frozen(self) -> Params:
+        """Parameters, with logical axes, of the frozen networks; {} without."""
+        ...
+
+    def loader(self, split: str, **options: Any) -> Any:
+        """Batches of the split "train" or "heldout"; options as in `data.loader.make_loader`."""
+        ...
+
+    def loss(
+        self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
+    ) -> tuple[jax.Array, dict[str, jax.Array]]:
+        """Loss and metrics of a batch, each a mean."""
+        ...
+
+    def evaluate(
+        self, params: Params, frozen: Params, batch: Batch, key: jax.Array
+    ) -> dict[str, jax.Array]:
+        """Held-out metrics of a batch, each a mean; the same key gives the same draws."""
+        ...
+
+    def describe(self) -> dict[str, Any]:
+        """The `config.json` of a model folder with this stage's networks."""
+        ...
+
+
+def init_stage(stage: Stage, key: jax.Array) -> Params:
+    """Makes the trainable parameters of a stage by part, with their logical axes."""
+    return {
+        part: init_params(network, jax.random.fold_in(key, number))
+        for number, (part, network) in enumerate(sorted(stage.networks.items()))
+    }

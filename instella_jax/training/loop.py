@@ -1,0 +1,269 @@
+"""The only training loop."""
+
+import collections
+import contextlib
+import errno
+import math
+import os
+from pathlib import Path
+from typing import Any
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+
+from instella_jax.checkpoints.manager import Checkpoints
+from instella_jax.config import Config
+from instella_jax.data import buckets
+from instella_jax.data.watch import DataWatch
+from instella_jax.errors import UserError
+from instella_jax.evaluation.heldout import evaluate
+from instella_jax.reporting.metrics import MetricsWriter
+from instella_jax.reporting.pictures import save_grid
+from instella_jax.reporting.progress import Progress, Throughput, progress_line
+from instella_jax.runtime import sharding
+from instella_jax.runtime.distributed import Agreement
+from instella_jax.sampling.previews import preview
+from instella_jax.stages import make_stage
+from instella_jax.stages.base import Stage
+from instella_jax.stages.parameters import load_frozen, load_trained
+from instella_jax.training import flops
+from instella_jax.training.optimizer import make_optimizer
+from instella_jax.training.profiling import StepTrace
+from instella_jax.training.setup import (
+    check_sizes,
+    initial_state,
+    state_shapes,
+)
+from instella_jax.training.shutdown import StopRequest
+from instella_jax.training.step import TrainState, jit_step
+from instella_jax.training.workdir import claim_workdir, note_config, only_run
+from instella_jax.weights import model_folder
+
+
+def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
+    """Trains a stage, from the newest checkpoint of the workdir where there is one.
+
+    Leaves checkpoints, `metrics.jsonl`, TensorBoard files, pictures in `samples/` and, at the
+    end, the averaged parameters as a model folder `model/`. SIGTERM saves a checkpoint and
+    returns.
+
+    Args:
+      config: see `configs/`.
+      workdir: where the run lives.
+
+    Returns:
+      Held-out metrics at the end; {} when stopped before it.
+
+    Raises:
+      UserError: something in config, workdir or data does not fit.
+    """
+    mesh = sharding.make_mesh(config.mesh)
+    check_sizes(config, mesh)
+    stage = make_stage(config)
+    claim_workdir(workdir, config)
+    try:
+        with only_run(workdir), sharding.use(mesh):
+            return _Run(config, Path(workdir), stage, mesh).go()
+    except OSError as error:
+        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"workdir {workdir} cannot be written ({error.strerror}): make room there and run "
+            "the same command again, which goes on from the newest checkpoint"
+        ) from error
+
+
+class _Run:
+    """One run of the loop: what its parts share."""
+
+    def __init__(self, config: Config, workdir: Path, stage: Stage, mesh: jax.sharding.Mesh):
+        self.config, self.workdir, self.stage, self.mesh = config, workdir, stage, mesh
+        self.first = jax.process_index() == 0
+        self.progress = Progress(enabled=self.first)
+        # Data and weights that cannot be read should be told of before anything is compiled.
+        self.loader = stage.loader(
+            "train",
+            batch_size=config.train.batch_size // jax.process_count(),
+            steps_per_call=config.train.steps_per_call,
+            process_index=jax.process_index(),
+            process_count=jax.process_count(),
+        )
+        self.frozen = load_frozen(stage, mesh)
+        self.checkpoints = Checkpoints(workdir, config.train.keep)
+        self.shapes = state_shapes(stage, config, mesh)
+        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        self.step_function = jit_step(stage, optimizer, config, self.shapes)
+        self.rate = Throughput()
+        shapes = buckets.shapes(config)
+        self.watch = DataWatch(shapes)
+        self.counts: collections.Counter[str] = collections.Counter()
+        self.operations = {s: sum(flops.training(config, s).values()) for s in shapes}
+        self.agreed = Agreement(mesh)
+        calls = config.profile, config.train.steps_per_call, self.progress.message
+        self.trace = StepTrace(workdir / "profile", *calls)
+
+    def first_state(self) -> TrainState:
+        """Own checkpoint > init_from > random weights."""
+        if self.first:
+            print_overview(self.shapes.params)
+        restored = self.checkpoints.restore(self.shapes, self.loader)
+        if restored is not None:
+            return restored
+        state, _ = initial_state(self.stage, self.config, self.mesh)
+        if self.config.init_from:
+            params = load_trained(self.stage, self.config, self.mesh)
+            state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+            self.progress.message(f"weights of {self.config.init_from}")
+        return state
+
+    def go(self) -> dict[str, float]:
+        """Restores, trains, evaluates."""
+        self.state = self.first_state()
+        if self.first:
+            note_config(self.workdir, self.config)
+        start = int(self.state.step)
+        stop = StopRequest()
+        with (
+            # A run from the beginning keeps no line of one before it.
+            MetricsWriter(self.workdir, start_step=start or -1, enabled=self.first) as self.writer,
+            contextlib.closing(self.loader),
+            stop.listening(),
+        ):
+            try:
+                if start:
+                    self.progress.message(f"continuing from step {start}")
+                elif self.config.train.steps:
+                    self.report(0)
+                finished = self.loop(start, stop)
+                step = int(self.state.step)
+                self.checkpoints.save(self.state, self.loader, step)
+                if not finished:
+                    self.progress.message(f"stopped at step {step}; run again to continue")
+                    return {}
+                result = self.report(step)
+                self.draw(step)
+                self.write_model(step)
+                return result
+            finally:
+                self.progress.close()
+                self.checkpoints.close()
+
+    def loop(self, start: int, stop: StopRequest) -> bool:
+        """Runs steps until the end (True) or a request to stop (False)."""
+        train = self.config.train
+        rows = sharding.batch_sharding(self.mesh, leading=1)
+        done, pending = start, None
+        for step in range(start, train.steps, train.steps_per_call):
+            if self.agreed(stop.requested):
+                break
+            with self.trace.call(step, self.state):
+                batch = sharding.place(sharding.arrays(self.watch.take(self.loader)), rows)
+                self.state, metrics = self.step_function(self.state, self.frozen, batch)
+            # The device works on this step while the host reads the one before it.
+            if pending is not None:
+                self.log(*pending)
+            self.checkpoints.check()
+            done = step + train.steps_per_call
+            pending = (done, metrics)
+            if done < train.steps and (due := self.due(done)):
+                # A run that goes on from the checkpoint does not log this step again.
+                self.log(*pending)
+                pending = None
+                self.occasionally(done, due)
+        self.trace.close(self.state)
+        if pending is not None:
+            self.log(*pending)
+        return done >= train.steps
+
+    def due(self, step: int) -> set[str]:
+        """What of "eval", "image" and "save" is to be done after a step."""
+        every = {name: self.config.train[f"{name}_every"] for name in ("eval", "image", "save")}
+        return {name for name, n in every.items() if n > 0 and step % n == 0}
+
+    def occasionally(self, step: int, due: set[str]) -> None:
+        """Evaluates, draws and then saves, so that what is saved has been reported."""
+        if "eval" in due:
+            self.report(step)
+        if "image" in due:
+            self.draw(step)
+        if "save" in due:
+            self.checkpoints.save(self.state, self.loader, step)
+
+    def log(self, step: int, metrics: Any) -> None:
+        """Fetches the metrics of a finished step, checks and shows them."""
+        fetched = jax.device_get(metrics)
+        self.counts.update(fetched.pop("counts"))
+        fetched = {k: float(v) for k, v in fetched.items()}
+        self.rate.update(step)
+        self.check_skipped(step, int(fetched.pop("skipped_in_a_row")), fetched)
+        if step % self.config.train.log_every == 0:
+            if skipped := int(self.counts["skipped"]):
+                self.progress.message(f"skipped {skipped} of the last steps up to step {step}")
+            speed = self.rate.steps_per_second
+            size = self.config.train.batch_size
+            operations = self.watch.mean(self.operations)
+            fetched |= {name: float(count) for name, count in self.counts.items()}
+            fetched["data_wait"] = self.watch.waited()
+            self.counts.clear()
+            if speed:
+                kind, devices = self.mesh.devices.flat[0].device_kind, self.mesh.size
+                fetched |= flops.speed(speed * size, operations, kind, devices)
+            self.writer.scalars(step, fetched, prefix="train")
+            total = self.config.train.steps
+            self.progress.update(progress_line(step, total, fetched, speed, size))
+
+    def check_skipped(self, step: int, in_a_row: int, metrics: dict[str, float]) -> None:
+        """Ends a run of which too many steps in a row were skipped."""
+        train = self.config.train
+        if in_a_row < train.max_skipped:
+            return
+        fault = "had no finite loss and gradient"
+        if all(map(math.isfinite, metrics.values())):
+            fault = f"had a gradient norm over train.spike_norm={train.spike_norm:g}"
+        raise UserError(
+            f"{in_a_row} steps in a row up to step {step} {fault}; check the data, or start "
+            "again with a lower optimizer.learning_rate and another --workdir"
+        )
+
+    def report(self, step: int) -> dict[str, float]:
+        """Evaluates the average on held-out data, prints and writes the result."""
+        self.rate.pause()
+        metrics = evaluate(self.stage, self.state.ema, self.frozen, self.config, self.mesh)
+        self.writer.scalars(step, metrics, prefix="heldout")
+        text = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in metrics.items())
+        self.progress.message(f"held out at step {step}: {text}")
+        self.rate.resume()
+        return metrics
+
+    def draw(self, step: int) -> None:
+        """Draws a captioned grid with the average."""
+        count = self.config.eval.pictures
+        if not count:
+            return
+        self.rate.pause()
+        pictures, captions = preview(self.stage, self.state.ema, self.frozen, count)
+        if self.first:
+            path = self.workdir / "samples" / f"{step:08d}.png"
+            grid = save_grid(path, np.stack(pictures), captions)
+            self.writer.image(step, "samples", grid)
+            self.progress.message(f"pictures at step {step}: {path}")
+        self.rate.resume()
+
+    def write_model(self, step: int) -> None:
+        """Writes the average as a model folder."""
+        average = sharding.fetch(self.state.ema)
+        if not self.first:
+            return
+        folder = self.workdir / "model"
+        description = {**self.stage.describe(), "step": step}
+        text = getattr(self.stage, "text_tokenizer_file", None)
+        model_folder.save(folder, description, average, dtype="bfloat16", text_tokenizer=text)
+        self.progress.message(f"model: {folder}")
+
+
+def print_overview(params: Any) -> None:
+    """Prints name, shape and size of every parameter."""
+    from clu import parameter_overview
+
+    print(parameter_overview.get_parameter_overview(params, include_stats=False), flush=True)

@@ -1,0 +1,154 @@
+"""What a training run carries from step to step, and one step of it.
+
+Axes: G steps per call, A accumulation, B batch.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import flax.struct
+import jax
+import jax.numpy as jnp
+import optax
+
+from instella_jax.config import Config
+from instella_jax.data.counters import Counter, make_counter
+from instella_jax.models.functional import Params
+from instella_jax.stages.base import Stage
+
+Metrics = dict[str, Any]
+
+
+class TrainState(flax.struct.PyTreeNode):
+    """Everything that a checkpoint of the device side holds.
+
+    Attributes:
+      step: int32, optimizer steps tried so far, the skipped ones included.
+      skipped: int32, steps skipped in a row up to now because something was not finite.
+      params: trainable parameters.
+      ema: their exponential moving average.
+      opt_state: of the optimizer.
+      key: random key of the run; step s draws from fold_in(key, s).
+    """
+
+    step: jax.Array
+    skipped: jax.Array
+    params: Params
+    ema: Params
+    opt_state: optax.OptState
+    key: jax.Array
+
+
+def init_state(
+    params: Params, optimizer: optax.GradientTransformation, key: jax.Array
+) -> TrainState:
+    """The state before the first step, with the logical axes of `params` where they are boxed."""
+    return TrainState(
+        step=jnp.zeros((), jnp.int32),
+        skipped=jnp.zeros((), jnp.int32),
+        params=params,
+        ema=jax.tree.map(jnp.copy, params),
+        opt_state=optimizer.init(params),
+        key=key,
+    )
+
+
+def gradients(
+    stage: Stage, accumulate: int, params: Params, frozen: Params, batch: Any, key: jax.Array, step
+) -> tuple[Params, Metrics]:
+    """Mean gradients and metrics over `accumulate` parts of a batch [B, ...], one at a time."""
+
+    def part(params: Params, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
+        loss, metrics = stage.loss(params, frozen, batch, key, step)
+        return loss, {"loss": loss, **metrics}
+
+    grad = jax.grad(part, has_aux=True)
+    if accumulate == 1:
+        return grad(params, batch, key)
+    # Strided parts keep each device's rows on that device.
+    parts = jax.tree.map(
+        lambda x: x.reshape(x.shape[0] // accumulate, accumulate, *x.shape[1:]).swapaxes(0, 1),
+        batch,
+    )
+
+    def add(total: Any, item: Any) -> tuple[Any, None]:
+        index, batch = item
+        new = grad(params, batch, jax.random.fold_in(key, index))
+        return jax.tree.map(jnp.add, total, new), None
+
+    first = jax.tree.map(lambda x: x[0], parts)
+    zero = jax.tree.map(
+        lambda x: jnp.zeros(x.shape, x.dtype), jax.eval_shape(grad, params, first, key)
+    )
+    total, _ = jax.lax.scan(add, zero, (jnp.arange(accumulate), parts))
+    return jax.tree.map(lambda x: x / accumulate, total)
+
+
+def make_step(
+    stage: Stage, optimizer: optax.GradientTransformation, config: Config, count: Counter
+) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
+    """Returns `step(state, frozen, batches) -> (state, metrics)` over batches [G, B, ...].
+
+    A step whose loss or gradient norm is not finite, or whose norm exceeds `train.spike_norm`
+    where that is positive, changes neither parameters, optimizer nor average.
+
+    Metrics are means over the G steps, but for "skipped_in_a_row" after the last of them and
+    "counts", sums over the G steps and all processes: "skipped" steps, and what `count` adds.
+    """
+    train = config.train
+    limit = train.spike_norm if train.spike_norm > 0 else float("inf")
+
+    def one(state: TrainState, frozen: Params, batch: Any) -> tuple[TrainState, Metrics, Any]:
+        key = jax.random.fold_in(state.key, state.step)
+        grads, metrics = gradients(
+            stage, train.accumulate, state.params, frozen, batch, key, state.step
+        )
+        norm = optax.tree.norm(grads)
+        good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (norm <= limit)
+        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
+        params = optax.apply_updates(state.params, updates)
+        # A short warm-up of the average keeps the initial values out of it.
+        decay = jnp.minimum(train.ema_decay, (1 + state.step) / (10 + state.step))
+        # Written so that the average of what does not change is that, bit for bit.
+        ema = jax.tree.map(lambda a, p: a + (1 - decay) * (p - a), state.ema, params)
+        new = (params, ema, opt_state)
+        old = (state.params, state.ema, state.opt_state)
+        params, ema, opt_state = jax.tree.map(lambda n, o: jnp.where(good, n, o), new, old)
+        state = state.replace(
+            step=state.step + 1,
+            skipped=jnp.where(good, 0, state.skipped + 1),
+            params=params,
+            ema=ema,
+            opt_state=opt_state,
+        )
+        return state, {**metrics, "grad_norm": norm}, ~good
+
+    def step(state: TrainState, frozen: Params, batches: Any) -> tuple[TrainState, Metrics]:
+        def scanned(state: TrainState, batch: Any) -> tuple[TrainState, Any]:
+            state, *rest = one(state, frozen, batch)
+            return state, rest
+
+        state, (metrics, skipped) = jax.lax.scan(scanned, state, batches)
+        # A sum over devices that waits for nothing could be begun beside those of the gradients. On
+        # a CPU each holds a thread, and there are as many as devices: two begun by some devices may
+        # leave none for the others, and all wait for ever. So these sums wait for the last step.
+        counts = {"skipped": jnp.sum(skipped), **count(batches, state.skipped >= 0)}
+        metrics = jax.tree.map(jnp.mean, metrics)
+        return state, {**metrics, "skipped_in_a_row": state.skipped, "counts": counts}
+
+    return step
+
+
+def jit_step(
+    stage: Stage, optimizer: optax.GradientTransformation, config: Config, state: TrainState
+) -> jax.stages.Wrapped:
+    """Returns `make_step` under jit: it gives up the state, which comes back divided as it was.
+
+    Args:
+      state: arrays or shapes, with their shardings.
+    """
+    # Left to itself, XLA may divide a part of the new state otherwise than that of the old one, and
+    # the next call would compile anew.
+    where = jax.tree.map(lambda x: x.sharding, state)
+    step = make_step(stage, optimizer, config, make_counter(config))
+    return jax.jit(step, donate_argnums=0, out_shardings=(where, None))

@@ -1,0 +1,132 @@
+"""The folder that a run lives in: its config, and one run at a time."""
+
+import contextlib
+import errno
+import json
+import logging
+import os
+import socket
+from collections.abc import Iterator
+from pathlib import Path
+
+import jax
+import numpy as np
+from flax import traverse_util
+
+from instella_jax.config import Config
+from instella_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
+
+LOCK = ".lock"
+
+# What may change between the runs of one workdir: how long, how often, where, what is drawn.
+_FREE = ("train.steps", "train.log_every", "train.eval_every", "train.save_every",
+         "train.image_every", "train.keep", "train.max_skipped", "mesh", "sample", "eval", "run",
+         "data.workers", "plan", "profile", "init_from", "shipped")  # fmt: skip
+
+
+def claim_workdir(workdir: str | os.PathLike[str], config: Config) -> None:
+    """Makes the workdir; if a run has saved a checkpoint there, checks that it is the same run.
+
+    Raises:
+      UserError: the workdir cannot be written, or belongs to another config.
+    """
+    workdir = Path(workdir)
+    try:
+        workdir.mkdir(parents=True, exist_ok=True)
+        if not os.access(workdir, os.W_OK | os.X_OK):
+            raise PermissionError(errno.EACCES, os.strerror(errno.EACCES))
+    except OSError as error:
+        raise UserError(
+            f"workdir {workdir} cannot be written ({error.strerror}); choose another --workdir"
+        ) from None
+    if any(path.name.isdigit() for path in (workdir / "checkpoints").glob("*")):
+        check_config(workdir, config)
+
+
+def note_config(workdir: str | os.PathLike[str], config: Config) -> None:
+    """Writes the config of the run that begins into its workdir."""
+    path = Path(workdir) / "config.json"
+    scratch = path.with_name(f".config.json.{os.getpid()}")
+    scratch.write_text(json.dumps(json.loads(config.to_json()), indent=1) + "\n", encoding="utf-8")
+    os.replace(scratch, path)
+
+
+def check_config(workdir: str | os.PathLike[str], config: Config) -> None:
+    """Checks that a workdir is of a run with this config.
+
+    Raises:
+      UserError: it is of another one, or of none.
+    """
+    path = Path(workdir) / "config.json"
+    try:
+        theirs = json.loads(path.read_text(encoding="utf-8"))
+    except OSError as error:
+        raise UserError(
+            f"{workdir} is not the workdir of a run: cannot read {path.name} ({error.strerror})"
+        ) from None
+    except ValueError:
+        raise UserError(
+            f"{path} is not valid JSON; choose another --workdir or remove that file"
+        ) from None
+    ours = json.loads(config.to_json())
+    old, new = (traverse_util.flatten_dict(c, sep=".") for c in (theirs, ours))
+    # A key that the run's config lacks is newer than the run.
+    for key in sorted(old):
+        free = any(key == name or key.startswith(name + ".") for name in _FREE)
+        if not free and old.get(key) != new.get(key):
+            raise UserError(
+                f"workdir {workdir} belongs to a run with {key}={old.get(key)!r}, this one has "
+                f"{new.get(key)!r}; choose another --workdir"
+            )
+
+
+@contextlib.contextmanager
+def only_run(workdir: str | os.PathLike[str]) -> Iterator[None]:
+    """Holds a workdir for the run of this process and those that it has joined.
+
+    The kernel lets go of the lock when the first process ends, however it ends.
+
+    Raises:
+      UserError: another run holds it.
+    """
+    from jax.experimental import multihost_utils
+
+    path = Path(workdir) / LOCK
+    handle, holder = _lock(path) if jax.process_index() == 0 else (None, None)
+    try:
+        taken = bool(multihost_utils.broadcast_one_to_all(np.bool_(holder is not None)))
+        if taken:
+            raise UserError(
+                f"workdir {workdir} is in use by another run{holder or ''}: wait until that has "
+                "ended, or choose another --workdir"
+            )
+        yield
+    finally:
+        if handle is not None:
+            os.close(handle)
+
+
+def _lock(path: Path) -> tuple[int | None, str | None]:
+    """Returns the open lock file, and who holds it where that is not this process."""
+    try:
+        import fcntl
+
+        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
+    except (ImportError, OSError) as error:
+        logger.warning("two runs on one workdir are not noticed: no lock on %s (%s)", path, error)
+        return None, None
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except OSError as error:
+        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
+            text = os.read(handle, 200).decode(errors="replace").strip()
+            os.close(handle)
+            return None, f" ({text})" if text else ""
+        logger.warning("two runs on one workdir are not noticed: no lock on %s (%s)", path, error)
+        return handle, None
+    with contextlib.suppress(OSError):  # a full disk takes the name of the holder only
+        os.ftruncate(handle, 0)
+        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
+    return handle, None

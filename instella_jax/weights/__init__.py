@@ -1,0 +1,1 @@
+"""Model folders, and published checkpoints in and out."""

@@ -1,0 +1,303 @@
+"""Model folders: what is shipped, imported, exported and trained on top of.
+
+A folder holds `config.json` (sizes of each part), the weights of each part and `tokenizer.json` of
+the text encoder where there is one. Parts are "tokenizer", "text" and generators: one "generator"
+where it was trained here, "diffusion" and "ar" where both may be there; their sizes name their
+`kind`. Weights are in `<part>.safetensors`, or in the orbax checkpoint `<part>/`.
+"""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import flax.linen as nn
+import jax
+import numpy as np
+from flax.traverse_util import flatten_dict, unflatten_dict
+
+from instella_jax.errors import UserError
+from instella_jax.models.functional import Network, abstract_params
+from instella_jax.models.layers import REMAT_POLICIES, Execution
+from instella_jax.models.tokenizer import TokenizerConfig
+from instella_jax.runtime import sharding
+from instella_jax.weights.tensor_files import Tensors, open_safetensors, read_json
+
+ASSETS = Path(__file__).parents[1] / "assets"
+FLOATS = ("float32", "bfloat16", "float16")
+# Implementations of `jax.nn.dot_product_attention`; "" is its own choice.
+ATTENTION = ("", "xla", "cudnn")
+PARTS = ("tokenizer", "generator", "diffusion", "ar", "text")
+
+
+def execution(config: Mapping[str, Any]) -> Execution:
+    """Reads a config's `run` section.
+
+    Raises:
+      UserError: a value is unknown, or does not go with another one or with the device.
+    """
+    known: dict[str, Sequence[str]] = {"remat": sorted(REMAT_POLICIES), "attention": ATTENTION}
+    known |= dict.fromkeys(("param_dtype", "dtype", "output_dtype"), FLOATS)
+    for key, names in known.items():
+        if config[key] not in names:
+            raise UserError(f"run.{key} is {config[key]!r}: expected one of {list(names)}")
+    if config["attention"] == "cudnn":
+        if config["dtype"] == "float32":
+            raise UserError(
+                "run.attention=cudnn does not compute in float32: give --config.run.dtype=bfloat16 "
+                "too, or leave run.attention empty"
+            )
+        device = jax.devices()[0]
+        if device.platform != "gpu" or "rocm" in device.client.platform_version:
+            raise UserError(
+                f"run.attention=cudnn needs an NVIDIA GPU, and this is {device.device_kind}: leave "
+                "it empty, which takes what there is"
+            )
+    values = {k: v for k, v in config.items() if k != "cpu_devices"}
+    return Execution(**{**values, "attention": values["attention"] or None})
+
+
+def build(kind: type, values: Mapping[str, Any], what: str) -> Any:
+    """Makes a dataclass of sizes out of JSON or config values, lists becoming tuples.
+
+    Raises:
+      UserError: a name is missing or unknown.
+    """
+    names = {field.name for field in dataclasses.fields(kind)}
+    required = {f.name for f in dataclasses.fields(kind) if f.default is dataclasses.MISSING}
+    if unknown := sorted(set(values) - names):
+        raise UserError(f"{what} has unknown sizes {unknown}: expected {sorted(names)}")
+    if missing := sorted(required - set(values)):
+        raise UserError(f"{what} lacks the sizes {missing}")
+    plain = {k: tuple(v) if isinstance(v, list) else v for k, v in dict(values).items()}
+    return kind(**plain)
+
+
+def tokenizer_config(values: Mapping[str, Any]) -> TokenizerConfig:
+    """Reads the sizes of a tokenizer."""
+    return build(TokenizerConfig, values, "tokenizer")
+
+
+def code_sizes(folder: str, num_tokens: int, bits: int) -> TokenizerConfig:
+    """Reads the sizes of the tokenizer that a generator's codes come from.
+
+    Args:
+      folder: config key `tokenizer`; "" is the published tokenizer, of which only shapes are known.
+      num_tokens: N of the generator.
+      bits: K of the generator.
+
+    Raises:
+      UserError: the folder is no model folder, or its code has another shape.
+    """
+    if not folder:
+        return TokenizerConfig(num_tokens=num_tokens, bits=bits)
+    found = find(folder, "tokenizer")
+    sizes = tokenizer_config(read_description(found).get("tokenizer", {}))
+    if (sizes.num_tokens, sizes.bits) != (num_tokens, bits):
+        raise UserError(
+            f"tokenizer {found} makes {sizes.num_tokens} tokens of {sizes.bits} bits, "
+            f"the generator expects {num_tokens} of {bits}"
+        )
+    return sizes
+
+
+def flatten(params: Any) -> dict[str, np.ndarray]:
+    """Names each leaf by its path, "encoder/trunk/...": host arrays."""
+    return {k: np.asarray(v) for k, v in flatten_dict(jax.device_get(params), sep="/").items()}
+
+
+def save(
+    folder: str | os.PathLike[str],
+    description: Mapping[str, Any],
+    parts: Mapping[str, Any],
+    *,
+    dtype: Any = None,
+    text_tokenizer: Path | None = None,
+) -> None:
+    """Writes a model folder; `config.json` comes last, so that a cut-off folder is no model.
+
+    Args:
+      folder: made if it is not there.
+      description: sizes of the parts, written to `config.json`.
+      parts: parameters by the name of the part.
+      dtype: type to store in, None for the parameters' own.
+      text_tokenizer: a `tokenizer.json` to take along.
+    """
+    from safetensors.numpy import save_file
+
+    folder = Path(folder)
+    folder.mkdir(parents=True, exist_ok=True)
+    for part, params in parts.items():
+        arrays = {
+            name: np.ascontiguousarray(a if dtype is None else a.astype(dtype))
+            for name, a in flatten(params).items()
+        }
+        _replace(folder / f"{part}.safetensors", lambda path, a=arrays: save_file(a, path))
+    if text_tokenizer is not None:
+        text = text_tokenizer.read_bytes()
+        _replace(folder / "tokenizer.json", lambda path: path.write_bytes(text))
+    text = json.dumps(dict(description), indent=1) + "\n"
+    _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
+
+
+def _replace(path: Path, write: Any) -> None:
+    scratch = path.with_name(f".{path.name}.{os.getpid()}")
+    write(scratch)
+    os.chmod(scratch, 0o644)  # safetensors makes private files
+    os.replace(scratch, path)
+
+
+def find(value: str, key: str) -> Path:
+    """Returns the model folder that a config key names; "demo" is the shipped one.
+
+    Raises:
+      UserError: the key is empty.
+    """
+    if not value:
+        raise UserError(f"config.{key} names no model folder: give --config.{key}=FOLDER")
+    return ASSETS / f"demo_{key.split('.')[0]}" if value == "demo" else Path(value)
+
+
+def find_weights(config: Any) -> Path:
+    """Returns the model folder to use without a workdir: `init_from`, or else the shipped one.
+
+    Raises:
+      UserError: there is none of these.
+    """
+    if config.init_from:
+        return Path(config.init_from)
+    if config.shipped:
+        return ASSETS / config.shipped
+    raise UserError(
+        "no weights to use: give --workdir=RUN of a training run or "
+        "--config.init_from=FOLDER of a model"
+    )
+
+
+def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
+    """Reads `config.json` of a model folder.
+
+    Raises:
+      UserError: the folder is not a model folder.
+    """
+    path = Path(folder) / "config.json"
+    if not path.exists():
+        raise UserError(f"no model at {folder}: cannot read {path} (no such file)")
+    description = read_json(path)
+    if not set(description) & set(PARTS):
+        raise UserError(f"{path} is not the config of a model: expected one of the keys {PARTS}")
+    return description
+
+
+def has_weights(folder: str | os.PathLike[str], part: str) -> bool:
+    """Tells whether a model folder holds the weights of a part."""
+    return (Path(folder) / f"{part}.safetensors").is_file() or (Path(folder) / part).is_dir()
+
+
+def unused_file(folder: Path, part: str) -> Path:
+    """File of the published tensors of a part that its network does not use."""
+    return folder / f"{part}_unused.safetensors"
+
+
+@contextlib.contextmanager
+def open_part(folder: str | os.PathLike[str], part: str, network: Network) -> Iterator[Tensors]:
+    """Opens the parameters of a part, by their paths and in the type they were stored in.
+
+    Args:
+      folder: a model folder.
+      part: one of `PARTS`.
+      network: the network they are for.
+
+    Raises:
+      UserError: the file is missing, damaged, or does not fit.
+    """
+    path = Path(folder) / f"{part}.safetensors"
+    if not has_weights(folder, part):
+        raise UserError(f"model folder {folder} has no {part}: {path.name} is missing")
+    with contextlib.ExitStack() as stack:
+        if path.is_file():
+            tensors = stack.enter_context(open_safetensors(path))
+        else:
+            from instella_jax.checkpoints.params import load_params
+
+            path = Path(folder) / part
+            arrays = flatten(load_params(path))
+            specs = {name: (a.shape, a.dtype) for name, a in arrays.items()}
+            tensors = Tensors(specs, arrays.__getitem__)
+        _check(path, tensors.shapes, sharding.values(abstract_params(network)))
+        yield tensors
+
+
+def load_boxed(folder: str | os.PathLike[str], part: str, network: Network, dtype: str) -> Any:
+    """Reads the parameters of a part with the logical axes that the network gives them.
+
+    Args:
+      folder: a model folder.
+      part: one of `PARTS`.
+      network: the network they are for.
+      dtype: type to hold them in.
+
+    Raises:
+      UserError: see `open_part`.
+    """
+
+    def box(like: Any, value: np.ndarray) -> Any:
+        return like.replace_boxed(value) if isinstance(like, nn.Partitioned) else value
+
+    with open_part(folder, part, network) as tensors:
+        values = {name: value.astype(dtype, copy=False) for name, value in tensors.items()}
+    return jax.tree.map(
+        box,
+        abstract_params(network),
+        unflatten_dict(values, sep="/"),
+        is_leaf=lambda x: isinstance(x, nn.Partitioned),
+    )
+
+
+def load(
+    folder: str | os.PathLike[str],
+    part: str,
+    network: Network,
+    dtype: str,
+    mesh: jax.sharding.Mesh | None = None,
+) -> Any:
+    """Reads the parameters of a part as plain device arrays, one after the other.
+
+    Args:
+      folder: a model folder.
+      part: one of `PARTS`.
+      network: the network they are for.
+      dtype: type to hold them in.
+      mesh: where they go, sharded by their logical axes; None is the default device.
+
+    Raises:
+      UserError: see `open_part`.
+    """
+    places: dict[str, Any] = {}
+    if mesh is not None:
+        shardings = sharding.tree_shardings(abstract_params(network), mesh)
+        places = dict(flatten_dict(shardings, sep="/"))
+    with open_part(folder, part, network) as tensors:
+        values = {
+            name: jax.device_put(value.astype(dtype, copy=False), places.get(name))
+            for name, value in tensors.items()
+        }
+    return unflatten_dict(values, sep="/")
+
+
+def _check(path: Path, shapes: Mapping[str, tuple], like: Any) -> None:
+    leaves: dict[str, Any] = dict(flatten_dict(like, sep="/"))
+    wanted = {k: tuple(v.shape) for k, v in leaves.items()}
+    for name in sorted(set(wanted) | set(shapes)):
+        if name not in shapes:
+            raise UserError(f"{path} lacks the tensor {name!r} of shape {list(wanted[name])}")
+        if name not in wanted:
+            raise UserError(f"{path} has an unknown tensor {name!r}")
+        if tuple(shapes[name]) != wanted[name]:
+            raise UserError(
+                f"{path}: tensor {name!r} has shape {list(shapes[name])}, "
+                f"expected {list(wanted[name])}"
+            )

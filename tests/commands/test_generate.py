@@ -1,0 +1,125 @@
+import json
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import configs.t2i_diffusion
+from instella_jax.commands import generate
+from instella_jax.errors import UserError
+from instella_jax.sampling import album as albums
+
+
+@pytest.fixture
+def config():
+    return configs.t2i_diffusion.get_config()
+
+
+def pictures(count):
+    return np.random.default_rng(0).integers(0, 256, (count, 16, 16, 3), np.uint8)
+
+
+def test_prompts_come_from_the_key_or_the_file(config, tmp_path):
+    config.sample.prompt = "a cat"
+    assert generate.read_prompts(config.sample) == ["a cat"]
+    path = tmp_path / "prompts.txt"
+    path.write_text("a cat\n\n  a dog  \n", encoding="utf-8")
+    config.sample.prompts_file = str(path)
+    with pytest.raises(UserError, match="not both"):
+        generate.read_prompts(config.sample)
+    config.sample.prompt = ""
+    assert generate.read_prompts(config.sample) == ["a cat", "a dog"]
+
+
+@pytest.mark.parametrize(
+    ("content", "message"), [("", "is empty"), (None, "cannot be read"), (b"\xff\xfe", "cannot be")]
+)
+def test_bad_prompt_files_are_one_sentence(config, tmp_path, content, message):
+    path = tmp_path / "prompts.txt"
+    if content is not None:
+        path.write_bytes(content.encode() if isinstance(content, str) else content)
+    config.sample.prompts_file = str(path)
+    with pytest.raises(UserError, match=message):
+        generate.read_prompts(config.sample)
+
+
+def test_nothing_to_draw_is_said(config):
+    with pytest.raises(UserError, match="nothing to draw"):
+        generate.read_prompts(config.sample)
+
+
+def write(folder, drawn, captions, sample):
+    album = albums.Album(folder, captions, sample)
+    for start in range(0, len(drawn), 3):
+        album.add(drawn[start : start + 3])
+    return album.close()
+
+
+def test_files_hold_the_pictures_and_say_how_they_were_made(config, tmp_path):
+    drawn = pictures(4)
+    captions = ["A cat / dog!"] * 2 + ["a tree"] * 2
+    config.sample.update(seed=7, images_per_prompt=2)
+    grid = write(tmp_path, drawn, captions, config.sample)
+    rows = [json.loads(line) for line in (tmp_path / "metadata.jsonl").read_text().splitlines()]
+    assert [row["text"] for row in rows] == captions
+    assert [row["seed"] for row in rows] == [7, 8, 7, 8]
+    assert rows[0]["file_name"] == "00000-a-cat-dog-seed7.png" and rows[0]["steps"] == 20
+    for row, picture in zip(rows, drawn, strict=True):
+        with Image.open(tmp_path / row["file_name"]) as image:
+            np.testing.assert_array_equal(np.asarray(image), picture)
+    assert grid.name == "grid-00000.png" and grid.exists()
+
+
+def test_nothing_is_overwritten(config, tmp_path):
+    write(tmp_path, pictures(2), ["a cat", "a dog"], config.sample)
+    before = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
+    write(tmp_path, pictures(2)[::-1], ["a cat", "a dog"], config.sample)
+    after = {p.name: p.read_bytes() for p in tmp_path.glob("*.png")}
+    assert len(after) == 2 * len(before)
+    assert all(after[name] == data for name, data in before.items())
+
+
+def test_many_pictures_make_several_grids(config, tmp_path):
+    last = write(tmp_path, pictures(130), ["a cat"] * 130, config.sample)
+    grids = sorted(p.name for p in tmp_path.glob("grid-*.png"))
+    assert grids == ["grid-00000.png", "grid-00064.png", "grid-00128.png"]
+    assert last.name == grids[-1]
+    assert albums.next_number(tmp_path) == 130
+
+
+def test_pictures_drawn_before_an_interruption_are_there(config, tmp_path):
+    album = albums.Album(tmp_path, ["a cat"] * 5, config.sample)
+    album.add(pictures(2))
+    rows = (tmp_path / "metadata.jsonl").read_text().splitlines()
+    names = sorted(json.loads(row)["file_name"] for row in rows)
+    assert names == sorted(p.name for p in tmp_path.glob("*.png")) and len(names) == 2
+
+
+def test_a_folder_that_cannot_be_written_is_one_sentence(config, tmp_path):
+    (tmp_path / "metadata.jsonl").mkdir()
+    with pytest.raises(UserError, match="cannot write pictures to .* \\(Is a directory\\)"):
+        albums.Album(tmp_path, ["a cat"], config.sample).add(pictures(1))
+
+
+def test_a_file_in_the_folders_place_is_one_sentence(config, tmp_path):
+    (tmp_path / "file").touch()
+    with pytest.raises(UserError, match="cannot write pictures to .* \\(File exists\\)"):
+        albums.Album(tmp_path / "file", ["a cat"], config.sample)
+
+
+@pytest.mark.parametrize(
+    ("workdir", "changes", "sentence"),
+    [
+        ("nowhere", {}, "is not the workdir of a run"),
+        (None, {"init_from": "nowhere"}, "no model at nowhere"),
+        (None, {"tokenizer": "nowhere"}, "no model at nowhere"),
+        (None, {"sample.height": 60}, "image size 60x64 does not fit"),
+    ],
+)
+def test_what_is_refused_leaves_nothing(config, tmp_path, monkeypatch, workdir, changes, sentence):
+    monkeypatch.chdir(tmp_path)
+    config.sample.prompt = "a cat"
+    config.update_from_flattened_dict(changes)
+    with pytest.raises(UserError, match=sentence):
+        generate.generate(config, workdir)
+    assert not list(tmp_path.iterdir())

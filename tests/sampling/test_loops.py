@@ -1,0 +1,155 @@
+import functools
+
+import jax
+import jax.numpy as jnp
+import numpy as np
+import pytest
+from flax import linen as nn
+
+from instella_jax.models import functional
+from instella_jax.models.ar_transformer import ArTransformer
+from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.runtime import sharding
+from instella_jax.sampling import loops
+from tests import uncached
+
+pytestmark = pytest.mark.usefixtures("quick_compile")
+
+SIZES = dict(num_layers=2, num_heads=2, head_dim=8, num_tokens=6, bits=5, text_width=12)
+DIFFUSION, AR = DiffusionTransformer(**SIZES), ArTransformer(**SIZES)
+SEEDS = jnp.arange(3) + 10
+
+
+@functools.cache
+def params(network):
+    z = jnp.zeros((1, 6, 5))
+    text, mask = jnp.zeros((2, 1, 1, 12)), jnp.ones((1, 1))
+    inputs = (z, jnp.zeros(1), text, mask) if network is DIFFUSION else (z[:, 1:], text, mask)
+    drawn = nn.unbox(jax.jit(network.init)(jax.random.key(0), *inputs))["params"]
+    # Far from the initial values, where hardly anything depends on anything.
+    return jax.tree.map(
+        lambda x: x + 0.3 * jax.random.normal(jax.random.key(x.size), x.shape), drawn
+    )
+
+
+def prompts(batch, length=4):
+    """Features of 2 * batch prompts, the latter half empty; real tokens at the end."""
+    text = jax.random.normal(jax.random.key(1), (2, 2 * batch, length, 12))
+    real = np.arange(batch) % length + 1
+    mask = np.arange(length) >= length - real[:, None]
+    return text, jnp.asarray(np.concatenate([mask, np.zeros_like(mask)]))
+
+
+def rows(text, mask, chosen):
+    index = np.concatenate([chosen, np.asarray(chosen) + mask.shape[0] // 2])
+    return text[:, index], mask[index]
+
+
+SAMPLERS = {
+    "diffusion_1": functools.partial(loops.sample_diffusion, DIFFUSION, protocol=1, steps=5),
+    "diffusion_2": functools.partial(loops.sample_diffusion, DIFFUSION, protocol=2, steps=5),
+    "ar": functools.partial(loops.sample_ar, AR),
+}
+EACH = pytest.mark.parametrize("name", SAMPLERS)
+
+
+def sample(name, text, mask, seeds, **options):
+    sampler = SAMPLERS[name]
+    return np.asarray(
+        sampler(params(sampler.args[0]), text, mask, loops.image_keys(seeds), **options)
+    )
+
+
+@pytest.mark.slow
+@EACH
+def test_an_image_does_not_depend_on_its_batch(name):
+    text, mask = prompts(3)
+    bits = sample(name, text, mask, SEEDS)
+    assert bits.shape == (3, 6, 5) and set(np.unique(bits)) == {0.0, 1.0}
+    assert not np.array_equal(bits[0], bits[1])
+    # Nor on the length to which the prompts are padded, nor on who made the keys and values.
+    chosen = np.array([2, 0])
+    text, mask = rows(text, mask, chosen)
+    text = jnp.pad(text, ((0, 0), (0, 0), (2, 0), (0, 0)), constant_values=3.0)
+    network = SAMPLERS[name].args[0]
+    text_kv = network.apply({"params": params(network)}, text, method="text_kv")
+    again = sample(name, text_kv, jnp.pad(mask, ((0, 0), (2, 0))), SEEDS[chosen])
+    np.testing.assert_array_equal(again, bits[chosen])
+
+
+@EACH
+def test_seed_and_prompt_matter(name):
+    text, mask = prompts(3)
+    bits = sample(name, text, mask, SEEDS)
+    assert (sample(name, text, mask, SEEDS + 1) != bits).any((1, 2)).all()
+    assert (sample(name, -text, mask, SEEDS, guidance=5.0) != bits).any()
+
+
+@EACH
+def test_options_do_not_recompile(name):
+    text, mask = prompts(3)
+    function = SAMPLERS[name].func
+    given = dict(guidance=7.5, temperature=1.0)
+    options = [dict(guidance=2.0), dict(temperature=0.0)]
+    if name != "ar":
+        given |= dict(steps=5, rho=1.0)
+        options += [dict(steps=3), dict(rho=1.5)]
+    sample(name, text, mask, SEEDS, **given)
+    compiled = function._cache_size()
+    results = [sample(name, text, mask, SEEDS, **given | option) for option in options]
+    assert function._cache_size() == compiled
+    assert all((results[0] != r).any() for r in results[1:])
+
+
+def test_ar_at_temperature_zero_takes_the_likelier_bits():
+    text, mask = prompts(3)
+    bits = sample("ar", text, mask, SEEDS, temperature=0.0, guidance=0.0)
+    logits = AR.apply({"params": params(AR)}, bits[:, :-1], text[:, :3], mask[:3])
+    np.testing.assert_array_equal(bits, logits > 0)
+    other = sample("ar", text, mask, SEEDS + 9, temperature=0.0, guidance=0.0)
+    np.testing.assert_array_equal(bits, other)
+
+
+def test_draws_are_independent_per_image_and_step():
+    keys = loops.image_keys(SEEDS)
+    first, second = loops.draw(keys, 0, (6, 5)), loops.draw(keys, 1, (6, 5))
+    values = np.concatenate([first.ravel(), second.ravel()])
+    assert len(np.unique(values)) == values.size and 0 <= values.min() and values.max() < 1
+
+
+def test_cache_gives_the_logits_of_the_whole_prefix():
+    text, mask = prompts(3)
+    z = (jax.random.uniform(jax.random.key(3), (6, 6, 5)) < 0.5).astype(jnp.float32)
+    variables = {"params": params(AR)}
+    whole = AR.apply(variables, z[:, :-1], text, mask)
+    cache = AR.apply(variables, text, method="start_cache")
+    step = jax.jit(functools.partial(AR.apply, method="step"))
+    for n in range(6):
+        logits, cache = step(variables, z[:, n - 1], n, cache, mask)
+        np.testing.assert_allclose(logits, whole[:, n], rtol=1e-5, atol=1e-5)
+
+
+def test_cached_sampling_equals_uncached():
+    text, mask = prompts(3)
+    uniforms = jax.random.uniform(jax.random.key(5), (3, 6, 5))
+    bits = sample("ar", text, mask, SEEDS, uniforms=uniforms, guidance=3.0, temperature=0.8)
+    whole = jax.jit(functools.partial(uncached.sample_ar, AR))
+    np.testing.assert_array_equal(bits, whole(params(AR), text, mask, uniforms, 3.0, 0.8))
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["diffusion_1", "ar"])
+def test_sharding_changes_no_bit(name):
+    text, mask = prompts(4)
+    seeds = jnp.arange(4)
+    bits = sample(name, text, mask, seeds)
+    network, function = SAMPLERS[name].args[0], SAMPLERS[name]
+    mesh = sharding.make_mesh(dict(data=2, fsdp=2, tensor=2))
+    with sharding.use(mesh):
+        shardings = sharding.tree_shardings(functional.abstract_params(network), mesh)
+        rows = sharding.batch_sharding(mesh)
+        text = jax.device_put(text, sharding.batch_sharding(mesh, 1))
+        mask, keys = jax.device_put((mask, loops.image_keys(seeds)), rows)
+        sharded = function(jax.device_put(params(network), shardings), text, mask, keys)
+    assert len(sharded.sharding.device_set) == 8
+    np.testing.assert_array_equal(sharded, bits)

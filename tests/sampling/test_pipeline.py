@@ -1,0 +1,156 @@
+import dataclasses
+import logging
+
+import jax
+import numpy as np
+import pytest
+
+from instella_jax.errors import UserError
+from instella_jax.runtime import sharding
+from instella_jax.sampling import loops
+from instella_jax.sampling import pipeline as pipeline_module
+from instella_jax.sampling.pipeline import InstellaPipeline, Options
+from instella_jax.stages import make_stage
+from instella_jax.stages.base import init_stage
+from instella_jax.weights import model_folder
+
+PROMPTS = [
+    "a cat on a red background",
+    "two dogs",
+    "a red heart below a pizza on a blue background",
+]
+OPTIONS = Options(steps=3, guidance=2.0, batch_size=4)
+
+
+@pytest.fixture(params=["diffusion", "ar"])
+def folder(request, tiny_diffusion_config, tiny_ar_config, tiny_tokenizer_folder, tmp_path):
+    """A model folder of a tiny generator with random weights, and its tokenizer's."""
+    config = {"diffusion": tiny_diffusion_config, "ar": tiny_ar_config}[request.param]
+    stage = make_stage(config)
+    params = sharding.values(jax.jit(lambda key: init_stage(stage, key))(jax.random.key(1)))
+    # Far from the initial values, where hardly anything depends on the prompt.
+    params = jax.tree.map(
+        lambda x: x + 0.4 * jax.random.normal(jax.random.key(x.size), x.shape), params
+    )
+    model_folder.save(tmp_path, stage.describe(), params, text_tokenizer=stage.text_tokenizer_file)
+    return tmp_path, tiny_tokenizer_folder
+
+
+@pytest.fixture
+def pipeline(folder):
+    return InstellaPipeline.from_folder(*folder)
+
+
+def test_pictures_are_of_the_prompts_in_order(pipeline):
+    drawn = pipeline(PROMPTS, dataclasses.replace(OPTIONS, images_per_prompt=2))
+    assert drawn.shape == (6, 32, 32, 3) and drawn.dtype == np.uint8
+    assert len({picture.tobytes() for picture in drawn}) == 6
+
+
+def test_a_picture_depends_on_prompt_and_seed_alone(pipeline):
+    together = pipeline(PROMPTS, dataclasses.replace(OPTIONS, images_per_prompt=2, seed=5))
+    for index, prompt in enumerate(PROMPTS):
+        for picture in range(2):
+            alone = pipeline([prompt], dataclasses.replace(OPTIONS, seed=5 + picture))
+            np.testing.assert_array_equal(alone[0], together[2 * index + picture])
+
+
+def test_batches_give_what_one_batch_gives(pipeline):
+    whole = pipeline(PROMPTS, dataclasses.replace(OPTIONS, batch_size=8))
+    for size in (1, 2):
+        parts = list(pipeline.batches(PROMPTS, dataclasses.replace(OPTIONS, batch_size=size)))
+        assert [len(part) for part in parts] == {1: [1, 1, 1], 2: [2, 1]}[size]
+        np.testing.assert_array_equal(np.concatenate(parts), whole)
+
+
+def test_settings_change_without_compiling(pipeline):
+    pipeline(PROMPTS[:1], OPTIONS)
+    before = loops.sample_diffusion._cache_size(), loops.sample_ar._cache_size()
+    pipeline(PROMPTS[:1], dataclasses.replace(OPTIONS, steps=7, guidance=0.5, temperature=0.3))
+    pipeline(PROMPTS[1:2], dataclasses.replace(OPTIONS, rho=2.0, seed=9))
+    assert before == (loops.sample_diffusion._cache_size(), loops.sample_ar._cache_size())
+
+
+def test_repeated_prompts_are_encoded_once(pipeline, monkeypatch):
+    rows = []
+    encode = pipeline_module.text_features
+    monkeypatch.setattr(
+        pipeline_module,
+        "text_features",
+        lambda network, params, ids, mask: (
+            rows.append(len(ids)) or encode(network, params, ids, mask)
+        ),
+    )
+    options = dataclasses.replace(OPTIONS, batch_size=6)
+    pipeline([PROMPTS[0]] * 5 + [PROMPTS[1]], options)
+    assert rows == [1, 2]  # the empty prompt, once ever, and two others
+    pipeline([PROMPTS[1], "", PROMPTS[1]], options)
+    pipeline(PROMPTS[:1], dataclasses.replace(options, negative_prompt=PROMPTS[2]))
+    assert rows == [1, 2, 1, 2]
+
+
+def test_the_empty_prompt_is_what_the_encoder_makes_of_it(pipeline):
+    ids, mask = pipeline.text_tokenizer.encode(["", PROMPTS[0]], pad_to=32)
+    whole = pipeline_module.text_features(pipeline.text, pipeline.params["text"], ids, mask)
+    features, seen = pipeline.describe(["", PROMPTS[0]], 32)
+    np.testing.assert_array_equal(seen, mask)
+    # Another number of rows is another order of sums, which shows in what is near 0 among numbers
+    # of 6 on average.
+    largest = np.abs(whole[:, mask]).max()
+    np.testing.assert_allclose(features[:, seen], whole[:, mask], rtol=0, atol=1e-6 * largest)
+    keys = np.array([3])
+    ours = pipeline.codes(features[:, ::-1], seen[::-1], keys, OPTIONS)
+    theirs = pipeline.codes(whole[:, ::-1], mask[::-1], keys, OPTIONS)
+    np.testing.assert_array_equal(ours, theirs)
+
+
+def test_a_negative_prompt_and_guidance_change_the_picture(pipeline):
+    plain = pipeline(PROMPTS[:1], dataclasses.replace(OPTIONS, guidance=0.0))
+    guided = pipeline(PROMPTS[:1], dataclasses.replace(OPTIONS, guidance=8.0))
+    away = pipeline(
+        PROMPTS[:1], dataclasses.replace(OPTIONS, guidance=8.0, negative_prompt="two dogs")
+    )
+    without = pipeline(
+        PROMPTS[:1], dataclasses.replace(OPTIONS, guidance=0.0, negative_prompt="two dogs")
+    )
+    assert len({x.tobytes() for x in (plain, guided, away)}) == 3
+    np.testing.assert_array_equal(plain, without)
+
+
+def test_any_grid_can_be_asked_for(pipeline):
+    assert pipeline(PROMPTS[:1], dataclasses.replace(OPTIONS, height=48, width=64)).shape == (
+        1, 48, 64, 3,
+    )  # fmt: skip
+    with pytest.raises(UserError, match="multiples of 16"):
+        pipeline(PROMPTS[:1], dataclasses.replace(OPTIONS, height=40))
+
+
+def test_an_unknown_word_is_named(pipeline, caplog):
+    with caplog.at_level(logging.WARNING):
+        pipeline(["a zeppelin on a red background"], OPTIONS)
+    assert "zeppelin" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("option", "value"),
+    [("steps", 0), ("temperature", -1.0), ("protocol", 3), ("seed", -1), ("height", 100_000)],
+)
+def test_options_out_of_range_are_refused(option, value):
+    with pytest.raises(UserError, match=option):
+        Options(**{option: value})
+
+
+def test_no_prompt_is_refused(pipeline):
+    with pytest.raises(UserError, match="no prompt"):
+        pipeline([], OPTIONS)
+
+
+def test_a_damaged_folder_is_one_sentence(folder):
+    path, tokenizer = folder
+    weights = path / "generator.safetensors"
+    weights.write_bytes(weights.read_bytes()[:1000])
+    with pytest.raises(UserError, match="damaged"):
+        InstellaPipeline.from_folder(path, tokenizer)
+    weights.unlink()
+    with pytest.raises(UserError, match="missing"):
+        InstellaPipeline.from_folder(path, tokenizer)
