@@ -6,7 +6,7 @@ from collections.abc import Callable
 
 
 def whole(least: int = 1) -> Callable[[str], int]:
-    """Returns what reads a whole number of at least `least`, which is 0 or more."""
+    """Return what reads a whole number of at least `least`, which is 0 or more."""
 
     def read(text: str) -> int:
         if not (text.isascii() and text.isdigit()) or int(text) < least:
@@ -19,12 +19,12 @@ def whole(least: int = 1) -> Callable[[str], int]:
 
 
 def whole_list(text: str) -> list[int]:
-    """Reads whole numbers of at least 0 with commas between them."""
+    """Read whole numbers of at least 0 with commas between them."""
     return [whole(0)(part) for part in text.split(",")]
 
 
 def seconds(text: str) -> float:
-    """Reads a time above 0."""
+    """Read a time above 0."""
     try:
         value = float(text)
     except ValueError:

@@ -29,7 +29,8 @@ COPY_BYTES = {"cpu": 2**27}
 
 
 def seconds(function: Callable[..., jax.Array], *args: jax.Array, calls: int) -> float:
-    """Seconds per call, the best of a few runs, of a jitted function that makes `calls` calls."""
+    """Return seconds per call, the best of a few runs, of a jitted function that makes `calls`
+    calls."""
     function(*args).block_until_ready()
     times = []
     for _ in range(REPEATS):
@@ -40,7 +41,7 @@ def seconds(function: Callable[..., jax.Array], *args: jax.Array, calls: int) ->
 
 
 def copy_rate() -> float:
-    """Bytes per second of a copy, read and written, much larger than any cache."""
+    """Return bytes per second of a copy, read and written, much larger than any cache."""
     size = COPY_BYTES.get(jax.default_backend(), 2**30)
     source = jnp.zeros(size // 4, jnp.float32)
     calls = 4
@@ -49,7 +50,7 @@ def copy_rate() -> float:
 
 
 def repeated(calls: int, step: Callable[..., jax.Array]) -> Callable[..., jax.Array]:
-    """Calls a step one after another inside one program, as the sampling loops do."""
+    """Call a step one after another inside one program, as the sampling loops do."""
 
     @jax.jit
     def run(logits: jax.Array, z: jax.Array, keys: jax.Array) -> jax.Array:
@@ -63,7 +64,8 @@ def repeated(calls: int, step: Callable[..., jax.Array]) -> Callable[..., jax.Ar
 
 
 def steps(how: dict[str, Any]) -> dict[str, Callable[..., jax.Array]]:
-    """The operations, done in one way, under one signature (logits, z, keys, index, guidance)."""
+    """Return the operations, done in one way, under one signature (logits, z, keys, index,
+    guidance)."""
 
     def autoregressive(
         logits: jax.Array, z: jax.Array, keys: jax.Array, index: jax.Array, guidance: jax.Array
@@ -109,7 +111,8 @@ def steps(how: dict[str, Any]) -> dict[str, Callable[..., jax.Array]]:
 
 
 def ways() -> dict[str, dict[str, Any]]:
-    """The reference and the kernel that the device can run: arguments by what they are called."""
+    """Return the reference and the kernel that the device can run: arguments by what they are
+    called."""
     reference = {"reference": dict(implementation="xla")}
     platform = jax.default_backend()
     if platform in binary_sampling.PALLAS:
@@ -121,7 +124,7 @@ def ways() -> dict[str, dict[str, Any]]:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("--batch", type=whole(), default=64)
     parser.add_argument("--tokens", type=whole(), default=128)
@@ -134,7 +137,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Times both operations in all ways that the device has."""
+    """Time both operations in all ways that the device has."""
     device, rate = where(), copy_rate()
     calls = options.calls or (10 if jax.default_backend() == "cpu" else 1000)
     print(f"{device}: copies {rate / 1e9:.1f} GB/s")

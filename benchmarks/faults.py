@@ -40,7 +40,7 @@ class Runs:
     """Runs of the same small config, each a process."""
 
     def __init__(self, steps: int, cache: str | None = None):
-        """Prepares runs.
+        """Prepare runs.
 
         Args:
           steps: of a whole run.
@@ -59,7 +59,7 @@ class Runs:
         largest_file: int = 0,
         module: Sequence[str] = _MAIN,
     ) -> subprocess.Popen:
-        """Starts or goes on with a run.
+        """Start or go on with a run.
 
         Args:
           workdir: of the run.
@@ -84,30 +84,30 @@ class Runs:
         )
 
     def run(self, workdir: Path, *options: str, **other: Any) -> tuple[int, str, str]:
-        """Runs to the end; see `start` and `finish`."""
+        """Run to the end; see `start` and `finish`."""
         return finish(self.start(workdir, *options, **other))
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str, str]:
-    """Waits; returns exit status, standard output and standard error."""
+    """Wait; return exit status, standard output and standard error."""
     out, err = process.communicate(timeout=LIMIT)
     return process.returncode, out, err
 
 
 def lines(workdir: Path) -> list[dict]:
-    """Metrics without what depends on the clock."""
+    """Return metrics without what depends on the clock."""
     rows = read_metrics(workdir)
     clock = ("second", "flops", "data_wait")
     return [{k: v for k, v in row.items() if not any(c in k for c in clock)} for row in rows]
 
 
 def last_step(workdir: Path) -> int:
-    """The last step that a run told of; -1 before any."""
+    """Return the last step that a run told of; -1 before any."""
     return max((row["step"] for row in lines(workdir)), default=-1)
 
 
 def wait_for(process: subprocess.Popen, reached: Callable[[], bool]) -> bool:
-    """Waits until something is so; False if the process ends before."""
+    """Wait until something is so; False if the process ends before."""
     end = time.monotonic() + LIMIT
     while time.monotonic() < end:
         if process.poll() is not None:
@@ -119,14 +119,14 @@ def wait_for(process: subprocess.Popen, reached: Callable[[], bool]) -> bool:
 
 
 def same(workdir: Path, undisturbed: Path) -> bool:
-    """Whether two runs left the same metrics and the same model."""
+    """Return whether two runs left the same metrics and the same model."""
     names = ("model/tokenizer.safetensors", "model/config.json")
     files = all((workdir / n).read_bytes() == (undisturbed / n).read_bytes() for n in names)
     return files and lines(workdir) == lines(undisturbed)
 
 
 def kill(runs: Runs, workdir: Path, times: int, rng: random.Random) -> tuple[int, int]:
-    """Kills a run that is started again and again: at any step, every third time in a save.
+    """Kill a run that is started again and again: at any step, every third time in a save.
 
     Returns:
       How many kills there were, and how many of them left a half-written checkpoint.
@@ -156,7 +156,8 @@ def kill(runs: Runs, workdir: Path, times: int, rng: random.Random) -> tuple[int
 
 
 def unfinished(folder: Path) -> set[tuple[str, int]]:
-    """Half-written checkpoints, by name and inode: the next run writes others of that name."""
+    """Return half-written checkpoints, by name and inode: the next run writes others of that
+    name."""
     found = set()
     for path in folder.glob("*tmp*"):
         with contextlib.suppress(FileNotFoundError):
@@ -165,18 +166,18 @@ def unfinished(folder: Path) -> set[tuple[str, int]]:
 
 
 def one_sentence(err: str) -> bool:
-    """Whether an error was told in a line and no traceback, after warnings perhaps."""
+    """Return whether an error was told in a line and no traceback, after warnings perhaps."""
     return err.splitlines()[-1].startswith("error: ") and "Traceback" not in err
 
 
 def newest_step(workdir: Path) -> int:
-    """The newest checkpoint of a run."""
+    """Return the newest checkpoint of a run."""
     names = (path.name for path in (workdir / "checkpoints").iterdir())
     return max(int(name) for name in names if name.isdigit())
 
 
 def damage(checkpoint: Path, rng: random.Random) -> str:
-    """Flips a bit of a file of a checkpoint, cuts it or removes it; says which."""
+    """Flip a bit of a file of a checkpoint, cut it or remove it; say which."""
     files = sorted(p for p in (checkpoint / "state").rglob("*") if p.is_file())
     files = [p for p in files if p.stat().st_size] + sorted((checkpoint / "data").iterdir())
     path, how = rng.choice(files), rng.choice(("flipped", "cut", "removed"))
@@ -203,7 +204,7 @@ class Trial:
 
 
 def try_kills(trial: Trial) -> Row:
-    """Kills a run at random steps and in saves."""
+    """Kill a run at random steps and in saves."""
     workdir = trial.folder / "kill"
     kills, halves = kill(trial.runs, workdir, trial.counts["kills"], trial.rng)
     trial.runs.run(workdir)
@@ -211,7 +212,7 @@ def try_kills(trial: Trial) -> Row:
 
 
 def try_terms(trial: Trial) -> Row:
-    """Asks a run to stop."""
+    """Ask a run to stop."""
     workdir, times, good = trial.folder / "term", trial.counts["terms"], True
     for _ in range(times):
         process = trial.runs.start(workdir)
@@ -224,7 +225,7 @@ def try_terms(trial: Trial) -> Row:
 
 
 def try_damages(trial: Trial) -> Row:
-    """Damages the newest checkpoint, again and again."""
+    """Damage the newest checkpoint, again and again."""
     workdir, times, good = trial.folder / "damage", trial.counts["damages"], True
     shutil.copytree(trial.whole, workdir)
     for _ in range(times):
@@ -238,7 +239,7 @@ def try_damages(trial: Trial) -> Row:
 
 
 def try_no_manifest(trial: Trial) -> Row:
-    """Removes the hashes of the newest checkpoint."""
+    """Remove the hashes of the newest checkpoint."""
     workdir = shutil.copytree(trial.whole, trial.folder / "manifest")
     (workdir / "checkpoints" / str(newest_step(workdir)) / MANIFEST).unlink()
     status, _, err = trial.runs.run(workdir)
@@ -247,7 +248,7 @@ def try_no_manifest(trial: Trial) -> Row:
 
 
 def try_full(trial: Trial) -> Row:
-    """Leaves no room for a checkpoint, then none for metrics."""
+    """Leave no room for a checkpoint, then none for metrics."""
     workdir, good = trial.folder / "full", True
     trial.runs.run(workdir, "--config.train.steps=10")
     for largest, options in ((100, ()), (8, ("--config.train.save_every=0",))):
@@ -258,7 +259,7 @@ def try_full(trial: Trial) -> Row:
 
 
 def try_second(trial: Trial) -> Row:
-    """Starts a second run on a workdir."""
+    """Start a second run on a workdir."""
     workdir, options = trial.folder / "second", "--config.train.steps=100000"
     process = trial.runs.start(workdir, options)
     wait_for(process, lambda: last_step(workdir) >= 1)
@@ -270,7 +271,7 @@ def try_second(trial: Trial) -> Row:
 
 
 def try_nan(trial: Trial) -> Row:
-    """Trains on values that are no numbers, at a few steps and at many."""
+    """Train on values that are no numbers, at a few steps and at many."""
     few, idle, many = (trial.folder / name for name in ("few", "idle", "many"))
     module = "tests.poisoned"
     good = trial.runs.run(few, module=(module, "nan", "40", "43"))[0] == 0
@@ -286,7 +287,7 @@ def try_nan(trial: Trial) -> Row:
 
 
 def try_no_loss(trial: Trial) -> Row:
-    """Makes parameters that no longer compute."""
+    """Make parameters that no longer compute."""
     options = ("optimizer.learning_rate=1e38", "optimizer.warmup_steps=0", "train.max_skipped=7")
     workdir = trial.folder / "diverged"
     status, _, err = trial.runs.run(workdir, *(f"--config.{option}" for option in options))
@@ -307,7 +308,7 @@ FAULTS: dict[str, Callable[[Trial], Row]] = {
 
 
 def main() -> None:
-    """Tries everything, or what is asked for, and prints a table."""
+    """Try everything, or what is asked for, and print a table."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
     parser.add_argument(
         "--kills", type=arguments.whole(0), default=24, help="kill -9 so many times"
@@ -329,7 +330,7 @@ def main() -> None:
 
 
 def run(args: argparse.Namespace) -> list[Row]:
-    """Tries what the arguments name.
+    """Try what the arguments name.
 
     Raises:
       UserError: the run that nothing happens to fails too.

@@ -30,7 +30,7 @@ from instella_jax.errors import UserError, command_line
 
 
 def photographs(count: int, side: int) -> list[bytes]:
-    """JPEG files, 4:3, with the shorter side of `side` pixels."""
+    """Return JPEG files, 4:3, with the shorter side of `side` pixels."""
     rng, files = np.random.default_rng(0), []
     for _ in range(count):
         coarse = rng.integers(0, 256, (side // 12, side // 9, 3), np.uint8)
@@ -46,7 +46,7 @@ def photographs(count: int, side: int) -> list[bytes]:
 def rate(
     work: Callable[[], int], seconds: float, clock: Callable[[], float] = time.perf_counter
 ) -> float:
-    """How many things a second `work` does, which returns how many it did."""
+    """Return how many things a second `work` does, which returns how many it did."""
     work()
     start, total = clock(), 0
     while (spent := clock() - start) < seconds:
@@ -55,7 +55,8 @@ def rate(
 
 
 def one_core(files: list[bytes], side: int, seconds: float) -> None:
-    """Decoding and cropping by one thread, by processor time: other programs take none of it."""
+    """Return decoding and cropping by one thread, by processor time: other programs take none of
+    it."""
     keep = -(-side * 10 // 8)
     images = [decode_picture(io.BytesIO(file), "", decode_side=keep) for file in files]
 
@@ -77,7 +78,7 @@ def one_core(files: list[bytes], side: int, seconds: float) -> None:
 
 
 def write_shards(folder: Path, files: list[bytes], copies: int) -> Path:
-    """A data set of the files, each so many times."""
+    """Return a data set of the files, each so many times."""
     folder.mkdir()
     path = folder / "0.arrayrecord"
     with shard_writer(path, path.with_suffix(".scratch")) as writer:
@@ -89,7 +90,7 @@ def write_shards(folder: Path, files: list[bytes], copies: int) -> Path:
 
 
 def write_codes(folder: Path, records: int, code_bytes: int) -> Path:
-    """A data set of random codes."""
+    """Return a data set of random codes."""
     folder.mkdir()
     path, rng = folder / "0.arrayrecord", np.random.default_rng(0)
     with shard_writer(path, path.with_suffix(".scratch")) as writer:
@@ -103,7 +104,7 @@ def write_codes(folder: Path, records: int, code_bytes: int) -> Path:
 
 
 def loaded(source: Any, transform: Any, batch_size: int, workers: int, seconds: float) -> float:
-    """Samples a second that a loader hands over."""
+    """Sample a second that a loader hands over."""
     loader = make_loader(
         source, batch_size=batch_size, seed=0, transform=transform, workers=workers
     )
@@ -116,7 +117,7 @@ def loaded(source: Any, transform: Any, batch_size: int, workers: int, seconds: 
 
 
 def training(config: Any, steps: int) -> tuple[float, float]:
-    """Images a second, and the share of time that the loop waits, after compiling."""
+    """Return images a second, and the share of time that the loop waits, after compiling."""
     from instella_jax.reporting.metrics import read_metrics
     from instella_jax.training.loop import train
 
@@ -132,7 +133,7 @@ def training(config: Any, steps: int) -> tuple[float, float]:
 
 
 def train_both(folder: Path, tokenizer: str, steps: int) -> None:
-    """The demo's generator on scenes in shards, and on their codes."""
+    """Return the demo's generator on scenes in shards, and on their codes."""
     from configs import t2i_diffusion
     from instella_jax.preparing.encoding import encode_dataset
     from instella_jax.preparing.importing import import_dataset
@@ -157,13 +158,13 @@ _rows: dict[str, float] = {}
 
 
 def show(name: str, value: float, unit: str = "") -> None:
-    """Prints a line of the table."""
+    """Print a line of the table."""
     _rows[name] = value
     print(f"{name:<44}{value:>10.1f}  {unit}".rstrip(), flush=True)
 
 
 def main() -> None:
-    """Runs the benchmark."""
+    """Run the benchmark."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -185,7 +186,7 @@ def main() -> None:
 
 
 def check(options: argparse.Namespace) -> None:
-    """Looks first at what is used last.
+    """Look first at what is used last.
 
     Raises:
       UserError: the tokenizer is none for the demo's generator, or the figures have no place.
@@ -201,7 +202,7 @@ def check(options: argparse.Namespace) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Measures all, and prints it."""
+    """Measure all, and print it."""
     files = photographs(16, options.source_side)
     size = sum(map(len, files)) / len(files) / 1024
     print(f"JPEG files of {size:.0f} KiB; images a second:")

@@ -20,7 +20,7 @@ PROMPT = "a lighthouse on a rocky coast at sunset, oil painting"
 
 
 def draw(folder: Path, kind: str, side: int, steps: int) -> None:
-    """Draws one picture twice, compiling included and not."""
+    """Draw one picture twice, compiling included and not."""
     from instella_jax.models.layers import Execution
     from instella_jax.sampling.pipeline import InstellaPipeline, Options
 
@@ -36,7 +36,7 @@ def draw(folder: Path, kind: str, side: int, steps: int) -> None:
 
 
 def import_random(source: Path, out: Path) -> None:
-    """Imports what tools/make_random_published.py wrote."""
+    """Import what tools/make_random_published.py wrote."""
     from instella_jax.weights.published import import_model
 
     start = time.perf_counter()
@@ -45,14 +45,14 @@ def import_random(source: Path, out: Path) -> None:
 
 
 def run(*arguments: str) -> None:
-    """Runs Python in another process, and ends as it does where it fails: it has told why."""
+    """Run Python in another process, and end as it does where it fails: it has told why."""
     status = subprocess.run([sys.executable, *arguments], check=False).returncode
     if status:
         sys.exit(status)
 
 
 def main() -> None:
-    """Runs all steps, or one of them in this process."""
+    """Run all steps, or one of them in this process."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("scratch", type=Path, help="folder for the files; they stay")
     parser.add_argument("--step", nargs="*", help=argparse.SUPPRESS)

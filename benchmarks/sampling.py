@@ -37,11 +37,11 @@ class Recomputing(DiffusionTransformer):
     """Makes the prompt's keys and values in every call."""
 
     def text_kv(self, features: jax.Array) -> Any:
-        """Passes the features on."""
+        """Pass the features on."""
         return (features,)
 
     def __call__(self, z: jax.Array, t: jax.Array, text: Any, text_mask: jax.Array) -> jax.Array:
-        """Predicts as the class above."""
+        """Predict as the class above."""
         (features,) = text
         # Without this XLA would move the computation out of the sampler's loop.
         features = jnp.where(t[0] >= 0, features, 0.0)
@@ -49,19 +49,19 @@ class Recomputing(DiffusionTransformer):
 
 
 def prompts(size: dict[str, int], batch: int, length: int) -> tuple[jax.Array, jax.Array]:
-    """Random features [layers, 2B, L, Dt] and their mask: B full prompts, B empty ones."""
+    """Return random features [layers, 2B, L, Dt] and their mask: B full prompts, B empty ones."""
     shape = (size["num_layers"], 2 * batch, length, size["text_width"])
     mask = jnp.repeat(jnp.array([True, False]), batch)[:, None]
     return jax.random.normal(jax.random.key(1), shape), jnp.broadcast_to(mask, (2 * batch, length))
 
 
 def random_params(network: Any) -> Any:
-    """Initial parameters."""
+    """Return initial parameters."""
     return jax.jit(lambda key: sharding.values(init_params(network, key)))(jax.random.key(0))
 
 
 def show(name: str, times: dict[str, list[float]], same: bool) -> None:
-    """Prints a row for each alternative, and their ratio."""
+    """Print a row for each alternative, and their ratio."""
     first, second = times
     for how, seconds in times.items():
         print(f"{name:44}{how:20}{spread(seconds)}")
@@ -71,7 +71,7 @@ def show(name: str, times: dict[str, list[float]], same: bool) -> None:
 
 
 def decoding(name: str, batch: int, repeats: int) -> None:
-    """Cached against uncached autoregressive decoding."""
+    """Return cached against uncached autoregressive decoding."""
     size = SIZES[name]
     network = ArTransformer(num_tokens=TOKENS, **size)
     params, (text, mask) = random_params(network), prompts(size, batch, LENGTHS[0])
@@ -91,7 +91,7 @@ def decoding(name: str, batch: int, repeats: int) -> None:
 
 
 def text_cache(name: str, batch: int, length: int, repeats: int) -> None:
-    """Keys and values of the text once against at every step."""
+    """Return keys and values of the text once against at every step."""
     size = SIZES[name]
     network = DiffusionTransformer(num_tokens=TOKENS, **size)
     params, (text, mask) = random_params(network), prompts(size, batch, length)
@@ -107,7 +107,7 @@ def text_cache(name: str, batch: int, length: int, repeats: int) -> None:
 
 
 def main() -> None:
-    """Prints the table."""
+    """Print the table."""
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
@@ -123,7 +123,7 @@ def main() -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Times what the arguments name."""
+    """Time what the arguments name."""
     print(f"{where()}; N = {TOKENS}, float32; seconds: median (least to most)")
     for name in options.sizes:
         if "ar" in options.what:

@@ -24,12 +24,12 @@ class Spread(NamedTuple):
 
 
 def spread(seconds: Sequence[float]) -> Spread:
-    """Summarises the seconds of repeated calls, at least one."""
+    """Summarise the seconds of repeated calls, at least one."""
     return Spread(statistics.median(seconds), min(seconds), max(seconds))
 
 
 def where() -> str:
-    """The version of jax, the device and how many there are.
+    """Return the version of jax, the device and how many there are.
 
     Raises:
       UserError: jax does not start.
@@ -41,7 +41,7 @@ def where() -> str:
 def compare(
     calls: Mapping[str, Callable[[], jax.Array]], repeats: int
 ) -> tuple[dict[str, list[float]], bool]:
-    """Times alternatives in turns, so that other programs slow down all of them alike.
+    """Time alternatives in turns, so that other programs slow down all of them alike.
 
     Args:
       calls: alternatives, each returning an array; the first call of each compiles.

@@ -42,7 +42,7 @@ _ONE = flags.DEFINE_bool("one", False, "Measure in this process and print JSON."
 
 
 def synthetic(config: Config, stage: Any, mesh: Any) -> tuple[Any, Any]:
-    """Random frozen parameters, and a loader that gives one random batch for ever."""
+    """Return random frozen parameters, and a loader that gives one random batch for ever."""
     import itertools
 
     import jax
@@ -73,7 +73,7 @@ def synthetic(config: Config, stage: Any, mesh: Any) -> tuple[Any, Any]:
 
 
 def peak_memory() -> int:
-    """Peak bytes of the fullest device, or of this process where devices do not tell."""
+    """Return peak bytes of the fullest device, or of this process where devices do not tell."""
     import jax
 
     stats = [device.memory_stats() or {} for device in jax.local_devices()]
@@ -82,7 +82,7 @@ def peak_memory() -> int:
 
 
 def measure(config: Config, steps: int, made_up: bool) -> dict[str, Any]:
-    """Times the step of a config as the training loop runs it."""
+    """Time the step of a config as the training loop runs it."""
     import jax
 
     from benchmarks.timing import where
@@ -151,7 +151,8 @@ def measure(config: Config, steps: int, made_up: bool) -> dict[str, Any]:
 
 
 def variations(config: Config, keys: list[str]) -> list[tuple[str, str]]:
-    """Rows of the table: what is changed, "" for the config as it is, and the flag that does it.
+    """Return rows of the table: what is changed, "" for the config as it is, and the flag that does
+    it.
 
     Raises:
       UserError: a key is none of `OTHERS`.
@@ -173,7 +174,7 @@ COLUMNS = (
 
 
 def row(name: str, result: dict[str, Any]) -> str:
-    """A result as a row of a Markdown table."""
+    """Return a result as a row of a Markdown table."""
     used = result.get("model_flops_utilisation")
     cells = (
         name,
@@ -191,7 +192,7 @@ def row(name: str, result: dict[str, Any]) -> str:
 
 
 def run(argv: list[str]) -> None:
-    """Measures the config, or starts a process for each row.
+    """Measure the config, or start a process for each row.
 
     Raises:
       UserError: an argument cannot be used, or no row could be measured.

@@ -33,7 +33,7 @@ _REPEATS = flags.DEFINE_integer("repeats", 10, "Timed calls of each part.")
 
 
 def seconds(call: Callable[[], Any], repeats: int) -> float:
-    """Median processor seconds of a call, the first of which compiles."""
+    """Return median processor seconds of a call, the first of which compiles."""
     jax.block_until_ready(call())
     times = []
     for _ in range(repeats):
@@ -44,7 +44,7 @@ def seconds(call: Callable[[], Any], repeats: int) -> float:
 
 
 def measure(config: Config, repeats: int) -> tuple[float, dict[str, float]]:
-    """Seconds of a whole step, and of its parts.
+    """Return seconds of a whole step, and of its parts.
 
     Raises:
       UserError: the stage is no generator, or trains on codes.
@@ -104,7 +104,7 @@ def measure(config: Config, repeats: int) -> tuple[float, dict[str, float]]:
 
 
 def run(argv: list[str]) -> None:
-    """Prints the table."""
+    """Print the table."""
     if _CONFIG.value is None:
         raise UserError(NO_CONFIG)
     if _REPEATS.value < 1:

@@ -26,7 +26,7 @@ from instella_jax.config import base
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Returns the config of a variant: "" (demo), "instella_512" or "instella_1024"."""
+    """Return the config of a variant: "" (demo), "instella_512" or "instella_1024"."""
     c = base("tokenizer", variant)
     # models.tokenizer.TokenizerConfig
     sizes: dict[str, Any] = dict(

@@ -13,7 +13,7 @@ from instella_jax.errors import command_line
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Returns the parser of everything that does not begin with a flag."""
+    """Return the parser of everything that does not begin with a flag."""
     parser = argparse.ArgumentParser(
         prog="instella-jax",
         description="Imports and exports models, makes data sets.",
@@ -62,7 +62,7 @@ def make_parser() -> argparse.ArgumentParser:
 
 
 def run(arguments: Sequence[str]) -> None:
-    """Runs a command.
+    """Run a command.
 
     Raises:
       UserError: see the command.
@@ -93,7 +93,7 @@ def run(arguments: Sequence[str]) -> None:
 
 
 def main() -> None:
-    """Runs a command; `instella-jax --config=...` is `python -m instella_jax.main --config=...`."""
+    """Run a command; `instella-jax --config=...` is `python -m instella_jax.main --config=...`."""
     arguments = sys.argv[1:]
     if arguments in (["--help"], ["-h"]):
         make_parser().print_help()

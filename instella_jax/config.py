@@ -17,7 +17,7 @@ Config = Any
 
 
 def base(stage: str, variant: str) -> Config:
-    """Returns the sections that every stage has.
+    """Return the sections that every stage has.
 
     Args:
       stage: "tokenizer", "diffusion" or "ar".
@@ -92,7 +92,7 @@ def base(stage: str, variant: str) -> Config:
 
 
 def data(image_size: int, kind: str) -> dict:
-    """Returns the data section: what is read and at what size (pixels)."""
+    """Return the data section: what is read and at what size (pixels)."""
     return dict(
         kind=kind,
         image_size=image_size,
@@ -113,7 +113,7 @@ def data(image_size: int, kind: str) -> dict:
 
 
 def generator(variant: str) -> dict:
-    """Returns the sections that both generators have beside `base`."""
+    """Return the sections that both generators have beside `base`."""
     published = dict(num_layers=16, num_heads=16, head_dim=128, num_tokens=128, bits=64)
     demo = dict(num_layers=4, num_heads=4, head_dim=32, num_tokens=16, bits=32)
     shared: dict[str, Any] = dict(

@@ -14,7 +14,7 @@ class UserError(Exception):
 
 @contextlib.contextmanager
 def command_line() -> Iterator[None]:
-    """Ends the process with status 2 and a sentence at a user's mistake, with 130 at Ctrl-C."""
+    """End the process with status 2 and a sentence at a user's mistake, with 130 at Ctrl-C."""
     try:
         yield
     except UserError as error:

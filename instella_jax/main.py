@@ -57,20 +57,20 @@ _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, fro
 
 
 def default_workdir(config: str) -> Path:
-    """Returns runs/<config name>[-<variant>] of a --config argument."""
+    """Return runs/<config name>[-<variant>] of a --config argument."""
     path, _, variant = config.partition(":")
     name = Path(path).stem
     return Path("runs") / (f"{name}-{variant}" if variant else name)
 
 
 def config_argument() -> str:
-    """Returns the value of --config as it was given."""
+    """Return the value of --config as it was given."""
     flag: Any = flags.FLAGS["config"]
     return flag.config_filename
 
 
 def dispatch(argv: list[str]) -> None:
-    """Runs the mode that the flags ask for."""
+    """Run the mode that the flags ask for."""
     if len(argv) > 1:
         raise UserError(f"unexpected argument {argv[1]!r}: values are given as --flag=value")
     if _CONFIG.value is None:
@@ -93,7 +93,7 @@ def dispatch(argv: list[str]) -> None:
 
 
 def run(processes: int) -> None:
-    """Trains, evaluates or samples, as one of several processes perhaps."""
+    """Train, evaluate or sample, as one of several processes perhaps."""
     from instella_jax.runtime import devices
 
     devices.start(_CONFIG.value, processes, training=_MODE.value != "sample")

@@ -62,7 +62,7 @@ INK_SIDE = {"twemoji": 58, "fluent": 64}
 
 
 def _plain_name(label: str, group: str, labels: set[str]) -> str | None:
-    """The word captions use for an emojibase label, None if there is none worth having."""
+    """Return the word captions use for an emojibase label, None if there is none worth having."""
     name = label.lower()
     if group == "animals-nature" and f"{name} face" in labels:
         return None  # the whole animal; its face reads better when small and takes the name
@@ -94,11 +94,11 @@ class Twemoji:
     """SVG text by code points out of @twemoji/svg."""
 
     def __init__(self, modules: Path):
-        """Remembers where the package lies under node_modules."""
+        """Remember where the package lies under node_modules."""
         self.folder = modules / "@twemoji" / "svg"
 
     def svg(self, code: str) -> str | None:
-        """The drawing of a concept, None where the style has none."""
+        """Return the drawing of a concept, None where the style has none."""
         for spelling in (code, code.replace("-fe0f", "")):
             path = self.folder / f"{spelling}.svg"
             if path.exists():
@@ -110,14 +110,15 @@ class FluentFlat:
     """SVG text by code points out of @iconify-json/fluent-emoji-flat."""
 
     def __init__(self, modules: Path):
-        """Reads the package's icons under node_modules."""
+        """Read the package's icons under node_modules."""
         folder = modules / "@iconify-json" / "fluent-emoji-flat"
         self.names = json.loads((folder / "chars.json").read_text())
         data = json.loads((folder / "icons.json").read_text())
         self.icons, self.aliases = data["icons"], data.get("aliases", {})
 
     def svg(self, code: str) -> str | None:
-        """The drawing of a concept, None where the style has none or only mirrors another."""
+        """Return the drawing of a concept, None where the style has none or only mirrors
+        another."""
         name = self.names.get(code) or self.names.get(code.replace("-fe0f", ""))
         if name in self.aliases and self.aliases[name].keys() == {"parent"}:
             name = self.aliases[name]["parent"]
@@ -133,7 +134,8 @@ def _on(image: Image.Image, colour: tuple[int, int, int]) -> np.ndarray:
 
 
 def _hidden(name: str, image: Image.Image) -> list[str]:
-    """The backgrounds on which a sprite can hardly be seen, or whose colour it is named after."""
+    """Return the backgrounds on which a sprite can hardly be seen, or whose colour it is named
+    after."""
     pixels = np.asarray(image, np.float32)
     solid = pixels[..., :3][pixels[..., 3] > 127]
     hidden = []
@@ -146,7 +148,7 @@ def _hidden(name: str, image: Image.Image) -> list[str]:
 
 
 def build(modules: Path, quality: int) -> tuple[dict, dict[str, bytes]]:
-    """Renders and selects; returns the index and the WebP files by their path in the archive."""
+    """Render and select; return the index and the WebP files by their path in the archive."""
     makers = {"twemoji": Twemoji(modules), "fluent": FluentFlat(modules)}
     emoji = json.loads((modules / "emojibase-data" / "en" / "data.json").read_text())
     groups = json.loads((modules / "emojibase-data" / "meta" / "groups.json").read_text())["groups"]
@@ -195,7 +197,7 @@ def build(modules: Path, quality: int) -> tuple[dict, dict[str, bytes]]:
 
 
 def _distinct(grey: dict[str, np.ndarray], kept: list[dict[str, np.ndarray]]) -> bool:
-    """Whether a picture differs from all kept ones, in every style."""
+    """Return whether a picture differs from all kept ones, in every style."""
     return all(
         np.abs(image - other[style]).mean() > SAME_PICTURE
         for other in kept
@@ -204,7 +206,7 @@ def _distinct(grey: dict[str, np.ndarray], kept: list[dict[str, np.ndarray]]) ->
 
 
 def main() -> None:
-    """Parses the command line and writes the archive."""
+    """Parse the command line and write the archive."""
     parser = argparse.ArgumentParser(description="Builds the sprite archive.")
     parser.add_argument("--modules", type=Path, required=True, help="npm's node_modules folder")
     parser.add_argument("--out", type=Path, default=ASSET, help="the archive to write")

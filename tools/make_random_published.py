@@ -64,7 +64,7 @@ SCALES: dict[str, dict[str, Any]] = {
 
 
 def tensors(network: Network, seed: int, dtype: Any) -> Iterator[tuple[str, np.ndarray]]:
-    """Yields every tensor that the reference has for a network: random, norms 1, biases 0."""
+    """Yield every tensor that the reference has for a network: random, norms 1, biases 0."""
     rng = np.random.default_rng(seed)
     # Drawing each of a billion values anew would take longer than everything else.
     pool = (0.02 * rng.standard_normal(1_000_003)).astype(dtype)
@@ -84,7 +84,7 @@ def tensors(network: Network, seed: int, dtype: Any) -> Iterator[tuple[str, np.n
 
 
 def specs(network: Network, dtype: Any) -> dict[str, Spec]:
-    """Shapes and types of what `tensors` yields."""
+    """Return shapes and types of what `tensors` yields."""
     shapes = convert.reference_shapes(network)
     for copy, original in reference_names.copies(network).items():
         shapes[copy] = shapes[original]
@@ -95,7 +95,7 @@ def specs(network: Network, dtype: Any) -> dict[str, Spec]:
 
 
 def write_text_tokenizer(path: Path, size: int) -> None:
-    """Writes a byte-level BPE in GPT-NeoX's form: end and padding first, runs of spaces last."""
+    """Write a byte-level BPE in GPT-NeoX's form: end and padding first, runs of spaces last."""
     from tokenizers import (
         AddedToken,
         Tokenizer,
@@ -128,7 +128,7 @@ def write_text_tokenizer(path: Path, size: int) -> None:
 
 
 def make(out: Path, scale: str, dtype: Any = jnp.bfloat16, torch: bool = True) -> None:
-    """Writes everything; see the module.
+    """Write everything; see the module.
 
     Args:
       out: folder to make.
@@ -164,7 +164,7 @@ def make(out: Path, scale: str, dtype: Any = jnp.bfloat16, torch: bool = True) -
 
 
 def main() -> None:
-    """Reads the command line."""
+    """Read the command line."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").partition("\n")[0])
     parser.add_argument("out", type=Path)
     parser.add_argument("--scale", choices=SCALES, default="tiny")

@@ -23,7 +23,7 @@ from instella_jax.models.text import DEMO_FOLDER, WORD_END, WORD_START, TextToke
 
 
 def corpus(concepts: str | tuple[str, ...], scenes: int) -> list[str]:
-    """Captions of training scenes in all styles, and every name by itself."""
+    """Return captions of training scenes in all styles, and every name by itself."""
     source = EmojiScenes(concepts=concepts, styles=sprites.styles(), places="free")
     names = [sprites.catalogue()[name] for name in sprites.select(concepts)]
     texts = [source.caption(index) for index in range(scenes)]
@@ -34,7 +34,7 @@ def corpus(concepts: str | tuple[str, ...], scenes: int) -> list[str]:
 
 
 def train(texts: list[str], vocab_size: int) -> Tokenizer:
-    """Trains on texts; raises SystemExit if some of their words are not one token in the end."""
+    """Train on texts; raises SystemExit if some of their words are not one token in the end."""
     tokenizer = Tokenizer(models.BPE(unk_token="[UNK]", end_of_word_suffix=WORD_END))
     tokenizer.normalizer = normalizers.Sequence(
         [
@@ -77,7 +77,7 @@ def train(texts: list[str], vocab_size: int) -> Tokenizer:
 
 
 def main() -> None:
-    """Parses the command line and writes tokenizer.json."""
+    """Parse the command line and write tokenizer.json."""
     parser = argparse.ArgumentParser(description="Trains the text tokenizer of the demo.")
     parser.add_argument("--concepts", default="core", help="core or all")
     parser.add_argument("--scenes", type=int, default=20_000, help="how many captions to read")

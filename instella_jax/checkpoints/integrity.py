@@ -21,7 +21,7 @@ MANIFEST = "manifest.json"
 
 
 def write_manifest(folder: Path, leave_out: frozenset[str] = frozenset()) -> None:
-    """Writes `manifest.json`: size and SHA-256 of every file under a folder, by relative path.
+    """Write `manifest.json`: size and SHA-256 of every file under a folder, by relative path.
 
     Args:
       folder: of the files.
@@ -48,7 +48,7 @@ def write_manifest(folder: Path, leave_out: frozenset[str] = frozenset()) -> Non
 
 
 def find_damage(folder: Path) -> str | None:
-    """Says what differs from the manifest of a folder: the first file and how; None if nothing.
+    """Say what differs from the manifest of a folder: the first file and how; None if nothing.
 
     Raises:
       FileNotFoundError: there is no manifest.
@@ -85,7 +85,7 @@ def _digest(path: Path) -> str:
 
 
 def _state_of(folder: Path) -> tuple[bool, str | None]:
-    """Returns whether a checkpoint has a manifest, and its damage; alike in all processes."""
+    """Return whether a checkpoint has a manifest, and its damage; alike in all processes."""
     known, fault = True, None
     if jax.process_index() == 0:
         try:
@@ -102,7 +102,7 @@ def _state_of(folder: Path) -> tuple[bool, str | None]:
 def restore_newest(
     folder: Path, steps: Iterable[int], restore: Callable[[int], Any]
 ) -> tuple[int, Any] | None:
-    """Restores the newest whole one of several checkpoints, and tells of the ones left out.
+    """Restore the newest whole one of several checkpoints, and tell of the ones left out.
 
     One without a manifest, which is from before there were any or lost it, has to restore.
 

@@ -39,13 +39,13 @@ class _HashedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
 
 
 def _told_anyway(record: logging.LogRecord) -> bool:
-    """Leaves out of a log the errors that are raised as well: they are told in a sentence."""
+    """Leave out of a log the errors that are raised as well: they are told in a sentence."""
     orphan = "never retrieved" in record.getMessage()
     return not (record.exc_info and (orphan or "orbax" in record.pathname))
 
 
 def hush_closed_loops() -> None:
-    """Keeps this process from printing what storage says to an event loop that an error closed.
+    """Keep this process from printing what storage says to an event loop that an error closed.
 
     Only the error itself, which is raised, tells anything.
     """
@@ -62,7 +62,7 @@ class Checkpoints:
     """The checkpoints of a workdir, written in the background, each with a manifest of hashes."""
 
     def __init__(self, workdir: str | os.PathLike[str], keep: int = 3):
-        """Opens `workdir/checkpoints`, made if needed; at most `keep` checkpoints stay."""
+        """Open `workdir/checkpoints`, made if needed; at most `keep` checkpoints stay."""
         self._folder = Path(workdir).absolute() / "checkpoints"
         self._saving = self._failed = False
         self._error: BaseException | None = None
@@ -77,7 +77,7 @@ class Checkpoints:
             )
 
     def save(self, state: Any, data: Any, step: int) -> None:
-        """Saves the state and the loader's position after `step` steps, unless that is there.
+        """Save the state and the loader's position after `step` steps, unless that is there.
 
         Raises:
           UserError: this one or the one before it cannot be written.
@@ -98,7 +98,7 @@ class Checkpoints:
         self._saving = True
 
     def check(self) -> None:
-        """Notices, without waiting, whether what was being saved could not be written.
+        """Notice, without waiting, whether what was being saved could not be written.
 
         Raises:
           UserError: it could not.
@@ -107,7 +107,7 @@ class Checkpoints:
             self.wait()
 
     def restore(self, like: Any, data: Any) -> Any:
-        """Restores the newest checkpoint that is whole, and sets damaged newer ones aside.
+        """Restore the newest checkpoint that is whole, and set damaged newer ones aside.
 
         Args:
           like: a state, or its shapes, with the shardings wanted.
@@ -145,7 +145,7 @@ class Checkpoints:
         return restored["state"]
 
     def _set_aside(self, steps: Sequence[int]) -> None:
-        """Renames damaged checkpoints to `<step>.damaged`, where they are in nobody's way."""
+        """Rename damaged checkpoints to `<step>.damaged`, where they are in nobody's way."""
         if not steps:
             return
         if jax.process_index() == 0:
@@ -161,7 +161,7 @@ class Checkpoints:
         self._manager.reload()
 
     def _position_of_other_processes(self, step: int) -> Any:
-        """Returns the loader's position where as many processes as now did not save it."""
+        """Return the loader's position where as many processes as now did not save it."""
         index, now = jax.process_index(), jax.process_count()
         folder = self._folder / str(step) / "data"
         saved = sorted(folder.glob("process_0-of-*.json"))
@@ -174,7 +174,7 @@ class Checkpoints:
         return share_state(states, index, now)
 
     def wait(self) -> None:
-        """Waits until everything is on disk.
+        """Wait until everything is on disk.
 
         Raises:
           UserError: it cannot be written.
@@ -185,13 +185,13 @@ class Checkpoints:
         self._saving = False
 
     def _notice(self, record: logging.LogRecord) -> bool:
-        """Sees in the log what a background thread of this process could not write."""
+        """See in the log what a background thread of this process could not write."""
         if record.exc_info and record.threadName == "async_save":
             self._error = record.exc_info[1]
         return _told_anyway(record)
 
     def _wait_for_all(self) -> None:
-        """Waits for what is being saved, unless this process could not write its part.
+        """Wait for what is being saved, unless this process could not write its part.
 
         The others would wait ten minutes for that one, and storage waits for them before it raises.
         """
@@ -201,7 +201,7 @@ class Checkpoints:
             time.sleep(0.02)
 
     def close(self) -> None:
-        """Waits and closes.
+        """Wait and close.
 
         Raises:
           UserError: what was being saved cannot be written, and that was not told before.
@@ -214,7 +214,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
-        """Makes one sentence of what the file system says."""
+        """Make one sentence of what the file system says."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
@@ -227,7 +227,7 @@ class Checkpoints:
 
 
 def _reason(error: Exception) -> str:
-    """Returns what the operating system said, where that is known."""
+    """Return what the operating system said, where that is known."""
     number = re.search(r"os_error_code='?(\d+)", str(error))
     if number:
         return os.strerror(int(number[1]))

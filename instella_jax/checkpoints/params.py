@@ -12,7 +12,7 @@ from instella_jax.errors import UserError
 
 
 def restore_average(workdir: str | os.PathLike[str], like: Any) -> tuple[int, Any]:
-    """Restores only the averaged parameters of a workdir's newest whole checkpoint.
+    """Restore only the averaged parameters of a workdir's newest whole checkpoint.
 
     Args:
       workdir: of a training run. Nothing in it is changed.
@@ -44,14 +44,14 @@ def restore_average(workdir: str | os.PathLike[str], like: Any) -> tuple[int, An
 
 
 def save_params(path: Path, params: Any) -> None:
-    """Writes parameters, host or device arrays, as an orbax checkpoint of their own."""
+    """Write parameters, host or device arrays, as an orbax checkpoint of their own."""
     with ocp.StandardCheckpointer() as checkpointer:
         checkpointer.save(path.absolute(), params)
     write_manifest(path)
 
 
 def load_params(path: Path) -> Any:
-    """Reads a checkpoint of parameters alone, such as one of `save_params`: host arrays.
+    """Read a checkpoint of parameters alone, such as one of `save_params`: host arrays.
 
     Raises:
       UserError: it is damaged, or no such checkpoint.

@@ -5,7 +5,7 @@ from typing import Any
 
 
 def share_state(states: Sequence[Any], index: int, count: int) -> Any:
-    """Makes of the loaders' positions of some processes that of one of another number.
+    """Make of the loaders' positions of some processes that of one of another number.
 
     Args:
       states: of all processes that saved them, in order.

@@ -14,7 +14,7 @@ NO_CONFIG = f"--config is missing: for example --config={EXAMPLE}"
 
 
 def check_config_file(argv: list[str]) -> None:
-    """Checks that --config names a file; the library's own error comes late and is long.
+    """Check that --config names a file; the library's own error comes late and is long.
 
     Raises:
       UserError: it does not, or keys are changed without it.
@@ -35,7 +35,7 @@ def check_config_file(argv: list[str]) -> None:
 
 
 def unknown_key(error: Exception, argv: list[str]) -> UserError:
-    """Returns the sentence for a change of a key that the config does not have."""
+    """Return the sentence for a change of a key that the config does not have."""
     text = str(error)
     found = re.search(r"lookup: ([\w.]+)", text) or re.search(r"'(\w+)\\?'", text)
     name = found[1] if found else text
@@ -47,13 +47,13 @@ def unknown_key(error: Exception, argv: list[str]) -> UserError:
 
 
 def usage(text: str) -> str:
-    """Returns a text followed by the flags of a run, wherever they were started from."""
+    """Return a text followed by the flags of a run, wherever they were started from."""
     module = flags.FLAGS.find_module_defining_flag("config")
     return f"{text}\nflags:\n{flags.FLAGS.module_help(module)}"
 
 
 def parse(argv: list[str], *, text: str) -> list[str]:
-    """Parses the flags.
+    """Parse the flags.
 
     Args:
       argv: the program's name and its arguments.

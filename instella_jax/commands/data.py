@@ -16,7 +16,7 @@ _PART = "this command's part of the work where several share it and OUT, from 0/
 
 
 def add_parser(commands: Any) -> None:
-    """Adds `data` to the parser of the console command."""
+    """Add `data` to the parser of the console command."""
     data = commands.add_parser("data", help="data sets for training", description=__doc__)
     kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_import(kinds)
@@ -166,7 +166,7 @@ def _add_scenes(kinds: Any) -> None:
 
 
 def run(options: argparse.Namespace) -> None:
-    """Runs the action that the arguments name.
+    """Run the action that the arguments name.
 
     Raises:
       UserError: an argument cannot be used, or see the action.
@@ -175,7 +175,7 @@ def run(options: argparse.Namespace) -> None:
     for name in ("workers", "batch_size", "shard_size", "count", "per_tar"):
         low = 0 if name == "workers" else 1
         if getattr(options, name, low) < low:
-            raise UserError(f"--{name.replace('_', '-')} must be at least {low}.")
+            raise UserError(f"--{name.replace('_', '-')} must be at least {low}")
     options.run(options)
 
 
@@ -228,7 +228,7 @@ class _Unhurried:
         self._show(line)
 
     def close(self) -> None:
-        """Shows the last line, if it was not."""
+        """Show the last line, if it was not."""
         if self._kept:
             self._show(self._kept)
         self._kept = ""
@@ -265,7 +265,7 @@ def _encode_part(options: argparse.Namespace, part: tuple[int, int] | None) -> N
         folder = model_folder.find(options.model, "tokenizer")
         size = int(model_folder.read_description(folder).get("image_size", 0))
         if not size:
-            raise UserError(f"{folder} does not say its picture size; give --image-size=PIXELS.")
+            raise UserError(f"{folder} does not say its picture size; give --image-size=PIXELS")
     count = jax.process_count()
     progress = Progress(enabled=jax.process_index() == 0)
     whose = f"process 0 of {count}: " if count > 1 else ""

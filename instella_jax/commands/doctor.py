@@ -69,7 +69,7 @@ class Facts:
 
 
 def find_versions() -> dict[str, str]:
-    """Versions of what is installed of the packages and plugins."""
+    """Return versions of what is installed of the packages and plugins."""
     found = {}
     for name in (*PACKAGES, *(plugin for group in PLUGINS.values() for plugin in group)):
         try:
@@ -80,7 +80,7 @@ def find_versions() -> dict[str, str]:
 
 
 def find_hardware() -> frozenset[str]:
-    """Accelerators that the operating system shows, whatever jax makes of them."""
+    """Return accelerators that the operating system shows, whatever jax makes of them."""
     found = set()
     if glob.glob("/dev/nvidia[0-9]*") or shutil.which("nvidia-smi"):
         found.add("NVIDIA GPU")
@@ -92,7 +92,8 @@ def find_hardware() -> frozenset[str]:
 
 
 def find_memory() -> tuple[int | None, int | None]:
-    """Bytes of the machine's memory, and of what programs can still take; None for unknown."""
+    """Return bytes of the machine's memory, and of what programs can still take; None for
+    unknown."""
     try:
         total = os.sysconf("SC_PHYS_PAGES") * os.sysconf("SC_PAGE_SIZE")
     except (AttributeError, OSError, ValueError):  # not everywhere
@@ -114,7 +115,7 @@ def _release(version: str) -> tuple[str, ...]:
 
 
 def diagnose(facts: Facts) -> Iterator[str]:
-    """Yields one sentence for each thing that is wrong."""
+    """Yield one sentence for each thing that is wrong."""
     versions = facts.versions
     jaxlib = versions.get("jaxlib", "")
     if _release(versions.get("jax", "")) != _release(jaxlib):
@@ -168,7 +169,7 @@ def _one_line(error: BaseException) -> str:
 
 
 def try_attention(backend: str) -> tuple[str, ...]:
-    """Implementations that give a result on the device, the one that is used first."""
+    """Return implementations that give a result on the device, the one that is used first."""
     import jax
     import jax.numpy as jnp
 
@@ -184,7 +185,7 @@ def try_attention(backend: str) -> tuple[str, ...]:
 
 
 def try_step(device: Any) -> tuple[float, float]:
-    """Takes a training step of a tiny tokenizer on a device.
+    """Take a training step of a tiny tokenizer on a device.
 
     Returns:
       Sum of squares of the updated parameters, and the seconds of a second step.
@@ -228,7 +229,7 @@ def try_step(device: Any) -> tuple[float, float]:
 
 
 def examine() -> Facts:
-    """Looks at the machine, and computes a little."""
+    """Look at the machine, and compute a little."""
     try:
         setup = distributed.detect(os.environ)
         processes = setup.how if setup.how == "alone" else f"{setup.how}, {setup.processes or '?'}"
@@ -274,7 +275,7 @@ def examine() -> Facts:
 
 
 def describe(facts: Facts) -> Iterator[str]:
-    """Yields what was found, a line for each."""
+    """Yield what was found, a line for each."""
     yield f"python      {platform.python_version()} on {platform.system()} {platform.machine()}"
     yield "packages    " + ", ".join(f"{k} {v}" for k, v in facts.versions.items())
     yield f"hardware    {', '.join(sorted(facts.hardware)) or 'no accelerator seen'}"
@@ -295,7 +296,7 @@ def describe(facts: Facts) -> Iterator[str]:
 
 
 def main() -> int:
-    """Prints facts and problems; returns the exit status, 1 where there is a problem."""
+    """Print facts and problems; return the exit status, 1 where there is a problem."""
     facts = examine()
     print("\n".join(describe(facts)))
     problems = list(diagnose(facts))

@@ -28,7 +28,7 @@ GRID = 32
 
 
 def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> dict:
-    """Prints and returns the held-out metrics of a stage.
+    """Print and return the held-out metrics of a stage.
 
     Args:
       config: of the stage.
@@ -59,7 +59,7 @@ def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> d
 
 
 def report_scenes(stage: Stage, params: Any, config: Config, mesh: Mesh, out: Path) -> None:
-    """Prints what the facts of emoji scenes allow to measure, and draws a grid."""
+    """Print what the facts of emoji scenes allow to measure, and draw a grid."""
     if isinstance(stage, GeneratorStage):
         report = scenes.prompts_report(InstellaPipeline.from_stage(stage, params, mesh), config)
         tell(f"share right of {scenes.PROMPTS} held-out prompts:")
@@ -79,12 +79,12 @@ def report_scenes(stage: Stage, params: Any, config: Config, mesh: Mesh, out: Pa
 
 
 def tell(line: str) -> None:
-    """Prints a line, in the first of several processes."""
+    """Print a line, in the first of several processes."""
     if jax.process_index() == 0:
         print(line, flush=True)
 
 
 def show(metrics: dict[str, float]) -> None:
-    """Prints a line for each metric."""
+    """Print a line for each metric."""
     for name, value in metrics.items():
         tell(f"  {name.replace('_', ' ')} {value:.4f}")

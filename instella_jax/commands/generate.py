@@ -19,7 +19,7 @@ MAX_PROMPTS = 100_000
 
 
 def read_prompts(config: Config) -> list[str]:
-    """Returns the prompts of a config's `sample` section.
+    """Return the prompts of a config's `sample` section.
 
     Raises:
       UserError: there is none, both places name some, or the file cannot be read.
@@ -47,7 +47,7 @@ def read_prompts(config: Config) -> list[str]:
 
 
 def generate(config: Config, workdir: str | os.PathLike[str] | None) -> Path | None:
-    """Draws the prompts of a config.
+    """Draw the prompts of a config.
 
     Several processes draw together, and the first of them writes.
 

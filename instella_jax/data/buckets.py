@@ -33,7 +33,7 @@ _CHUNK = 1 << 16
 
 
 def parse(text: str) -> tuple[Shape, ...]:
-    """Reads "512x512,384x640" as ((512, 512), (384, 640)), and "" as ().
+    """Read "512x512,384x640" as ((512, 512), (384, 640)), and "" as ().
 
     Raises:
       UserError: it is written in another way, or a shape comes twice.
@@ -51,7 +51,7 @@ def parse(text: str) -> tuple[Shape, ...]:
 
 
 def shapes(config: Config) -> tuple[Shape, ...]:
-    """Returns the shapes that training batches of a config may have, the largest first.
+    """Return the shapes that training batches of a config may have, the largest first.
 
     Args:
       config: of any stage, as a whole.
@@ -66,7 +66,7 @@ def shapes(config: Config) -> tuple[Shape, ...]:
 
 
 def check(config: Config, *, tokenizer: bool) -> None:
-    """Checks that buckets are asked for where there can be any.
+    """Check that buckets are asked for where there can be any.
 
     Args:
       config: the `data` section.
@@ -90,7 +90,7 @@ def check(config: Config, *, tokenizer: bool) -> None:
 
 
 def assign(sizes: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
-    """Sorts pictures into buckets by the rule of this module.
+    """Sort pictures into buckets by the rule of this module.
 
     Args:
       sizes: width and height in pixels, int [n, 2]; 0 where they are not known.
@@ -121,7 +121,7 @@ def assign(sizes: np.ndarray, shapes: Sequence[Shape]) -> np.ndarray:
 
 
 def sort(sizes: np.ndarray, shapes: Sequence[Shape], least: int) -> np.ndarray:
-    """Assigns pictures to buckets, and those of buckets with fewer than `least` to the others.
+    """Assign pictures to buckets, and those of buckets with fewer than `least` to the others.
 
     Args:
       sizes: see `assign`.
@@ -165,13 +165,13 @@ class Subset:
     numbers: np.ndarray
 
     def __len__(self) -> int:
-        """Returns the number of samples."""
+        """Return the number of samples."""
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> dict:
-        """Returns a sample."""
+        """Return a sample."""
         return self.source[int(self.numbers[index])]  # pyright: ignore[reportIndexIssue]
 
     def __repr__(self) -> str:
-        """Says of what; grain stores this to recognise the source."""
+        """Say of what; grain stores this to recognise the source."""
         return f"Subset({self.source!r}, {len(self)})"

@@ -22,12 +22,12 @@ if TYPE_CHECKING:
 
 
 def packed_bytes(num_tokens: int, bits: int) -> int:
-    """Bytes of a code of so many tokens and bits each."""
+    """Return bytes of a code of so many tokens and bits each."""
     return -(-num_tokens * bits // 8)
 
 
 def pack_bits(code: jax.Array) -> jax.Array:
-    """Packs codes [..., N, K] of 0 and 1 to uint8 [..., ceil(N K / 8)], the first bit on top."""
+    """Pack codes [..., N, K] of 0 and 1 to uint8 [..., ceil(N K / 8)], the first bit on top."""
     import jax.numpy as jnp
 
     flat = code.reshape(*code.shape[:-2], -1)
@@ -35,7 +35,7 @@ def pack_bits(code: jax.Array) -> jax.Array:
 
 
 def unpack_bits(packed: jax.Array, num_tokens: int, bits: int) -> jax.Array:
-    """Undoes `pack_bits`: uint8 [B, ceil(N K / 8)] -> float32 [B, N, K]."""
+    """Undo `pack_bits`: uint8 [B, ceil(N K / 8)] -> float32 [B, N, K]."""
     import jax.numpy as jnp
 
     flat = jnp.unpackbits(packed, axis=-1, count=num_tokens * bits)
@@ -43,7 +43,7 @@ def unpack_bits(packed: jax.Array, num_tokens: int, bits: int) -> jax.Array:
 
 
 def fingerprint(tokenizer: Path) -> str:
-    """Tells the weights of an image tokenizer's model folder from others.
+    """Tell the weights of an image tokenizer's model folder from others.
 
     Raises:
       UserError: the folder has none.
@@ -63,7 +63,7 @@ def check(
     image_size: int,
     tokenizer: Path | None,
 ) -> None:
-    """Checks that a data set of codes is of the shape and the tokenizer that training expects.
+    """Check that a data set of codes is of the shape and the tokenizer that training expects.
 
     Args:
       folder: of the data set.
@@ -81,12 +81,12 @@ def check(
         if manifest[name] != value:
             raise UserError(
                 f"the codes of {folder} have {name}={manifest[name]}, the config {value}; change "
-                "the config, or encode again."
+                "the config, or encode again"
             )
     if tokenizer is not None and fingerprint(tokenizer) != manifest["tokenizer"]:
         raise UserError(
             f"the codes of {folder} were not made by the tokenizer {tokenizer}; give the one that "
-            "made them, or encode again."
+            "made them, or encode again"
         )
 
 
@@ -99,12 +99,12 @@ class CodeShards(Records):
     def __init__(
         self, folder: str | os.PathLike[str], *, split: str = "all", heldout: float = 0.02
     ):
-        """Opens a data set of codes; see `Records`."""
+        """Open a data set of codes; see `Records`."""
         super().__init__(folder, "codes", split=split, heldout=heldout)
         self._bytes = packed_bytes(self.manifest["num_tokens"], self.manifest["bits"])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Reads the code and the captions of one picture.
+        """Read the code and the captions of one picture.
 
         Raises:
           BadSample: the record is damaged, or the picture could not be encoded.
@@ -123,11 +123,11 @@ class PickVariant:
     """One variant and one caption of each picture: at random, or the first of both."""
 
     def __init__(self, train: bool):
-        """Decides whether they are drawn at random."""
+        """Decide whether they are drawn at random."""
         self._train = train
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
-        """Returns the sample with "code" uint8 [bytes] and "text"."""
+        """Return the sample with "code" uint8 [bytes] and "text"."""
         variants = sample["code"]
         chosen = int(rng.integers(len(variants))) if self._train else 0
         return with_text({**sample, "code": variants[chosen]}, rng if self._train else None)

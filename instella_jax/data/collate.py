@@ -25,11 +25,11 @@ class Collate:
     """Stacks arrays and lists everything else, with a leading group axis when `groups` is set."""
 
     def __init__(self, groups: int | None):
-        """Takes G, None for no group axis."""
+        """Take G, None for no group axis."""
         self._groups = groups
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:
-        """Returns the batch of the samples.
+        """Return the batch of the samples.
 
         Raises:
           UserError: their arrays differ in shape.
@@ -51,7 +51,7 @@ class Collate:
         if len(shapes) > 1:
             raise UserError(
                 f"samples of one batch differ in the shape of {key!r} ({sorted(shapes)[:3]}); "
-                "give the loader a transform that makes them the same size."
+                "give the loader a transform that makes them the same size"
             )
         stacked = np.stack(values)
         if self._groups is None:

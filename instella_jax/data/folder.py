@@ -69,12 +69,12 @@ class FolderSource:
           UserError: no such folder, no pictures, no captions, or a broken metadata.jsonl.
         """
         if split not in SPLITS:
-            raise UserError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}.")
+            raise UserError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
         self._root = Path(path).expanduser()
         self._decode_side, self._max_pixels = decode_side, max_pixels
         self._captions = captions
         if not self._root.is_dir():
-            raise UserError(f"{self._root} is not a folder; give a folder of pictures.")
+            raise UserError(f"{self._root} is not a folder; give a folder of pictures")
         entries = list_pictures(self._root)
         if captions:
             entries = self._captioned(entries)
@@ -88,7 +88,7 @@ class FolderSource:
         if not found:
             raise UserError(
                 f"{self._root} has no captions; expected metadata.jsonl with file_name and text, "
-                "or a .txt file beside each picture."
+                "or a .txt file beside each picture"
             )
         if len(found) < len(entries):
             missing = next(name for name, text in entries if not text)
@@ -165,7 +165,7 @@ def list_pictures(root: Path) -> list[tuple[str, tuple[str, ...] | str]]:
     entries = _read_metadata(metadata) if metadata.is_file() else _scan(root)
     if not entries:
         where = metadata if metadata.is_file() else root
-        raise UserError(f"{where} has no pictures; expected files ending in {', '.join(SUFFIXES)}.")
+        raise UserError(f"{where} has no pictures; expected files ending in {', '.join(SUFFIXES)}")
     return entries
 
 
@@ -193,7 +193,7 @@ def _read_metadata(path: Path) -> list[tuple[str, tuple[str, ...] | str]]:
                 if line.strip():
                     entries.append(_parse(line, f"{path}, line {number}"))
     except UnicodeDecodeError:
-        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8.") from None
+        raise UserError(f"{path} is not UTF-8 text; save it as UTF-8") from None
     return entries
 
 
@@ -201,16 +201,16 @@ def _parse(line: str, where: str) -> tuple[str, tuple[str, ...]]:
     try:
         row = json.loads(line)
     except json.JSONDecodeError as error:
-        raise UserError(f"{where}: not JSON ({error.msg}); expected one object a line.") from None
+        raise UserError(f"{where}: not JSON ({error.msg}); expected one object a line") from None
     name = row.get("file_name") if isinstance(row, dict) else None
     if not isinstance(name, str) or not name:
-        raise UserError(f'{where}: expected an object with "file_name", the name of a picture.')
+        raise UserError(f'{where}: expected an object with "file_name", the name of a picture')
     if os.path.isabs(name) or ".." in PurePosixPath(name.replace("\\", "/")).parts:
-        raise UserError(f"{where}: {name!r} leads out of the folder; keep the pictures inside it.")
+        raise UserError(f"{where}: {name!r} leads out of the folder; keep the pictures inside it")
     text = row.get("text") or ()
     texts = (text,) if isinstance(text, str) else text
     if not isinstance(texts, Sequence) or not all(isinstance(item, str) for item in texts):
-        raise UserError(f'{where}: "text" is not a caption or a list of captions.')
+        raise UserError(f'{where}: "text" is not a caption or a list of captions')
     return name, tuple(item.strip() for item in texts if item.strip())
 
 

@@ -15,12 +15,12 @@ logger = logging.getLogger(__name__)
 
 
 def sizes_path(shard: Path) -> Path:
-    """Returns the path of the sizes of a shard."""
+    """Return the path of the sizes of a shard."""
     return shard.with_suffix(".sizes.npy")
 
 
 def write_sizes(shard: Path, scratch: Path, sizes: Sequence[Sequence[int] | None]) -> None:
-    """Writes width and height of each picture of a shard, if all are known.
+    """Write width and height of each picture of a shard, if all are known.
 
     Args:
       shard: path of the shard.
@@ -40,7 +40,7 @@ def write_sizes(shard: Path, scratch: Path, sizes: Sequence[Sequence[int] | None
 def read_sizes(
     shard: Path, numbers: Sequence[int], header: Callable[[int], dict[str, Any]]
 ) -> np.ndarray:
-    """Reads width and height of each picture of a shard.
+    """Read width and height of each picture of a shard.
 
     Args:
       shard: path of the shard.

@@ -107,7 +107,7 @@ class _SkipBad:
             if self._in_a_row >= self._limit:
                 raise UserError(
                     f"{self._in_a_row} samples in a row could not be used, the last because "
-                    f"{reason}; check the data."
+                    f"{reason}; check the data"
                 )
 
 
@@ -202,10 +202,10 @@ def make_loader(
     if batch_size < 1 or groups < 1 or workers < 0 or seed < 0:
         raise UserError(
             f"batch_size and steps_per_call must be at least 1, workers and seed at least 0; got "
-            f"{batch_size}, {steps_per_call}, {workers} and {seed}."
+            f"{batch_size}, {steps_per_call}, {workers} and {seed}"
         )
     if not 0 <= process_index < process_count:
-        raise UserError(f"process_index must be in [0, {process_count}); got {process_index}.")
+        raise UserError(f"process_index must be in [0, {process_count}); got {process_index}")
     if process_count > 1 and not repeat:
         raise ValueError("several processes share an endless source")
     if drop_remainder is None:
@@ -221,7 +221,7 @@ def make_loader(
     if min(shares) == 0 or (sum(shares) < per_item and drop_remainder and not repeat):
         raise UserError(
             f"{len(source)} samples over {process_count} process(es) do not fill one batch of "
-            f"{per_item}; use more data or a smaller batch_size."
+            f"{per_item}; use more data or a smaller batch_size"
         )
     if threads is None:
         threads = 0 if workers else min(8, 2 * (os.cpu_count() or 1))

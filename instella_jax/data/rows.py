@@ -33,7 +33,7 @@ class Rows(grain.IterDataset):
         threads: int,
         ahead: int,
     ):
-        """Divides a stream.
+        """Divide a stream.
 
         Args:
           stream: endless; a sample is a dict, or None where it cannot be used.
@@ -48,12 +48,12 @@ class Rows(grain.IterDataset):
         self.threads, self.ahead = threads, max(ahead, 1) if threads else 1
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
-        """Leaves of the stream what one of several workers reads; called by grain."""
+        """Leave of the stream what one of several workers reads; called by grain."""
         del sequential_slice
         self.stream = self.stream.slice(sl)
 
     def __iter__(self) -> grain.DatasetIterator:
-        """Begins with the first samples."""
+        """Begin with the first samples."""
         return _RowsIterator(self)
 
 
@@ -69,7 +69,7 @@ class _RowsIterator(grain.DatasetIterator):
         self._go_to([0] * len(of.rows))
 
     def _go_to(self, read: Sequence[int]) -> None:
-        """Begins where each row has read so many samples."""
+        """Begin where each row has read so many samples."""
         self._stop_reading()
         self._read, self._ordered = list(read), list(read)
         self._orders = [collections.deque() for _ in read]
@@ -81,7 +81,8 @@ class _RowsIterator(grain.DatasetIterator):
             self._pool = None
 
     def _order(self, slot: int) -> None:
-        """Has one more sample read for the row of a slot: now by a thread, or when it is wanted."""
+        """Have one more sample read for the row of a slot: now by a thread, or when it is
+        wanted."""
         row = slot % len(self._of.rows)
         place = self._ordered[row] * self._of.count + self._of.rows[row]
         read = functools.partial(self._of.stream.__getitem__, place)
@@ -89,7 +90,7 @@ class _RowsIterator(grain.DatasetIterator):
         self._ordered[row] += 1
 
     def __next__(self) -> list[dict[str, Any]]:
-        """Returns the samples of the next item."""
+        """Return the samples of the next item."""
         if not self._started:
             self._started = True
             if self._of.threads:
@@ -99,7 +100,7 @@ class _RowsIterator(grain.DatasetIterator):
         return [self._sample(slot, row) for slot, row in enumerate(self._slots)]
 
     def _sample(self, slot: int, row: int) -> dict[str, Any]:
-        """Returns the next sample of a row that can be used."""
+        """Return the next sample of a row that can be used."""
         skipped = 0
         while (sample := self._take(row)) is None:
             skipped += 1
@@ -113,11 +114,11 @@ class _RowsIterator(grain.DatasetIterator):
         return sample
 
     def get_state(self) -> dict[str, Any]:
-        """Returns how many samples each row has read, as numbers that JSON can hold."""
+        """Return how many samples each row has read, as numbers that JSON can hold."""
         return {"rows": list(self._read)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Goes to a state of an iterator of as many rows.
+        """Go to a state of an iterator of as many rows.
 
         Raises:
           ValueError: it is one of another number of rows.
@@ -129,6 +130,6 @@ class _RowsIterator(grain.DatasetIterator):
         self._go_to(state["rows"])
 
     def close(self) -> None:
-        """Stops the threads."""
+        """Stop the threads."""
         self._stop_reading()
         super().close()

@@ -43,13 +43,13 @@ class Shard:
 
 
 def pack(header: Mapping[str, Any], payload: bytes) -> bytes:
-    """Makes a record."""
+    """Make a record."""
     text = json.dumps(dict(header), ensure_ascii=False).encode()
     return struct.pack("<I", len(text)) + text + payload
 
 
 def unpack(record: bytes) -> tuple[dict[str, Any], bytes]:
-    """Takes a record apart into header and payload.
+    """Take a record apart into header and payload.
 
     Raises:
       ValueError: it is not a record.
@@ -65,7 +65,7 @@ def unpack(record: bytes) -> tuple[dict[str, Any], bytes]:
 
 @contextlib.contextmanager
 def shard_writer(path: Path, scratch: Path) -> Iterator[_ShardWriter]:
-    """Writes a shard under another name, and puts it in place when it is whole and on disk.
+    """Write a shard under another name, and put it in place when it is whole and on disk.
 
     Raises:
       UserError: it cannot be written.
@@ -93,7 +93,7 @@ class _ShardWriter:
             self._writer: Any = ArrayRecordWriter(str(scratch), "group_size:1,uncompressed")
 
     def write(self, header: Mapping[str, Any], payload: bytes) -> None:
-        """Appends a record."""
+        """Append a record."""
         record = pack(header, payload)
         with self._told():
             self._writer.write(record)
@@ -101,7 +101,7 @@ class _ShardWriter:
         self.records += 1
 
     def finish(self) -> None:
-        """Closes the file, reads its index back, waits for the disk and gives it its name."""
+        """Close the file, read its index back, wait for the disk and give it its name."""
         from array_record.python.array_record_module import ArrayRecordReader
 
         with self._told():
@@ -126,11 +126,11 @@ class _ShardWriter:
         except (OSError, RuntimeError) as error:
             raise UserError(
                 f"{self._path} cannot be written ({' '.join(str(error).split())[:200]}); make room "
-                "and run the same command again: what is done stays."
+                "and run the same command again: what is done stays"
             ) from error
 
     def discard(self) -> None:
-        """Closes the file if it is still open, whatever is in it."""
+        """Close the file if it is still open, whatever is in it."""
         with contextlib.suppress(Exception):
             if self._writer.is_open():
                 self._writer.close()
@@ -139,7 +139,7 @@ class _ShardWriter:
 def write_manifest(
     folder: Path, content: str, shards: Sequence[Shard], details: Mapping[str, Any]
 ) -> None:
-    """Writes `dataset.json`, which makes a folder of shards a data set.
+    """Write `dataset.json`, which makes a folder of shards a data set.
 
     Args:
       folder: of the shards.
@@ -156,14 +156,14 @@ def write_manifest(
 
 
 def write_json(path: Path, value: Any) -> None:
-    """Writes a JSON file, whole or not at all."""
+    """Write a JSON file, whole or not at all."""
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
     scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(scratch, path)
 
 
 def read_manifest(folder: str | os.PathLike[str], content: str) -> dict[str, Any]:
-    """Reads `dataset.json`.
+    """Read `dataset.json`.
 
     Raises:
       UserError: the folder is no data set, or one of something other than `content`.
@@ -178,18 +178,18 @@ def read_manifest(folder: str | os.PathLike[str], content: str) -> dict[str, Any
     except OSError as error:
         raise UserError(
             f"{folder} is not a finished data set: cannot read {path.name} ({error.strerror}); "
-            f"make one with `instella-jax {how}`."
+            f"make one with `instella-jax {how}`"
         ) from None
     except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path} is damaged ({error}); run `instella-jax {how}` again.") from None
+        raise UserError(f"{path} is damaged ({error}); run `instella-jax {how}` again") from None
     if not good:
         raise UserError(
             f"{path} is of format {manifest['format']!r}, version {manifest['version']}; expected "
-            f"{_FORMAT['format']!r}, version {_FORMAT['version']}: use the program that made it."
+            f"{_FORMAT['format']!r}, version {_FORMAT['version']}: use the program that made it"
         )
     if found != content:
         raise UserError(
-            f"{folder} holds {found}, expected {content}; make them with `instella-jax {how}`."
+            f"{folder} holds {found}, expected {content}; make them with `instella-jax {how}`"
         )
     return {**manifest, "shards": shards}
 
@@ -205,7 +205,7 @@ class _Piece:
 
 
 def _unusable(folder: Path, shards: Sequence[Shard]) -> list[tuple[range, str]]:
-    """Finds the shards that are not of their size, such as those that were copied in part.
+    """Find the shards that are not of their size, such as those that were copied in part.
 
     Returns:
       The numbers of the records of each, and what is wrong with it.
@@ -219,7 +219,7 @@ def _unusable(folder: Path, shards: Sequence[Shard]) -> list[tuple[range, str]]:
             size = (folder / shard.file).stat().st_size
         except OSError:
             raise UserError(
-                f"{folder} lacks {shard.file}, which its {MANIFEST} lists; copy the whole data set."
+                f"{folder} lacks {shard.file}, which its {MANIFEST} lists; copy the whole data set"
             ) from None
         numbers = range(start, start + shard.records)
         start = numbers.stop
@@ -248,7 +248,7 @@ class Records:
         split: str = "all",
         heldout: float = 0.02,
     ):
-        """Opens a data set.
+        """Open a data set.
 
         Args:
           folder: of the data set.
@@ -262,9 +262,9 @@ class Records:
         from array_record.python.array_record_data_source import ArrayRecordDataSource
 
         if split not in SPLITS:
-            raise UserError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}.")
+            raise UserError(f"unknown split {split!r}; expected one of {', '.join(SPLITS)}")
         if not 0 < heldout <= 0.5:
-            raise UserError(f"heldout is {heldout}: expected a part in (0, 0.5].")
+            raise UserError(f"heldout is {heldout}: expected a part in (0, 0.5]")
         self.folder = Path(folder).expanduser()
         self.manifest = read_manifest(self.folder, content)
         shards: list[Shard] = self.manifest["shards"]
@@ -272,7 +272,7 @@ class Records:
         self._split, self._period = split, round(1 / heldout)
         self._total = sum(shard.records for shard in shards)
         if len(self) == 0:
-            raise UserError(f"{self.folder} has {self._total} record(s), none for {split}.")
+            raise UserError(f"{self.folder} has {self._total} record(s), none for {split}")
         allow_flags()
         pieces: Any = [_Piece(str(self.folder / s.file), 0, s.records, s.records) for s in shards]
         self._records = ArrayRecordDataSource(pieces)
@@ -283,11 +283,11 @@ class Records:
         return {"all": self._total, "heldout": heldout, "train": self._total - heldout}[self._split]
 
     def __repr__(self) -> str:
-        """Names folder and split; grain stores this to recognise the source."""
+        """Name folder and split; grain stores this to recognise the source."""
         return f"{type(self).__name__}({str(self.folder)!r}, {self._split}, {len(self)} records)"
 
     def number(self, index: int) -> int:
-        """The number in the whole data set of a record of the split."""
+        """Return the number in the whole data set of a record of the split."""
         if not 0 <= index < len(self):
             raise IndexError(f"record {index} of {len(self)}")
         if self._split == "heldout":
@@ -295,7 +295,7 @@ class Records:
         return index if self._split == "all" else index + index // (self._period - 1) + 1
 
     def _numbers(self) -> np.ndarray | slice:
-        """What selects the split's records from those of the whole data set."""
+        """Return what selects the split's records from those of the whole data set."""
         if self._split == "all":
             return slice(None)
         if self._split == "heldout":
@@ -303,7 +303,7 @@ class Records:
         return np.arange(self._total) % self._period != 0
 
     def read(self, index: int) -> tuple[dict[str, Any], bytes]:
-        """Reads the header and the payload of a record.
+        """Read the header and the payload of a record.
 
         Raises:
           BadSample: it is damaged.
@@ -311,7 +311,7 @@ class Records:
         return self._read(self.number(index))
 
     def _read(self, number: int) -> tuple[dict[str, Any], bytes]:
-        """Reads a record by its number in the whole data set; see `read`."""
+        """Read a record by its number in the whole data set; see `read`."""
         for numbers, reason in self._unusable:
             if number in numbers:
                 raise BadSample(reason)
@@ -337,12 +337,12 @@ class ImageShards(Records):
         captions: bool = True,
         decode_side: int | None = None,
     ):
-        """Opens a data set of pictures; see `Records` and `data.folder.FolderSource`."""
+        """Open a data set of pictures; see `Records` and `data.folder.FolderSource`."""
         super().__init__(folder, "images", split=split, heldout=heldout)
         self._captions, self._decode_side = captions, decode_side
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Decodes one picture.
+        """Decode one picture.
 
         Raises:
           BadSample: it cannot be read, or has no caption where captions are wanted.
@@ -355,13 +355,14 @@ class ImageShards(Records):
         return {"image": self.picture(payload, name), "texts": texts}
 
     def decoded_at(self, decode_side: int | None) -> ImageShards:
-        """The same source with another `decode_side`."""
+        """Return the same source with another `decode_side`."""
         other = copy.copy(self)
         other._decode_side = decode_side
         return other
 
     def sizes(self) -> np.ndarray:
-        """Width and height of each picture of the split, int32 [n, 2]; 0 where it is damaged."""
+        """Return width and height of each picture of the split, int32 [n, 2]; 0 where it is
+        damaged."""
         start, found = 0, []
         for shard in self.manifest["shards"]:
             numbers = range(start, start + shard.records)
@@ -371,12 +372,12 @@ class ImageShards(Records):
         return np.concatenate(found)[self._numbers()]
 
     def picture(self, payload: bytes, name: str) -> np.ndarray:
-        """Decodes a picture file: uint8 [h, w, 3]."""
+        """Decode a picture file: uint8 [h, w, 3]."""
         return decode_picture(io.BytesIO(payload), name, decode_side=self._decode_side)
 
 
 def allow_flags() -> None:
-    """Lets ArrayRecord read its absl flags in a program that does not parse any."""
+    """Let ArrayRecord read its absl flags in a program that does not parse any."""
     from absl import flags
 
     if not flags.FLAGS.is_parsed():

@@ -18,7 +18,7 @@ KINDS = ("scenes", "folder", "shards", "codes")
 def make_split(
     config: Config, split: str, *, captions: bool, text_tokenizer: Any = None, **options: Any
 ) -> Any:
-    """Returns the loader of a split of the configured data.
+    """Return the loader of a split of the configured data.
 
     Args:
       config: the `data` section: a kind of `KINDS`, and what each of them takes.
@@ -71,7 +71,7 @@ def make_split(
 
 
 def _pictures(config: Config, split: str, captions: bool) -> list[Any]:
-    """Returns the data sets of pictures that are mixed, or the one folder.
+    """Return the data sets of pictures that are mixed, or the one folder.
 
     Raises:
       UserError: a value of the section is out of range, or a data set cannot be used.
@@ -98,7 +98,7 @@ def _pictures(config: Config, split: str, captions: bool) -> list[Any]:
 
 
 def _in_buckets(config: Config, parts: list[Any], batch: int, tell: bool) -> Buckets:
-    """Sorts pictures into the buckets of the config.
+    """Sort pictures into the buckets of the config.
 
     Args:
       config: the `data` section.
@@ -134,12 +134,12 @@ def _in_buckets(config: Config, parts: list[Any], batch: int, tell: bool) -> Buc
             source = mixture if len(parts) > 1 else sources[0]
             found.append((source, sum(shares), _crop(section, (height, width), True)))
     if not found:
-        raise UserError("no picture has a size that can be read; check the data.")
+        raise UserError("no picture has a size that can be read; check the data")
     return Buckets(*(tuple(column) for column in zip(*found, strict=True)))
 
 
 def part_paths(config: Config) -> list[str]:
-    """Returns the folders that the `data` section mixes, [] where its kind mixes none.
+    """Return the folders that the `data` section mixes, [] where its kind mixes none.
 
     Raises:
       UserError: none is given.
@@ -156,7 +156,7 @@ def part_paths(config: Config) -> list[str]:
 
 
 def part_names(config: Config) -> list[str]:
-    """Returns a name for each part of a mixture, [] where nothing is mixed."""
+    """Return a name for each part of a mixture, [] where nothing is mixed."""
     paths = part_paths(config)
     if len(paths) < 2:
         return []
@@ -167,7 +167,7 @@ def part_names(config: Config) -> list[str]:
 
 
 def _weights(parts: list[Any], weights: str) -> list[float]:
-    """Reads "3:1", [] where nothing is given."""
+    """Read "3:1", [] where nothing is given."""
     try:
         values = [float(weight) for weight in weights.split(":")] if weights else []
     except ValueError:
@@ -181,7 +181,7 @@ def _weights(parts: list[Any], weights: str) -> list[float]:
 
 
 def _mix(parts: list[Any], weights: str) -> Any:
-    """Joins parts by weights "3:1", by their sizes where none are given."""
+    """Join parts by weights "3:1", by their sizes where none are given."""
     values = _weights(parts, weights)
     if len(parts) == 1:
         return parts[0]
@@ -197,7 +197,7 @@ def _crop(config: Config, shape: tuple[int, int], train: bool) -> Any:
 
 
 def scenes_source(config: Config, split: str) -> EmojiScenes:
-    """Returns the scenes of a split that the `data` section describes."""
+    """Return the scenes of a split that the `data` section describes."""
     scenes = config.scenes
     return EmojiScenes(
         config.image_size,
@@ -211,5 +211,5 @@ def scenes_source(config: Config, split: str) -> EmojiScenes:
 
 
 def _drop_facts(sample: dict[str, Any], _: Any) -> dict[str, Any]:
-    """Leaves out what only evaluation reads."""
+    """Leave out what only evaluation reads."""
     return {"image": sample["image"], "text": sample["text"]}

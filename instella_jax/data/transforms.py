@@ -26,7 +26,7 @@ class TrainTransform:
           flip: Probability of a mirror image; 0 where captions speak of left and right.
         """
         if not 0 < min_keep <= 1 or not 0 <= flip <= 1:
-            raise ValueError(f"min_keep must be in (0, 1], flip in [0, 1]; got {min_keep}, {flip}.")
+            raise ValueError(f"min_keep must be in (0, 1], flip in [0, 1]; got {min_keep}, {flip}")
         self._size, self._min_keep, self._flip = (height, width), min_keep, flip
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:

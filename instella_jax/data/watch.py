@@ -17,7 +17,7 @@ class DataWatch:
         *,
         clock: Callable[[], float] = time.perf_counter,
     ):
-        """Begins.
+        """Begin.
 
         Args:
           shapes: height and width that "image" in a batch may have; counted if they are several.
@@ -28,7 +28,7 @@ class DataWatch:
         self._waited, self._since = 0.0, clock()
 
     def take(self, loader: Iterator[dict[str, Any]]) -> dict[str, Any]:
-        """Returns the next batch of the loader."""
+        """Return the next batch of the loader."""
         start = self._clock()
         batch = next(loader)
         self._waited += self._clock() - start
@@ -38,7 +38,7 @@ class DataWatch:
         return batch
 
     def mean(self, values: Mapping[tuple[int, int], float]) -> float:
-        """Returns the mean of a value of the pictures' shapes, over all pictures taken so far.
+        """Return the mean of a value of the pictures' shapes, over all pictures taken so far.
 
         Args:
           values: by height and width, for all shapes that there may be.
@@ -47,7 +47,7 @@ class DataWatch:
         return float(np.average(list(values.values()), weights=weights if any(weights) else None))
 
     def waited(self) -> float:
-        """Returns the part of the time, 0 to 1, that `take` waited since the last call of this."""
+        """Return the part of the time, 0 to 1, that `take` waited since the last call of this."""
         now = self._clock()
         part = min(self._waited / max(now - self._since, 1e-9), 1.0)
         self._waited, self._since = 0.0, now

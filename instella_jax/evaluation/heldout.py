@@ -16,12 +16,12 @@ from instella_jax.stages.base import Stage
 
 @functools.lru_cache(maxsize=2)
 def evaluator(stage: Stage) -> Callable[..., dict[str, jax.Array]]:
-    """Compiles a stage's evaluation, once per stage."""
+    """Compile a stage's evaluation, once per stage."""
     return jax.jit(stage.evaluate)
 
 
 def evaluate(stage: Stage, params: Params, frozen: Params, config: Config, mesh) -> dict:
-    """Means of the stage's held-out metrics over at most `eval.batches` batches.
+    """Return means of the stage's held-out metrics over at most `eval.batches` batches.
 
     Where the held-out data end before, the last batch may be short; each row counts alike.
     """

@@ -50,7 +50,7 @@ class Judgement:
 def judge(
     images: np.ndarray, scenes: Sequence[Scene], concepts: Sequence[str] = sprites.CORE
 ) -> list[Judgement]:
-    """Judges pictures against the facts they should show.
+    """Judge pictures against the facts they should show.
 
     Args:
       images: uint8 [B, S, S, 3].
@@ -68,7 +68,7 @@ def judge(
 
 
 def summarise(judgements: Sequence[Judgement]) -> dict[str, float]:
-    """The share of pictures that are right in each respect, in [0, 1]."""
+    """Return the share of pictures that are right in each respect, in [0, 1]."""
     return {
         name: float(np.mean([getattr(one, name) for one in judgements]))
         for name in ("background", "objects", "count", "position")
@@ -76,7 +76,7 @@ def summarise(judgements: Sequence[Judgement]) -> dict[str, float]:
 
 
 def compare(seen: Scene, truth: Scene) -> Judgement:
-    """Checks the facts seen in a picture against those it should show."""
+    """Check the facts seen in a picture against those it should show."""
     return Judgement(
         background=seen.background == truth.background,
         objects=seen.counts.keys() == truth.counts.keys(),
@@ -87,7 +87,7 @@ def compare(seen: Scene, truth: Scene) -> Judgement:
 
 
 def _assignments(seen: Scene, truth: Scene):
-    """All ways to find each object of the truth among those seen."""
+    """Return all ways to find each object of the truth among those seen."""
     candidates = [[s for s in seen.objects if s.name == t.name] for t in truth.objects]
     for order in itertools.product(*candidates):
         if len({id(placed) for placed in order}) == len(order):
@@ -95,7 +95,7 @@ def _assignments(seen: Scene, truth: Scene):
 
 
 def _agree(order: Sequence[Placed], truth: Scene) -> bool:
-    """Whether objects stand as in the truth, one to one."""
+    """Return whether objects stand as in the truth, one to one."""
     if len(truth.counts) == 1:
         return all(_near(one, other) for one, other in zip(order, truth.objects, strict=True))
     pairs = itertools.combinations(range(len(order)), 2)
@@ -113,14 +113,14 @@ def _near(one: Placed, other: Placed) -> bool:
 
 
 def _stands(word: str | None, a: Placed, b: Placed) -> bool:
-    """Whether a stands to b as the word says, by at least half a step of the grid."""
+    """Return whether a stands to b as the word says, by at least half a step of the grid."""
     dx, dy = b.x - a.x, b.y - a.y
     distance = {"left of": dx, "right of": -dx, "above": dy, "below": -dy, None: 1.0}
     return distance[word] >= 0.5 / GRID
 
 
 def read(image: np.ndarray, style: str, concepts: tuple[str, ...] = sprites.CORE) -> Scene:
-    """Finds the background and the objects of a picture.
+    """Find the background and the objects of a picture.
 
     Args:
       image: uint8 [S, S, 3].
@@ -162,14 +162,14 @@ def read(image: np.ndarray, style: str, concepts: tuple[str, ...] = sprites.CORE
 
 
 def _resized(image: np.ndarray) -> np.ndarray:
-    """The picture at SIDE, float32 [SIDE, SIDE, 3] in [0, 1]."""
+    """Return the picture at SIDE, float32 [SIDE, SIDE, 3] in [0, 1]."""
     pixels = image.astype(np.float32) / 255
     rows, columns = (sprites.resize_matrix(n, SIDE) for n in image.shape[:2])
     return np.einsum("ij,jkc,lk->ilc", rows, pixels, columns, optimize=True)
 
 
 def _background(pixels: np.ndarray) -> str:
-    """The named colour that most of the picture has."""
+    """Return the named colour that most of the picture has."""
     names = list(sprites.BACKGROUNDS)
     colours = np.asarray([sprites.BACKGROUNDS[name] for name in names], np.float32)
     distance = np.square(pixels[:, :, None] * 255 - colours).sum(-1)
@@ -180,7 +180,7 @@ def _background(pixels: np.ndarray) -> str:
 def _templates(
     concepts: tuple[str, ...], style: str, side: int, background: str
 ) -> tuple[np.ndarray, np.ndarray]:
-    """What each sprite adds to the background, [C, side * side * 3], and its energy [C]."""
+    """Return what each sprite adds to the background, [C, side * side * 3], and its energy [C]."""
     ground = np.asarray(sprites.BACKGROUNDS[background], np.float32) / 255
     drawn = np.stack([sprites.sprite(name, style, side) for name in concepts])
     added = (drawn[..., :3] - drawn[..., 3:] * ground).reshape(len(concepts), -1)
@@ -188,14 +188,14 @@ def _templates(
 
 
 def _patches(rest: np.ndarray, side: int) -> np.ndarray:
-    """All squares of a picture, row by row: [steps * steps, side * side * 3]."""
+    """Return all squares of a picture, row by row: [steps * steps, side * side * 3]."""
     windows = np.lib.stride_tricks.sliding_window_view(rest, (side, side), axis=(0, 1))
     windows = windows.transpose(0, 1, 3, 4, 2)
     return windows.reshape(windows.shape[0] * windows.shape[1], -1)
 
 
 def _free(found: Sequence[Placed], side: int) -> np.ndarray:
-    """Which squares lie mostly outside what was found: bool [steps * steps]."""
+    """Return which squares lie mostly outside what was found: bool [steps * steps]."""
     starts = np.arange(SIDE - side + 1) / SIDE
     width = side / SIDE
     free = np.ones((len(starts), len(starts)), bool)

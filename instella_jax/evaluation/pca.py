@@ -9,7 +9,7 @@ import numpy as np
 
 
 def lloyd_max(values: np.ndarray, levels: int, rounds: int = 30) -> np.ndarray:
-    """Fits the levels of a scalar quantizer to values [n]: sorted levels [levels]."""
+    """Fit the levels of a scalar quantizer to values [n]: sorted levels [levels]."""
     centres = np.quantile(values, (np.arange(levels) + 0.5) / levels)
     for _ in range(rounds):
         cell = quantize(values, centres)
@@ -20,7 +20,7 @@ def lloyd_max(values: np.ndarray, levels: int, rounds: int = 30) -> np.ndarray:
 
 
 def quantize(values: np.ndarray, centres: np.ndarray) -> np.ndarray:
-    """Index of the nearest of sorted centres for values [n]: int [n]."""
+    """Return index of the nearest of sorted centres for values [n]: int [n]."""
     return np.searchsorted((centres[1:] + centres[:-1]) / 2, values)
 
 
@@ -28,7 +28,7 @@ class PcaCodec:
     """Pictures in a fixed number of bits: each bit goes where it lowers the error most."""
 
     def __init__(self, pictures: np.ndarray, bits: int):
-        """Fits mean, components, quantizers and the share of bits.
+        """Fit mean, components, quantizers and the share of bits.
 
         Args:
           pictures: training pictures [n, d], n at least a few times the number of components.
@@ -53,14 +53,14 @@ class PcaCodec:
             self._offer(queue, coefficients[:, index], index, int(np.log2(len(centres))) + 1)
 
     def _offer(self, queue: list, values: np.ndarray, index: int, bits: int) -> None:
-        """Queues one bit more for a component, by what it would save."""
+        """Queue one bit more for a component, by what it would save."""
         centres = lloyd_max(values, 2**bits)
         old = self.levels[index]
         now, then = (np.mean((values - c[quantize(values, c)]) ** 2) for c in (old, centres))
         heapq.heappush(queue, (then - now, index, centres))
 
     def __call__(self, pictures: np.ndarray) -> np.ndarray:
-        """Codes and decodes pictures [n, d]."""
+        """Code and decode pictures [n, d]."""
         coefficients = (pictures - self.mean) @ self.components.T
         coded = [c[quantize(x, c)] for x, c in zip(coefficients.T, self.levels, strict=True)]
         return self.mean + np.stack(coded, axis=1) @ self.components

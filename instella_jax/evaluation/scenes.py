@@ -21,19 +21,19 @@ BATCH = 64
 
 
 def psnr(copies: np.ndarray, pictures: np.ndarray) -> float:
-    """Mean over pictures of the PSNR in dB; both uint8 [n, h, w, 3]."""
+    """Return mean over pictures of the PSNR in dB; both uint8 [n, h, w, 3]."""
     error = (copies.astype(np.float64) - pictures) ** 2
     return float(np.mean(10 * np.log10(255**2 / np.maximum(error.mean((1, 2, 3)), 1e-6))))
 
 
 def through_code(network: BinaryTokenizer, params: Any, pictures: np.ndarray) -> np.ndarray:
-    """Sends pictures uint8 [n, h, w, 3] through their codes, a batch at a time."""
+    """Send pictures uint8 [n, h, w, 3] through their codes, a batch at a time."""
     parts = np.array_split(pictures, -(-len(pictures) // BATCH))
     return np.concatenate([sharding.fetch(reconstruct(network, params, p)[0]) for p in parts])
 
 
 def tokenizer_report(network: BinaryTokenizer, params: Any, config: Config) -> dict[str, float]:
-    """Held-out PSNR of the tokenizer and of PCA with as many bits, in dB."""
+    """Return held-out PSNR of the tokenizer and of PCA with as many bits, in dB."""
     heldout, train = (scenes_source(config.data, split) for split in ("heldout", "train"))
     pictures = np.stack([heldout[i]["image"] for i in range(512)])
     # Far from the first indices, which a short training run has seen.
@@ -68,7 +68,7 @@ class PromptsReport:
 def prompts_report(
     pipeline: InstellaPipeline, config: Config, count: int = PROMPTS
 ) -> PromptsReport:
-    """Draws held-out prompts and judges the pictures by the facts the prompts were made of."""
+    """Draw held-out prompts and judge the pictures by the facts the prompts were made of."""
     scenes = config.data.scenes
     prompts = heldout_prompts(
         count,

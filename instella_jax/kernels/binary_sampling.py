@@ -47,7 +47,7 @@ Rule = Callable[..., jax.Array]
 
 @functools.cache
 def resolve(name: str, platform: str) -> Implementation:
-    """Chooses the implementation for a config's word, and logs it once.
+    """Choose the implementation for a config's word, and log it once.
 
     Args:
       name: "auto" is the one measured to be faster on the platform, and the reference where
@@ -71,7 +71,7 @@ def resolve(name: str, platform: str) -> Implementation:
 
 
 def draw(keys: jax.Array, index: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
-    """Uniforms [B, *shape] of draw number `index`, each image's from its own key [B]."""
+    """Return uniforms [B, *shape] of draw number `index`, each image's from its own key [B]."""
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, index), shape))(keys)
 
 
@@ -91,7 +91,7 @@ def diffusion_step(
     block: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Takes one step back: `binary_diffusion.sampling_step` with the uniforms of `draw`.
+    """Take one step back: `binary_diffusion.sampling_step` with the uniforms of `draw`.
 
     With a mesh set (`sharding.use`), the kernels run on each device's own images.
 
@@ -134,7 +134,7 @@ def autoregressive_bits(
     block: int | None = None,
     interpret: bool = False,
 ) -> jax.Array:
-    """Draws the bits of one token: `binary_diffusion.draw_bits` with the uniforms of `draw`.
+    """Draw the bits of one token: `binary_diffusion.draw_bits` with the uniforms of `draw`.
 
     Args:
       logits: of the bits [2, B, K], conditional and unconditional; bfloat16 or float32.
@@ -206,7 +206,7 @@ def _apply(
     block: int | None,
     interpret: bool,
 ) -> jax.Array:
-    """Bits [B, N, K] by `rule(*logits [2, B, N, K], *state, uniforms, *scalars)`."""
+    """Return bits [B, N, K] by `rule(*logits [2, B, N, K], *state, uniforms, *scalars)`."""
     numbers = jnp.stack([jnp.asarray(s, jnp.float32) for s in scalars])
     if implementation == "xla":
         return rule(*logits, *state, draw(keys, index, logits.shape[2:]), *numbers)
@@ -242,7 +242,7 @@ def _pallas(
     block: int | None,
     interpret: bool,
 ) -> jax.Array:
-    """Runs the kernel over a grid of (images, blocks of rows)."""
+    """Run the kernel over a grid of (images, blocks of rows)."""
     batch, *shape = logits.shape[1:]
     dtype = state[0].dtype if state else jnp.float32
     logits = _view(logits, 2, gpu, block)
@@ -281,7 +281,7 @@ def _pallas(
 
 
 def _view(x: jax.Array, leading: int, gpu: bool, block: int | None) -> jax.Array:
-    """The rows and columns of each image; flat and padded to whole blocks on a GPU.
+    """Return the rows and columns of each image; flat and padded to whole blocks on a GPU.
 
     Triton loads powers of 2 and masks nothing. A TPU's tiles would have to be moved to be flat.
     """
@@ -295,7 +295,7 @@ def _view(x: jax.Array, leading: int, gpu: bool, block: int | None) -> jax.Array
 
 
 def _kernel(rule: Rule, count: int, words: Any, index: Any, numbers: Any, *refs: Any) -> None:
-    """Draws one block of one image's bits."""
+    """Draw one block of one image's bits."""
     *inputs, out = refs
     image, rows = pl.program_id(0), pl.program_id(1) * out.shape[0]
     key = threefry((words[2 * image], words[2 * image + 1]), jnp.uint32(0), index[0])
@@ -311,7 +311,7 @@ def _kernel(rule: Rule, count: int, words: Any, index: Any, numbers: Any, *refs:
 def threefry(
     key: tuple[jax.Array, jax.Array], high: jax.Array, low: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Two words of Threefry-2x32 (20 rounds) at the counter (high, low).
+    """Return two words of Threefry-2x32 (20 rounds) at the counter (high, low).
 
     Draw i of `jax.random.bits` is the exclusive or of the words at (0, i), and `fold_in(key, d)`
     is the words at (0, d).

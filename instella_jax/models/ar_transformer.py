@@ -22,7 +22,7 @@ class Block(nn.Module):
     run: Execution
 
     def setup(self):
-        """Builds the parts."""
+        """Build the parts."""
         width = self.num_heads * self.head_dim
         self.attention_norm, self.mlp_norm = rms_norm(self.run), rms_norm(self.run)
         self.attention = JointAttention(self.num_heads, self.head_dim, self.text_width, self.run)
@@ -38,7 +38,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, text: jax.Array | KeysValues, visible: jax.Array
     ) -> tuple[jax.Array, None]:
-        """Maps x [B, T, D], all positions at once.
+        """Map x [B, T, D], all positions at once.
 
         Args:
           x: [B, T, D].
@@ -55,7 +55,7 @@ class Block(nn.Module):
     def step(
         self, x: jax.Array, cache: KeysValues, index: jax.Array, visible: jax.Array
     ) -> tuple[jax.Array, KeysValues]:
-        """Maps x [B, D] at position `index`, the positions before it being in the cache.
+        """Map x [B, D] at position `index`, the positions before it being in the cache.
 
         Args:
           x: [B, D].
@@ -72,7 +72,7 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), new
 
     def text_kv(self, carry: None, features: jax.Array) -> tuple[None, KeysValues]:
-        """Keys and values of one layer's text features [B, L, Dt]."""
+        """Return keys and values of one layer's text features [B, L, Dt]."""
         return carry, self.attention.text_keys_values(features)
 
 
@@ -98,7 +98,7 @@ class ArTransformer(nn.Module):
     run: Execution = Execution()
 
     def setup(self):
-        """Builds the parts."""
+        """Build the parts."""
         width, run = self.num_heads * self.head_dim, self.run
         self.bits_in = linear(width, self.bits, (None, "embed"), run, use_bias=True)
         self.split_token = self.param(
@@ -124,7 +124,7 @@ class ArTransformer(nn.Module):
     def __call__(
         self, z: jax.Array, text: jax.Array | KeysValues, text_mask: jax.Array
     ) -> jax.Array:
-        """Predicts all tokens, each from those before it.
+        """Predict all tokens, each from those before it.
 
         Args:
           z: bits of the first T - 1 tokens, [B, T - 1, K] of 0 and 1; N - 1 of them in training.
@@ -151,7 +151,7 @@ class ArTransformer(nn.Module):
         return self.bits_out(self.out_norm(x)).astype(self.run.output_dtype)
 
     def text_kv(self, features: jax.Array) -> KeysValues:
-        """Keys and values of a prompt for all layers.
+        """Return keys and values of a prompt for all layers.
 
         Args:
           features: [layers, B, L, Dt].
@@ -163,7 +163,7 @@ class ArTransformer(nn.Module):
         return keys_values
 
     def start_cache(self, text: jax.Array | KeysValues) -> KeysValues:
-        """Makes the cache of a decoding: the prompt's keys and values, then room for N tokens.
+        """Make the cache of a decoding: the prompt's keys and values, then room for N tokens.
 
         Args:
           text: features [layers, B, L, Dt], or the keys and values that `text_kv` made of them.
@@ -178,7 +178,7 @@ class ArTransformer(nn.Module):
     def step(
         self, previous: jax.Array, index: jax.Array, cache: KeysValues, text_mask: jax.Array
     ) -> tuple[jax.Array, KeysValues]:
-        """Predicts one token from the cache of those before it.
+        """Predict one token from the cache of those before it.
 
         Args:
           previous: bits of token `index` - 1, [B, K]; not looked at where `index` is 0.

@@ -24,12 +24,12 @@ SURE = 1e30
 
 
 def mix(p: jax.Array, t: Scalar) -> jax.Array:
-    """Probability that a bit is 1 at time t, if it is 1 with probability p at time 0."""
+    """Return probability that a bit is 1 at time t, if it is 1 with probability p at time 0."""
     return p * (1.0 - t) + 0.5 * t
 
 
 def add_noise(bits: jax.Array, t: jax.Array, uniforms: jax.Array) -> jax.Array:
-    """Draws the noisy bits at time t.
+    """Draw the noisy bits at time t.
 
     Args:
       bits: clean bits [B, N, K].
@@ -43,7 +43,7 @@ def add_noise(bits: jax.Array, t: jax.Array, uniforms: jax.Array) -> jax.Array:
 
 
 def check_target(target: str) -> None:
-    """Refuses a target that is not one of `TARGETS`.
+    """Refuse a target that is not one of `TARGETS`.
 
     Raises:
       UserError: it is not.
@@ -53,7 +53,7 @@ def check_target(target: str) -> None:
 
 
 def times_at(quantiles: jax.Array, distribution: str = "logit_normal") -> jax.Array:
-    """Times [B] at quantiles [B] of their distribution, "logit_normal" or "uniform".
+    """Return times [B] at quantiles [B] of their distribution, "logit_normal" or "uniform".
 
     Raises:
       UserError: the distribution is unknown.
@@ -66,18 +66,18 @@ def times_at(quantiles: jax.Array, distribution: str = "logit_normal") -> jax.Ar
 
 
 def sample_times(key: jax.Array, count: int, distribution: str = "logit_normal") -> jax.Array:
-    """Draws times [count] of a distribution that `times_at` knows."""
+    """Draw times [count] of a distribution that `times_at` knows."""
     tiny = jnp.finfo(jnp.float32).tiny
     return times_at(jax.random.uniform(key, (count,), minval=tiny), distribution)
 
 
 def spread_times(count: int, distribution: str = "logit_normal") -> jax.Array:
-    """Times [count] spread evenly over a distribution, for evaluation with less noise."""
+    """Return times [count] spread evenly over a distribution, for evaluation with less noise."""
     return times_at((jnp.arange(count) + 0.5) / count, distribution)
 
 
 def clean_logits(output: jax.Array, z: jax.Array, target: Target = "epsilon") -> jax.Array:
-    """Logits of the clean bits [B, N, K] from a network's output and the bits z it saw.
+    """Return logits of the clean bits [B, N, K] from a network's output and the bits z it saw.
 
     The "epsilon" target says whether a bit is flipped, the "x" target is the clean bit's logit.
     """
@@ -85,17 +85,18 @@ def clean_logits(output: jax.Array, z: jax.Array, target: Target = "epsilon") ->
 
 
 def flip_logits(output: jax.Array, z: jax.Array, target: Target = "epsilon") -> jax.Array:
-    """Logits that a bit of z is flipped [B, N, K], from a network's output: see `clean_logits`."""
+    """Return logits that a bit of z is flipped [B, N, K], from a network's output: see
+    `clean_logits`."""
     return output if target == "epsilon" else jnp.where(z > 0.5, -output, output)
 
 
 def loss(logits: jax.Array, bits: jax.Array) -> jax.Array:
-    """Mean binary cross-entropy of logits [B, N, K] with bits [B, N, K], in nats per bit."""
+    """Return mean binary cross-entropy of logits [B, N, K] with bits [B, N, K], in nats per bit."""
     return optax.sigmoid_binary_cross_entropy(logits, bits).mean()
 
 
 def bit_accuracy(logits: jax.Array, bits: jax.Array) -> jax.Array:
-    """Share (0 to 1) of bits [B, N, K] that the sign of logits [B, N, K] tells right."""
+    """Return share (0 to 1) of bits [B, N, K] that the sign of logits [B, N, K] tells right."""
     return jnp.mean((logits > 0) == (bits > 0.5))
 
 
@@ -107,7 +108,7 @@ def time(step: Scalar, steps: Scalar, rho: Scalar = 1.0) -> jax.Array:
 def guided(
     conditional: jax.Array, unconditional: jax.Array, guidance: Scalar, temperature: Scalar
 ) -> jax.Array:
-    """Guided logits ((1 + g) conditional - g unconditional) / temperature, float32.
+    """Return guided logits ((1 + g) conditional - g unconditional) / temperature, float32.
 
     Args:
       conditional: logits given the prompt, any shape.
@@ -129,7 +130,7 @@ def draw_bits(
     temperature: Scalar,
     uniforms: jax.Array,
 ) -> jax.Array:
-    """Draws bits from their own logits, as the autoregressive generator does (SPEC section 4).
+    """Draw bits from their own logits, as the autoregressive generator does (SPEC section 4).
 
     Args:
       conditional: logits given the prompt, any shape.
@@ -154,7 +155,7 @@ def step_probability(
     t_next: Scalar,
     protocol: int = 1,
 ) -> tuple[jax.Array, jax.Array]:
-    """Probabilities of bits being 1, clean and at the next time.
+    """Return probabilities of bits being 1, clean and at the next time.
 
     Args:
       flip: guided flip logits [B, N, K].
@@ -191,7 +192,7 @@ def sampling_step(
     uniforms: jax.Array,
     protocol: int = 1,
 ) -> jax.Array:
-    """Takes one step back, from flip logits to the bits at the next time.
+    """Take one step back, from flip logits to the bits at the next time.
 
     Args:
       conditional: flip logits given the prompt [B, N, K].

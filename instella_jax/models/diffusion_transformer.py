@@ -16,7 +16,7 @@ from instella_jax.runtime.sharding import constrain
 
 
 def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """Norms x [B, N, D] without parameters, then scales and shifts it by [B, D] each."""
+    """Norm x [B, N, D] without parameters, then scale and shift it by [B, D] each."""
     return layer_norm(x) * (1.0 + scale[:, None]) + shift[:, None]
 
 
@@ -30,7 +30,7 @@ class Block(nn.Module):
     run: Execution
 
     def setup(self):
-        """Builds the parts."""
+        """Build the parts."""
         width = self.num_heads * self.head_dim
         self.attention = JointAttention(
             self.num_heads, self.head_dim, self.text_width, self.run, xavier=True
@@ -49,7 +49,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, text: jax.Array | KeysValues, condition: jax.Array, visible: jax.Array
     ) -> tuple[jax.Array, None]:
-        """Maps x [B, N, D].
+        """Map x [B, N, D].
 
         Args:
           x: [B, N, D].
@@ -69,7 +69,7 @@ class Block(nn.Module):
         return x, None
 
     def text_kv(self, carry: None, features: jax.Array) -> tuple[None, KeysValues]:
-        """Keys and values of one layer's text features [B, L, Dt]."""
+        """Return keys and values of one layer's text features [B, L, Dt]."""
         return carry, self.attention.text_keys_values(features)
 
 
@@ -95,7 +95,7 @@ class DiffusionTransformer(nn.Module):
     run: Execution = Execution()
 
     def setup(self):
-        """Builds the parts."""
+        """Build the parts."""
         width, run = self.num_heads * self.head_dim, self.run
         # One number per image, embedded once: bfloat16 would blur neighbouring times.
         exact = dataclasses.replace(run, dtype="float32")
@@ -119,7 +119,7 @@ class DiffusionTransformer(nn.Module):
     def __call__(
         self, z: jax.Array, t: jax.Array, text: jax.Array | KeysValues, text_mask: jax.Array
     ) -> jax.Array:
-        """Predicts flip logits.
+        """Predict flip logits.
 
         Args:
           z: noisy bits, [B, N, K] of 0 and 1.
@@ -142,7 +142,7 @@ class DiffusionTransformer(nn.Module):
         return self.bits_out(modulate(x, scale, shift)).astype(run.output_dtype)
 
     def text_kv(self, features: jax.Array) -> KeysValues:
-        """Keys and values of a prompt for all layers; they do not depend on the time.
+        """Return keys and values of a prompt for all layers; they do not depend on the time.
 
         Args:
           features: [layers, B, L, Dt].

@@ -19,7 +19,7 @@ Network = BinaryTokenizer | DiffusionTransformer | ArTransformer | Olmo
 
 
 def example_inputs(network: Network) -> tuple[jax.Array, ...]:
-    """Returns arguments for the network's call, one row of zeros each."""
+    """Return arguments for the network's call, one row of zeros each."""
     if isinstance(network, BinaryTokenizer):
         side = network.config.multiple
         return (jnp.zeros((1, side, side, 3)),)
@@ -34,22 +34,22 @@ def example_inputs(network: Network) -> tuple[jax.Array, ...]:
 
 
 def init_params(network: Network, key: jax.Array) -> Any:
-    """Makes the network's parameters, with their logical axes."""
+    """Make the network's parameters, with their logical axes."""
     return network.init(key, *example_inputs(network))["params"]
 
 
 def abstract_params(network: Network) -> Any:
-    """Shapes of the network's parameters, with their logical axes; nothing is allocated."""
+    """Return shapes of the network's parameters, with their logical axes; nothing is allocated."""
     return jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
 
 
 def apply(network: Network, params: Any, *inputs: Any, method: str | None = None) -> Any:
-    """Calls a network, or one of its methods, with given parameters."""
+    """Call a network, or one of its methods, with given parameters."""
     return network.apply({"params": params}, *inputs, method=method)
 
 
 def tensor_sizes(network: Network) -> dict[str, int]:
-    """Numbers of a network that the mesh axis `tensor` must divide, by what they count.
+    """Return numbers of a network that the mesh axis `tensor` must divide, by what they count.
 
     An MLP of a width that is a multiple of the heads is split where these are.
     """
@@ -67,7 +67,7 @@ def tensor_sizes(network: Network) -> dict[str, int]:
 
 
 def check_tensor(networks: Mapping[str, Network], mesh: jax.sharding.Mesh) -> None:
-    """Checks that networks, by part, can be split over the mesh axis `tensor`.
+    """Check that networks, by part, can be split over the mesh axis `tensor`.
 
     Raises:
       UserError: naming what does not split, and the sizes of the axis that would do.

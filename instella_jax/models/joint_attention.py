@@ -24,7 +24,7 @@ class JointAttention(nn.Module):
     xavier: bool = False
 
     def setup(self):
-        """Builds the projections."""
+        """Build the projections."""
         width = self.num_heads * self.head_dim
 
         def project() -> nn.Dense:
@@ -41,15 +41,15 @@ class JointAttention(nn.Module):
         return x.reshape(*x.shape[:2], self.num_heads, self.head_dim)
 
     def keys_values(self, h: jax.Array) -> KeysValues:
-        """Keys and values [B, T, H, Dh] of positions h [B, T, D]."""
+        """Return keys and values [B, T, H, Dh] of positions h [B, T, D]."""
         return self.k_norm(self._heads(self.k(h))), self._heads(self.v(h))
 
     def text_keys_values(self, features: jax.Array) -> KeysValues:
-        """Keys and values [B, L, H, Dh] of one layer's text features [B, L, Dt]."""
+        """Return keys and values [B, L, H, Dh] of one layer's text features [B, L, Dt]."""
         return self.keys_values(self.text(features.astype(self.run.dtype)))
 
     def __call__(self, h: jax.Array, text: KeysValues, visible: jax.Array) -> jax.Array:
-        """Attends from h [B, T, D] to [text ; h]: [B, T, D].
+        """Attend from h [B, T, D] to [text ; h]: [B, T, D].
 
         `visible` is bool, broadcastable to [B, 1, T, L + T].
         """
@@ -63,7 +63,7 @@ class JointAttention(nn.Module):
     def recall(
         self, h: jax.Array, cache: KeysValues, visible: jax.Array
     ) -> tuple[jax.Array, KeysValues]:
-        """Attends from one position to a cache and to itself.
+        """Attend from one position to a cache and to itself.
 
         The cache is only read, and has the heads before the positions: on a CPU that is several
         times as fast as writing this position into it and calling `attend`.

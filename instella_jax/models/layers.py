@@ -46,7 +46,7 @@ class Execution:
 
 
 def torch_uniform(fan_in: int) -> Callable:
-    """Returns an initialiser uniform in +-1/sqrt(fan_in), the reference framework's default."""
+    """Return an initialiser uniform in +-1/sqrt(fan_in), the reference framework's default."""
     bound = 1.0 / math.sqrt(fan_in)
 
     def init(key, shape, dtype=jnp.float32):
@@ -56,7 +56,7 @@ def torch_uniform(fan_in: int) -> Callable:
 
 
 def partitioned(init: Callable, axes: tuple[str | None, ...]) -> Callable[..., Any]:
-    """Makes an initialiser name the logical axes of its parameter."""
+    """Make an initialiser name the logical axes of its parameter."""
     return nn.with_logical_partitioning(init, axes)
 
 
@@ -67,7 +67,7 @@ def matmul(
     precision: Any = None,
     preferred_element_type: Any = None,
 ) -> jax.Array:
-    """Contracts the last axis of `lhs` with the first of `rhs`, as one two-dimensional product.
+    """Contract the last axis of `lhs` with the first of `rhs`, as one two-dimensional product.
 
     XLA's CPU matrix product is clearly faster on [B * T, D] than on [B, T, D].
     """
@@ -93,7 +93,7 @@ def linear(
     xavier: bool = False,
     name: str | None = None,
 ) -> nn.Dense:
-    """Returns a dense layer [..., fan_in] -> [..., features] with logical axes on its kernel.
+    """Return a dense layer [..., fan_in] -> [..., features] with logical axes on its kernel.
 
     Args:
       features: output width.
@@ -119,7 +119,7 @@ def linear(
 
 
 def rms_norm(run: Execution, name: str | None = None) -> nn.RMSNorm:
-    """Returns an RMSNorm over the last axis, computed in float32, with a learned scale."""
+    """Return an RMSNorm over the last axis, computed in float32, with a learned scale."""
     return nn.RMSNorm(
         epsilon=NORM_EPSILON,
         dtype=run.dtype,
@@ -130,7 +130,7 @@ def rms_norm(run: Execution, name: str | None = None) -> nn.RMSNorm:
 
 
 def layer_norm(x: jax.Array, epsilon: float = NORM_EPSILON) -> jax.Array:
-    """Normalises the last axis without parameters, in float32, and returns the type of `x`."""
+    """Normalise the last axis without parameters, in float32, and return the type of `x`."""
     x32 = x.astype(jnp.float32)
     centred = x32 - x32.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
@@ -140,7 +140,7 @@ def layer_norm(x: jax.Array, epsilon: float = NORM_EPSILON) -> jax.Array:
 def rope_tables(
     ids: np.ndarray, dims: Sequence[int], theta: float = 10_000.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of rotary positions over several axes (SPEC section 1).
+    """Return cosines and sines of rotary positions over several axes (SPEC section 1).
 
     Args:
       ids: [T, A] positions on each axis, not necessarily whole.
@@ -160,7 +160,7 @@ def rope_tables(
 
 
 def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Applies rotary positions by halves to x [B, T, H, Dh]; cos and sin are [T, Dh]."""
+    """Apply rotary positions by halves to x [B, T, H, Dh]; cos and sin are [T, Dh]."""
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     cos, sin = cos[:, None, :].astype(x.dtype), sin[:, None, :].astype(x.dtype)
@@ -170,7 +170,7 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 def attend(
     q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, run: Execution
 ) -> jax.Array:
-    """Softmax attention with logits over sqrt(Dh).
+    """Return softmax attention with logits over sqrt(Dh).
 
     Args:
       q: [B, T, H, Dh].
@@ -195,7 +195,7 @@ class SwiGLU(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the layer."""
+        """Apply the layer."""
         width = x.shape[-1]
         gate = linear(self.hidden, width, ("embed", "mlp"), self.run, name="gate")(x)
         up = linear(self.hidden, width, ("embed", "mlp"), self.run, name="up")(x)
@@ -212,7 +212,7 @@ class GeluMLP(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array) -> jax.Array:
-        """Applies the layer."""
+        """Apply the layer."""
         width = x.shape[-1]
         options: dict[str, Any] = dict(use_bias=True, xavier=self.xavier)
         x = linear(4 * width, width, ("embed", "mlp"), self.run, name="up", **options)(x)
@@ -221,7 +221,7 @@ class GeluMLP(nn.Module):
 
 
 def recomputed(block: type[nn.Module], run: Execution) -> type[nn.Module]:
-    """Returns the class of the block that recomputes in the backward pass what `run` says."""
+    """Return the class of the block that recomputes in the backward pass what `run` says."""
     if run.remat == "none":
         return block
     # In a scan XLA cannot merge the recomputation with the first computation.
@@ -236,7 +236,7 @@ def repeat(
     in_axes: Any = nn.broadcast,
     methods: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Stacks `num_layers` copies of a block whose call takes and returns (carry, output).
+    """Stack `num_layers` copies of a block whose call takes and return (carry, output).
 
     Parameters get a leading "layers" axis whether the depth is scanned or unrolled, so a
     checkpoint of one serves the other.

@@ -56,7 +56,7 @@ class OlmoConfig:
 
 
 def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Cosines and sines of positions 0..length-1: two arrays [length, head_dim], float32.
+    """Return cosines and sines of positions 0..length-1: two arrays [length, head_dim], float32.
 
     Here each half of the head carries all frequencies, unlike `layers.rope_tables`.
     """
@@ -75,7 +75,7 @@ class Block(nn.Module):
     def __call__(
         self, x: jax.Array, cos: jax.Array, sin: jax.Array, visible: jax.Array
     ) -> tuple[jax.Array, jax.Array]:
-        """Maps x [B, L, D]; tables are [L, Dh], `visible` is [B, 1, L, L]."""
+        """Map x [B, L, D]; tables are [L, Dh], `visible` is [B, 1, L, L]."""
         c, run = self.config, self.run
         x = constrain(x)
         h = layer_norm(x, NORM_EPSILON)
@@ -103,7 +103,7 @@ class Olmo(nn.Module):
 
     @nn.compact
     def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
-        """Returns the hidden states of a batch of prompts.
+        """Return the hidden states of a batch of prompts.
 
         Args:
           ids: [B, L] token ids. Positions count from the start of the row, padding included.

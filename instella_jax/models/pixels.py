@@ -8,16 +8,16 @@ import jax.numpy as jnp
 
 
 def to_float(images: jax.Array) -> jax.Array:
-    """Maps uint8 pictures to float32 in [-1, 1]."""
+    """Map uint8 pictures to float32 in [-1, 1]."""
     return images.astype(jnp.float32) / 127.5 - 1.0
 
 
 def to_uint8(images: jax.Array) -> jax.Array:
-    """Maps pictures in [-1, 1], clipped, to uint8."""
+    """Map pictures in [-1, 1], clipped, to uint8."""
     return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def psnr(a: jax.Array, b: jax.Array) -> jax.Array:
-    """Peak signal-to-noise ratio in dB of pictures in [-1, 1]: [B, h, w, 3] twice -> [B]."""
+    """Return peak signal-to-noise ratio in dB of pictures in [-1, 1]: [B, h, w, 3] twice -> [B]."""
     mse = jnp.mean(jnp.square(a - b), axis=(1, 2, 3))
     return 10.0 * jnp.log10(4.0 / jnp.maximum(mse, 1e-10))

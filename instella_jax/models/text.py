@@ -29,7 +29,7 @@ class TextTokenizer:
     """
 
     def __init__(self, tokenizer: Any, pad_id: int | None = None):
-        """Wraps a `tokenizers.Tokenizer`; without a pad id it is looked up in the vocabulary."""
+        """Wrap a `tokenizers.Tokenizer`; without a pad id it is looked up in the vocabulary."""
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
@@ -45,7 +45,7 @@ class TextTokenizer:
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "TextTokenizer":
-        """Reads `tokenizer.json`, and the pad id out of `config.json` where that names one.
+        """Read `tokenizer.json`, and the pad id out of `config.json` where that names one.
 
         Raises:
           UserError: there is no tokenizer.json, or it cannot be read.
@@ -79,7 +79,7 @@ class TextTokenizer:
         )
 
     def unknown_words(self, prompt: str) -> list[str]:
-        """The words of a prompt that a closed vocabulary does not hold."""
+        """Return the words of a prompt that a closed vocabulary does not hold."""
         if not self._closed:
             return []
         found = self._tokenizer.normalizer.normalize_str(prompt).split()
@@ -92,7 +92,7 @@ class TextTokenizer:
     def encode(
         self, prompts: Sequence[str], max_length: int = 128, pad_to: int | None = None
     ) -> tuple[np.ndarray, np.ndarray]:
-        """Turns prompts into rows of ids, padded on the left.
+        """Turn prompts into rows of ids, padded on the left.
 
         Args:
           prompts: B texts; '' is the unconditional prompt, a fully masked row.
@@ -116,14 +116,14 @@ class TextTokenizer:
         return ids, mask
 
     def decode(self, ids: np.ndarray, mask: np.ndarray) -> list[str]:
-        """The texts of rows of `encode`."""
+        """Return the texts of rows of `encode`."""
         return [
             self._tokenizer.decode(row[keep].tolist(), skip_special_tokens=False)
             for row, keep in zip(ids, mask, strict=True)
         ]
 
     def _warn(self, prompts: Sequence[str], lengths: Sequence[int], limit: int) -> None:
-        """Says once for each prompt and each word what the model will not see."""
+        """Say once for each prompt and each word what the model will not see."""
         for prompt, length in zip(prompts, lengths, strict=True):
             if length > limit and prompt not in self._told:
                 self._told.add(prompt)
@@ -149,7 +149,7 @@ class TextTokenizer:
 
 
 def _configured_pad_id(path: Path) -> int | None:
-    """The pad id in a config.json, ours (under "text") or a language model's own."""
+    """Return the pad id in a config.json, ours (under "text") or a language model's own."""
     if not path.is_file():
         return None
     try:

@@ -85,7 +85,7 @@ class TokenizerConfig:
         return self.patch_size * 2 ** max(len(self.downsample_after), len(self.upsample_after))
 
     def grid(self, height: int, width: int, levels: int | None = None) -> tuple[int, int]:
-        """Returns (rows, columns) of patches of an image.
+        """Return (rows, columns) of patches of an image.
 
         Args:
           height: of the image in pixels.
@@ -105,7 +105,7 @@ class TokenizerConfig:
 
 
 def position_ids(config: TokenizerConfig, rows: int, columns: int, scale: int | None) -> np.ndarray:
-    """Ids (token, row, column) of [latent tokens ; image patches]: [N + rows * columns, 3].
+    """Return ids (token, row, column) of [latent tokens ; image patches]: [N + rows * columns, 3].
 
     With a scale s, rows and columns span [0, s - 1] at every resolution.
     """
@@ -146,7 +146,7 @@ class Attention(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        """Maps x [B, T, D] with rotary tables [T, Dh] to the wanted rows of [B, T, D]."""
+        """Map x [B, T, D] with rotary tables [T, Dh] to the wanted rows of [B, T, D]."""
         width, rows = x.shape[-1], slice(*self.wanted)
 
         def heads(name: str, x: jax.Array) -> jax.Array:
@@ -172,7 +172,7 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, None]:
-        """Maps x [B, T, D] to the wanted rows of [B, T, D]."""
+        """Map x [B, T, D] to the wanted rows of [B, T, D]."""
         x = constrain(x)
         h = rms_norm(self.run, "attention_norm")(x)
         attention = Attention(
@@ -185,7 +185,7 @@ class Block(nn.Module):
 
 
 def to_patches(images: jax.Array, side: int) -> jax.Array:
-    """Cuts images [B, height, width, 3] into [B, rows, columns, side * side * 3].
+    """Cut images [B, height, width, 3] into [B, rows, columns, side * side * 3].
 
     A patch is laid out (row, column, channel), as the decoder's output is.
     """
@@ -196,14 +196,14 @@ def to_patches(images: jax.Array, side: int) -> jax.Array:
 
 
 def from_patches(patches: jax.Array, side: int) -> jax.Array:
-    """Puts patches [B, rows, columns, side * side * 3] together again, see `to_patches`."""
+    """Put patches [B, rows, columns, side * side * 3] together again, see `to_patches`."""
     batch, rows, columns, _ = patches.shape
     pixels = patches.reshape(batch, rows, columns, side, side, 3)
     return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * side, columns * side, 3)
 
 
 def convolution(features: int, width: int, run: Execution, stride: int) -> nn.Conv:
-    """Returns a 3x3 convolution [B, h, w, width] -> features, sharded like a dense layer."""
+    """Return a 3x3 convolution [B, h, w, width] -> features, sharded like a dense layer."""
     axes = (None, None, None, "embed")
     fan_in = 9 * width
     return nn.Conv(
@@ -265,7 +265,7 @@ class Trunk(nn.Module):
 
     @nn.compact
     def __call__(self, latent: jax.Array, image: jax.Array, scale: int | None) -> jax.Array:
-        """Runs all blocks.
+        """Run all blocks.
 
         Args:
           latent: [B, N, D].
@@ -306,7 +306,7 @@ class Trunk(nn.Module):
     def _run(
         self, name: str, count: int, wanted: Rows, x: jax.Array, cos: jax.Array, sin: jax.Array
     ) -> jax.Array:
-        """The wanted rows of x [B, T, D] after `count` blocks."""
+        """Return the wanted rows of x [B, T, D] after `count` blocks."""
         sizes = (self.num_heads, self.head_dim, self.run)
         blocks = repeat(Block, count, self.run)(*sizes, name=name)
         if wanted == ALL or not self.run.unroll or self.is_initializing():
@@ -330,7 +330,7 @@ class Encoder(nn.Module):
 
     @nn.compact
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Maps images [B, height, width, 3] in [-1, 1] to [B, N, D_enc]."""
+        """Map images [B, height, width, 3] in [-1, 1] to [B, N, D_enc]."""
         c, run = self.config, self.run
         c.grid(images.shape[1], images.shape[2], len(c.downsample_after))
         width = c.encoder_width
@@ -402,7 +402,7 @@ class BinaryTokenizer(nn.Module):
     run: Execution = Execution()
 
     def setup(self):
-        """Builds the parts."""
+        """Build the parts."""
         c = self.config
         self.encoder = Encoder(c, self.run)
         self.to_bits = linear(c.bits, c.encoder_width, ("embed", None), self.run, use_bias=True)
@@ -415,12 +415,12 @@ class BinaryTokenizer(nn.Module):
         self.decoder = Decoder(c, self.run)
 
     def __call__(self, images: jax.Array) -> jax.Array:
-        """Reconstructs images [B, height, width, 3] through their hard code."""
+        """Reconstruct images [B, height, width, 3] through their hard code."""
         code = hard_code(self.encode(images))
         return self.decode(code, *images.shape[1:3])
 
     def encode(self, images: jax.Array) -> jax.Array:
-        """Maps images [B, height, width, 3] in [-1, 1] to logits of the bits [B, N, K].
+        """Map images [B, height, width, 3] in [-1, 1] to logits of the bits [B, N, K].
 
         Raises:
           UserError: if the sides are not multiples of the patch size times 2^downsamplings.
@@ -429,7 +429,7 @@ class BinaryTokenizer(nn.Module):
         return logits.astype(self.run.output_dtype)
 
     def decode(self, code: jax.Array, height: int, width: int) -> jax.Array:
-        """Maps a code [B, N, K] of 0 and 1 to an image [B, height, width, 3], about [-1, 1].
+        """Map a code [B, N, K] of 0 and 1 to an image [B, height, width, 3], about [-1, 1].
 
         Any size may be asked for, whatever the size of the image that was encoded.
 
@@ -441,12 +441,13 @@ class BinaryTokenizer(nn.Module):
 
 
 def hard_code(logits: jax.Array) -> jax.Array:
-    """Bits of the code at evaluation, 1[sigmoid(logit) > 0.5]: [B, N, K] float of 0 and 1."""
+    """Return bits of the code at evaluation, 1[sigmoid(logit) > 0.5]: [B, N, K] float of 0 and
+    1."""
     return (jax.nn.sigmoid(logits) > 0.5).astype(logits.dtype)
 
 
 def sample_code(logits: jax.Array, key: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """Draws the bits of the code in training, with straight-through gradients.
+    """Draw the bits of the code in training, with straight-through gradients.
 
     Args:
       logits: [B, N, K].
@@ -463,6 +464,6 @@ def sample_code(logits: jax.Array, key: jax.Array, temperature: jax.Array | floa
 
 
 def code_loss(logits: jax.Array) -> jax.Array:
-    """Mean of p(1 - p), p = sigmoid(logits): small when every bit is sure of itself."""
+    """Return mean of p(1 - p), p = sigmoid(logits): small when every bit is sure of itself."""
     p = jax.nn.sigmoid(logits)
     return jnp.mean(p * (1.0 - p))

@@ -101,7 +101,7 @@ class Plan:
 
 
 def start(devices: int) -> None:
-    """Makes imaginary CPU devices, whatever accelerators there are.
+    """Make imaginary CPU devices, whatever accelerators there are.
 
     Raises:
       UserError: the number is not positive.
@@ -113,14 +113,15 @@ def start(devices: int) -> None:
 
 
 def frozen_shapes(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Any:
-    """Shapes of the frozen parameters, in the type that they are held in."""
+    """Return shapes of the frozen parameters, in the type that they are held in."""
     boxed = {part: abstract_params(network) for part, network in stage.frozen_networks.items()}
     dtype = jnp.dtype(config.run.param_dtype)
     return jax.tree.map(lambda x: x.update(dtype=dtype), sharding.placed(boxed, mesh))
 
 
 def batch_shapes(config: Config, rows: int, leading: tuple[int, ...] = ()) -> dict[str, Any]:
-    """Shapes of what a training batch of the config sends to the devices, [*leading, rows, ...].
+    """Return shapes of what a training batch of the config sends to the devices, [*leading, rows,
+    ...].
 
     Of several shapes that pictures may have it is the largest.
     """
@@ -138,26 +139,26 @@ def batch_shapes(config: Config, rows: int, leading: tuple[int, ...] = ()) -> di
 
 
 def size(tree: Any) -> int:
-    """Bytes of a tree of shapes as a whole."""
+    """Return bytes of a tree of shapes as a whole."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
 def local_size(tree: Any) -> int:
-    """Bytes that one device holds of a tree of shapes with shardings."""
+    """Return bytes that one device holds of a tree of shapes with shardings."""
     return sum(
         math.prod(x.sharding.shard_shape(x.shape)) * x.dtype.itemsize for x in jax.tree.leaves(tree)
     )
 
 
 def count(tree: Any) -> int:
-    """Number of parameters."""
+    """Return number of parameters."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
 def abstract_step(
     config: Config, mesh: jax.sharding.Mesh
 ) -> tuple[jax.stages.Wrapped, tuple[Any, Any, Any]]:
-    """Returns a config's jitted step, and the shapes of its arguments with their shardings.
+    """Return a config's jitted step, and the shapes of its arguments with their shardings.
 
     The arguments are the train state, the frozen parameters and a batch.
 
@@ -183,7 +184,7 @@ def abstract_step(
 
 
 def measure(config: Config, mesh: jax.sharding.Mesh) -> tuple[Memory, Any, Any]:
-    """Compiles a config's step.
+    """Compile a config's step.
 
     Returns:
       What it needs of one device, and the shapes of the train state and of the frozen parameters.
@@ -212,14 +213,14 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> tuple[Memory, Any, Any]:
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
-    """Returns a copy of a config with some keys changed."""
+    """Return a copy of a config with some keys changed."""
     copy = config.copy_and_resolve_references()
     copy.update_from_flattened_dict(changes)
     return copy
 
 
 def xla_flops(config: Config) -> float:
-    """XLA's count of what training takes per image: unrolled, nothing recomputed."""
+    """Return XLA's count of what training takes per image: unrolled, nothing recomputed."""
     config = changed(config, {"run.unroll": True, "run.remat": "none"})
     stage = make_stage(config)
     params, frozen = (
@@ -237,7 +238,7 @@ def xla_flops(config: Config) -> float:
 
 
 def enough_parts(rows: int, parts: int, memory: Memory, limit: float) -> int:
-    """Tells by a measured step how many more parts of a batch would make it fit.
+    """Tell by a measured step how many more parts of a batch would make it fit.
 
     Args:
       rows: of a device in a batch.
@@ -257,7 +258,7 @@ def enough_parts(rows: int, parts: int, memory: Memory, limit: float) -> int:
 def find_remedies(
     config: Config, mesh: jax.sharding.Mesh, memory: Memory, limit: float
 ) -> list[tuple[dict[str, Any], Memory]]:
-    """Compiles changes of a config that does not fit, the cheapest first, until one fits.
+    """Compile changes of a config that does not fit, the cheapest first, until one fits.
 
     Args:
       config: as it is.
@@ -296,7 +297,7 @@ def find_remedies(
 
 
 def make_plan(config: Config) -> Plan:
-    """Measures a config on the devices that there are, see `start`.
+    """Measure a config on the devices that there are, see `start`.
 
     Raises:
       UserError: a key of the `plan` section is out of range, or the sizes do not fit each other.

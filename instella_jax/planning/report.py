@@ -14,22 +14,22 @@ you gave times the chip's dense bfloat16 peak: it says nothing of data, network 
 
 
 def number(value: float) -> str:
-    """Writes a positive number to three digits at least."""
+    """Write a positive number to three digits at least."""
     return f"{value:,.0f}" if value >= 100 else f"{value:.3g}"
 
 
 def several(count: int, noun: str) -> str:
-    """Writes how many there are of something."""
+    """Write how many there are of something."""
     return f"{count:,} {noun}" + ("s" if count != 1 else "")
 
 
 def amount(size: float) -> str:
-    """Writes bytes in units of 10^9, or of 10^6 below a tenth of that."""
+    """Write bytes in units of 10^9, or of 10^6 below a tenth of that."""
     return f"{size / 1e9:,.2f} GB" if size >= 1e8 else f"{size / 1e6:,.2f} MB"
 
 
 def duration(seconds: float) -> str:
-    """Writes a time in days, or in hours or minutes where they are few."""
+    """Write a time in days, or in hours or minutes where they are few."""
     for unit, size in (("days", 86_400), ("hours", 3_600)):
         if seconds >= 2 * size:
             return f"{number(seconds / size)} {unit}"
@@ -37,7 +37,7 @@ def duration(seconds: float) -> str:
 
 
 def memory_lines(memory: Memory) -> Iterator[str]:
-    """Yields the table of what one device holds."""
+    """Yield the table of what one device holds."""
     rows = {
         "parameters": memory.params,
         "their moving average": memory.average,
@@ -53,7 +53,7 @@ def memory_lines(memory: Memory) -> Iterator[str]:
 
 
 def verdict_lines(plan: Plan) -> Iterator[str]:
-    """Yields whether the step fits and, if not, what would."""
+    """Yield whether the step fits and, if not, what would."""
     limit = f"{amount(plan.limit)} ({USABLE:.0%} of a device)"
     if plan.fits:
         yield f"  fits in {limit}"
@@ -68,7 +68,7 @@ def verdict_lines(plan: Plan) -> Iterator[str]:
 
 
 def chip_lines(plan: Plan, config: Config) -> Iterator[str]:
-    """Yields speed and days on each chip."""
+    """Yield speed and days on each chip."""
     wanted, train = config.plan, config.train
     per_image = sum(plan.flops.values())
     images = train.steps * train.batch_size
@@ -89,7 +89,7 @@ def chip_lines(plan: Plan, config: Config) -> Iterator[str]:
 
 
 def report(plan: Plan, config: Config) -> str:
-    """Returns the plan as text."""
+    """Return the plan as text."""
     train = config.train
     mesh = " ".join(f"{axis}={n}" for axis, n in plan.mesh.items())
     parts = ", ".join(f"{name} {number(value / 1e9)}" for name, value in plan.flops.items())
@@ -118,7 +118,7 @@ def report(plan: Plan, config: Config) -> str:
 
 
 def main(config: Config) -> Plan:
-    """Prints the plan of a config.
+    """Print the plan of a config.
 
     Raises:
       UserError: see `plan.make_plan`.

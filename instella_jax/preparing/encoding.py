@@ -57,7 +57,7 @@ class Views:
     seed: int = 0
 
     def __post_init__(self) -> None:
-        """Checks ranges.
+        """Check ranges.
 
         Raises:
           UserError: a value is out of range.
@@ -65,7 +65,7 @@ class Views:
         if not 1 <= self.crops <= MAX_CROPS or not 0 < self.min_keep <= 1 or self.seed < 0:
             raise UserError(
                 f"crops must be in 1 to {MAX_CROPS}, min_keep in (0, 1], seed at least 0; got "
-                f"{self.crops}, {self.min_keep}, {self.seed}."
+                f"{self.crops}, {self.min_keep}, {self.seed}"
             )
 
     @property
@@ -74,7 +74,7 @@ class Views:
         return self.crops * (2 if self.flip else 1)
 
     def cut(self, image: np.ndarray, number: int) -> np.ndarray:
-        """Cuts the variants of picture `number`: uint8 [h, w, 3] -> uint8 [V, side, side, 3]."""
+        """Cut the variants of picture `number`: uint8 [h, w, 3] -> uint8 [V, side, side, 3]."""
         side, views = self.image_size, []
         for crop in range(self.crops):
             place: dict[str, float] = {}
@@ -121,7 +121,7 @@ def encode_dataset(
     run: Execution = Execution(),  # noqa: B008 (frozen)
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any] | None:
-    """Encodes a data set of pictures; run again after any interruption, it goes on.
+    """Encode a data set of pictures; run again after any interruption, it goes on.
 
     A picture keeps its number, so that the splits of the codes are those of the pictures. One that
     cannot be read becomes a record without a code, which training skips.
@@ -179,7 +179,7 @@ def encode_dataset(
         return None
     kept = sum(result["kept"] for result in results)
     if not kept:
-        raise UserError(f"no picture of {source} could be encoded; import the data set again.")
+        raise UserError(f"no picture of {source} could be encoded; import the data set again")
     job.complete("codes", results, details)
     return {
         "kept": kept,

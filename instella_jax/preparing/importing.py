@@ -49,17 +49,17 @@ class Filters:
     captions: bool = True
 
     def __post_init__(self) -> None:
-        """Checks ranges.
+        """Check ranges.
 
         Raises:
           UserError: a value is out of range.
         """
         if self.min_side < 0:
-            raise UserError(f"--min-side is {self.min_side}: expected at least 0.")
+            raise UserError(f"--min-side is {self.min_side}: expected at least 0")
         if not 0 <= self.max_watermark <= 1:
-            raise UserError(f"--max-watermark is {self.max_watermark:g}: expected 0 to 1.")
+            raise UserError(f"--max-watermark is {self.max_watermark:g}: expected 0 to 1")
         if self.max_aspect and not self.max_aspect >= 1:
-            raise UserError(f"--max-aspect is {self.max_aspect:g}: expected 1 or more, or 0: any.")
+            raise UserError(f"--max-aspect is {self.max_aspect:g}: expected 1 or more, or 0: any")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -75,7 +75,7 @@ class _Left(Exception):
 
 
 def check(item: Item, filters: Filters) -> tuple[bytes, tuple[int, int]]:
-    """Returns the file and the size, width and height as shown, of a picture that is kept.
+    """Return the file and the size, width and height as shown, of a picture that is kept.
 
     Raises:
       _Left: with the reason why it is not.
@@ -114,7 +114,7 @@ def check(item: Item, filters: Filters) -> tuple[bytes, tuple[int, int]]:
 
 
 def _watermark(meta: Mapping[str, Any]) -> float:
-    """The score of a watermark, 0 where there is none."""
+    """Return the score of a watermark, 0 where there is none."""
     for key, value in meta.items():
         if key.lower() == "pwatermark" and isinstance(value, int | float):
             return 1.0 if math.isnan(value) else float(value)
@@ -125,7 +125,7 @@ def import_unit(
     job: Job, number: int, unit: Unit, reading: Reading, filters: Filters,
     tick: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """Makes the shard of a unit and notes what became of its pictures."""
+    """Make the shard of a unit and note what became of its pictures."""
     kept = captions = 0
     dropped: dict[str, int] = {}
     examples: dict[str, list[str]] = {}
@@ -170,7 +170,7 @@ def import_dataset(
     part: tuple[int, int] = (0, 1),
     show: Callable[[str], None] = lambda line: None,
 ) -> dict[str, Any] | None:
-    """Imports a data set; run again after any interruption, it goes on where it stopped.
+    """Import a data set; run again after any interruption, it goes on where it stopped.
 
     Args:
       source: what is imported; see `readers.find_units`.
@@ -221,14 +221,14 @@ def import_dataset(
             reasons.append(f"damaged files {report['damaged_files']}")
         raise UserError(
             f"nothing of {source} was kept ({', '.join(reasons)}); see {out}/report.json, and run "
-            "the command again with other input or options."
+            "the command again with other input or options"
         )
     job.complete("images", results, {"source": plan["source"]})
     return report
 
 
 def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Adds up the results of units."""
+    """Add up the results of units."""
     dropped: dict[str, int] = {}
     examples: dict[str, list[str]] = {}
     for result in results:
@@ -252,7 +252,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
 
 
 def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """Says a report in lines."""
+    """Say a report in lines."""
     yield (
         f"kept {report['kept']} of {report['read']} pictures with {report['captions']} captions "
         f"in {report['shards']} shard(s), {report['bytes'] / 2**20:.1f} MiB"
@@ -270,7 +270,7 @@ class _Progress:
     """Counts units and pictures, and shows them now and then."""
 
     def __init__(self, show: Callable[[str], None], done: int, total: int, expected: int):
-        """Begins to count.
+        """Begin to count.
 
         Args:
           show: is given a line twice a second, and the last one.
@@ -317,7 +317,7 @@ class _Progress:
 
 
 def _spread(work: list[tuple], workers: int, progress: _Progress) -> None:
-    """Does the work in processes of its own."""
+    """Do the work in processes of its own."""
     context = get_context("spawn")
     counter = context.Value("q", 0)
     pool = futures.ProcessPoolExecutor(workers, context, _begin_worker, (counter,))
@@ -333,7 +333,7 @@ def _spread(work: list[tuple], workers: int, progress: _Progress) -> None:
     except BrokenProcessPool:
         raise UserError(
             "a worker process was killed, perhaps for want of memory; run the same command again, "
-            "with fewer --workers: what is done stays."
+            "with fewer --workers: what is done stays"
         ) from None
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
@@ -343,7 +343,7 @@ _counter: Any = None
 
 
 def _begin_worker(counter: Any) -> None:
-    """Sets a worker up: Ctrl-C is the parent's to handle, and nobody outlives the parent."""
+    """Set a worker up: Ctrl-C is the parent's to handle, and nobody outlives the parent."""
     import signal
 
     global _counter

@@ -46,7 +46,7 @@ class Problem:
 
 
 def captions(values: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
-    """Collects captions: of several keys, in lists or nested, each once and on one line."""
+    """Collect captions: of several keys, in lists or nested, each once and on one line."""
     found: dict[str, None] = {}
 
     def add(value: Any) -> None:
@@ -71,5 +71,5 @@ def captions(values: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
 
 
 def label_caption(name: str) -> str:
-    """The caption of a picture of which only the class is known."""
+    """Return the caption of a picture of which only the class is known."""
     return f"A photo of {' '.join(name.replace('_', ' ').split())}"

@@ -25,14 +25,14 @@ _PLAN, _SHARDS = "plan.json", "shards"
 
 
 def parse_part(text: str) -> tuple[int, int]:
-    """Reads "I/N", this process's part of the work, I in [0, N).
+    """Read "I/N", this process's part of the work, I in [0, N).
 
     Raises:
       UserError: it is something else.
     """
     index, _, count = text.partition("/")
     if not (index.isdigit() and count.isdigit() and int(index) < int(count)):
-        raise UserError(f"part is {text!r}: expected I/N with I from 0 to N-1, for example 0/8.")
+        raise UserError(f"part is {text!r}: expected I/N with I from 0 to N-1, for example 0/8")
     return int(index), int(count)
 
 
@@ -40,7 +40,7 @@ class Job:
     """The output folder of such work."""
 
     def __init__(self, out: str | os.PathLike[str], plan: Mapping[str, Any], units: Sequence[str]):
-        """Begins the work in a folder, or goes on with it.
+        """Begin the work in a folder, or go on with it.
 
         Args:
           out: the folder; made if it is not there.
@@ -65,13 +65,13 @@ class Job:
             others = sorted({p.name for p in self.folder.iterdir()} - {_SHARDS, _PLAN})
             others = [name for name in others if not name.startswith(".")]
             if others:
-                raise UserError(f"{self.folder} is not empty ({others[0]}); choose another folder.")
+                raise UserError(f"{self.folder} is not empty ({others[0]}); choose another folder")
             write_json(path, whole)
         except OSError as error:
-            raise UserError(f"{self.folder} cannot be written ({error.strerror}).") from None
+            raise UserError(f"{self.folder} cannot be written ({error.strerror})") from None
 
     def _begin_anew(self, changed: list[str]) -> None:
-        """Clears a folder in which no shard was made.
+        """Clear a folder in which no shard was made.
 
         Raises:
           UserError: there is one, or another process is at it.
@@ -81,7 +81,7 @@ class Job:
             names = ", ".join("input" if name == "source" else name for name in changed)
             raise UserError(
                 f"{self.folder} was begun with other {names}; give the same input and options to "
-                "go on, or choose another folder."
+                "go on, or choose another folder"
             )
         with contextlib.ExitStack() as stack:
             for lock in self.folder.glob(".lock-*"):
@@ -99,13 +99,13 @@ class Job:
                 fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
             except OSError:
                 raise UserError(
-                    f"another process is writing {self.folder}; wait for it, or end it."
+                    f"another process is writing {self.folder}; wait for it, or end it"
                 ) from None
             yield
 
     @contextlib.contextmanager
     def claim(self, part: tuple[int, int]) -> Iterator[list[int]]:
-        """Locks a part of the work, sweeps what a killed run left of it, and tells what is to do.
+        """Lock a part of the work, sweep what a killed run left of it, and tell what is to do.
 
         Args:
           part: (I, N): the units whose number is I modulo N.
@@ -126,7 +126,7 @@ class Job:
             yield [number for number in own if self.result(number) is None]
 
     def result(self, number: int) -> dict[str, Any] | None:
-        """What was noted of a unit that is done, or None."""
+        """Return what was noted of a unit that is done, or None."""
         try:
             return json.loads(self._path(number, "json").read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -136,14 +136,14 @@ class Job:
             return None
 
     def writer(self, number: int) -> contextlib.AbstractContextManager[Any]:
-        """Opens the shard of a unit; see `shards.shard_writer`."""
+        """Open the shard of a unit; see `shards.shard_writer`."""
         path = self._path(number, "arrayrecord")
         # Hosts may share the folder: process numbers alone could coincide.
         scratch = f".{number:05d}.{socket.gethostname()}.{os.getpid()}"
         return shard_writer(path, path.with_name(scratch))
 
     def finish(self, number: int, records: int, result: Mapping[str, Any]) -> None:
-        """Notes that a unit is done, its shard being in place."""
+        """Note that a unit is done, its shard being in place."""
         path = self._path(number, "arrayrecord")
         shard = None
         if records:
@@ -154,7 +154,7 @@ class Job:
         )
 
     def results(self) -> list[dict[str, Any]] | None:
-        """What was noted of all units of all parts, or None while some are not done."""
+        """Return what was noted of all units of all parts, or None while some are not done."""
         results = [self.result(number) for number in range(len(self.units))]
         done = [result for result in results if result is not None]
         return done if len(done) == len(results) else None
@@ -162,7 +162,7 @@ class Job:
     def complete(
         self, content: str, results: Sequence[Mapping[str, Any]], details: Mapping[str, Any]
     ) -> None:
-        """Writes `dataset.json` of the results of all units."""
+        """Write `dataset.json` of the results of all units."""
         shards = [Shard(**result["shard"]) for result in results if result["shard"]]
         write_manifest(self.folder, content, shards, details)
 
@@ -176,9 +176,9 @@ class Job:
 
 
 def _changes(path: Path, plan: dict[str, Any]) -> list[str]:
-    """Returns the keys of a plan that are not what a file says."""
+    """Return the keys of a plan that are not what a file says."""
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:
-        raise UserError(f"{path} is damaged; choose another folder.") from None
+        raise UserError(f"{path} is damaged; choose another folder") from None
     return [key for key in plan if not isinstance(begun, dict) or begun.get(key) != plan[key]]

@@ -13,7 +13,7 @@ _DAMAGED = "damaged parquet file"
 
 
 def read_parquet(path: str, keys: Sequence[str], image_key: str = "") -> Iterator[Item | Problem]:
-    """Yields the rows of a file.
+    """Yield the rows of a file.
 
     Without a caption column, a column of classes whose names the file knows makes captions.
 
@@ -50,7 +50,7 @@ def read_parquet(path: str, keys: Sequence[str], image_key: str = "") -> Iterato
                     yield Item(f"{path} row {row}", image or None, found, values)
                     row += 1
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist any more; give the input as it was.") from None
+        raise UserError(f"{path} does not exist any more; give the input as it was") from None
     except (ArrowException, OSError, UnicodeDecodeError):
         yield Problem(f"{path} from row {row}", _DAMAGED, of_file=True)
 
@@ -62,12 +62,12 @@ def _image_column(path: str, names: list[str], image_key: str) -> str:
             return name
     raise UserError(
         f"{path} has no column {' or '.join(wanted)}, only {', '.join(names)}; name the one with "
-        "the pictures by --image-key (addresses of pictures are not fetched)."
+        "the pictures by --image-key (addresses of pictures are not fetched)"
     )
 
 
 def _classes(metadata: dict[bytes, bytes]) -> dict[str, list[str]]:
-    """Names of the classes by column, as the `datasets` library notes them."""
+    """Return names of the classes by column, as the `datasets` library notes them."""
     try:
         features = json.loads(metadata[b"huggingface"])["info"]["features"]
         return {

@@ -44,7 +44,7 @@ class Unit:
 def find_units(
     path: str | os.PathLike[str], kind: str = "auto", *, split: str = "train", size: int = 10_000
 ) -> list[Unit]:
-    """Cuts a data set into units: tar and parquet files as they are, else `size` pictures each.
+    """Cut a data set into units: tar and parquet files as they are, else `size` pictures each.
 
     Args:
       path: a file, or a folder that is searched with its subfolders.
@@ -57,12 +57,12 @@ def find_units(
     """
     root = Path(path).expanduser()
     if not root.exists():
-        raise UserError(f"{root} does not exist; give the file or folder to import.")
+        raise UserError(f"{root} does not exist; give the file or folder to import")
     kind = _guess(root) if kind == "auto" else kind
     if kind in ("webdataset", "parquet"):
         files = _files(root, kind)
         if not files:
-            raise UserError(f"{root} has no {kind} files ({', '.join(_SUFFIXES[kind])}).")
+            raise UserError(f"{root} has no {kind} files ({', '.join(_SUFFIXES[kind])})")
         base = root if root.is_dir() else root.parent
         return [
             Unit(f"{file.relative_to(base)} ({file.stat().st_size} bytes)", kind, str(file))
@@ -85,7 +85,7 @@ def find_units(
             name = f"{rows[0][0]} and {len(rows)} ({digest:08x})"
             units.append(Unit(name, kind, str(root), rows, pictures=len(rows)))
         return units
-    raise UserError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}.")
+    raise UserError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}")
 
 
 _SUFFIXES = {
@@ -114,14 +114,14 @@ def _guess(root: Path) -> str:
         if root.is_dir() and _files(root, kind):
             return kind
     if root.is_file():
-        raise UserError(f"{root} is neither a tar nor a parquet file; give one, or a folder.")
+        raise UserError(f"{root} is neither a tar nor a parquet file; give one, or a folder")
     return "folder"
 
 
 def read_unit(
     unit: Unit, caption_keys: Sequence[str] = CAPTION_KEYS, image_key: str = ""
 ) -> Iterator[Item | Problem]:
-    """Yields what is in a unit, in its order.
+    """Yield what is in a unit, in its order.
 
     Args:
       unit: see `find_units`.

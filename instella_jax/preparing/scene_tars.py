@@ -13,7 +13,7 @@ from instella_jax.errors import UserError
 def write_tars(
     out: str | os.PathLike[str], count: int, per_tar: int, size: int = 64, seed: int = 0
 ) -> list[Path]:
-    """Writes training scenes as PNG with a caption in `.txt` and the size in `.json`.
+    """Write training scenes as PNG with a caption in `.txt` and the size in `.json`.
 
     Args:
       out: folder; made if it is not there, and without tars.
@@ -35,7 +35,7 @@ def write_tars(
     try:
         out.mkdir(parents=True, exist_ok=True)
         if any(out.glob("*.tar")):
-            raise UserError(f"{out} has tars already; choose another folder.")
+            raise UserError(f"{out} has tars already; choose another folder")
         for number, start in enumerate(range(0, count, per_tar)):
             path = out / f"{number:05d}.tar"
             with tarfile.open(path, "w") as tar:
@@ -49,7 +49,7 @@ def write_tars(
                     _add(tar, f"{index:08d}.json", json.dumps(meta).encode())
             paths.append(path)
     except OSError as error:
-        raise UserError(f"{out} cannot be written ({error.strerror}).") from None
+        raise UserError(f"{out} cannot be written ({error.strerror})") from None
     return paths
 
 

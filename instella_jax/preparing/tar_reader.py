@@ -24,7 +24,7 @@ _DAMAGED = "damaged tar"
 
 
 def read_tar(path: str, keys: Sequence[str]) -> Iterator[Item | Problem]:
-    """Yields the samples of a tar file, compressed or not.
+    """Yield the samples of a tar file, compressed or not.
 
     Args:
       path: of the file.
@@ -65,7 +65,7 @@ def _sample(name: str, parts: dict[str, bytes], keys: Sequence[str]) -> Item | P
 
 
 def _members(path: str) -> Iterator[tuple[str, bytes | str]]:
-    """Yields (name, content), or (name, what is wrong)."""
+    """Yield (name, content), or (name, what is wrong)."""
     end = 0
     try:
         # ignore_zeros: without it a damaged header would be taken for the end of the file.
@@ -88,13 +88,14 @@ def _members(path: str) -> Iterator[tuple[str, bytes | str]]:
             if not _zeros(tar, end, None):
                 yield f"{path} at byte {end}", _DAMAGED
     except FileNotFoundError:
-        raise UserError(f"{path} does not exist any more; give the input as it was.") from None
+        raise UserError(f"{path} does not exist any more; give the input as it was") from None
     except _BROKEN:
         yield f"{path} after byte {end}", _DAMAGED
 
 
 def _zeros(tar: tarfile.TarFile, start: int, stop: int | None) -> bool:
-    """Whether there is nothing but zeros between two members, or from the last one to the end.
+    """Return whether there is nothing but zeros between two members, or from the last one to the
+    end.
 
     At the end there must be a block of them, the mark of a tar that was written to its end.
     """

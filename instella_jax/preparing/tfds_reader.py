@@ -21,22 +21,22 @@ def _builder(path: str | os.PathLike[str], split: str) -> Any:
         line = " ".join(str(error).split())[:200]
         raise UserError(
             f"{path} is not a TFDS data set ({line}); give the folder of one version, with "
-            "dataset_info.json."
+            "dataset_info.json"
         ) from None
     if split not in builder.info.splits:
         known = ", ".join(builder.info.splits)
-        raise UserError(f"{path} has no split {split!r}, only {known}; choose one by --split.")
+        raise UserError(f"{path} has no split {split!r}, only {known}; choose one by --split")
     form = builder.info.file_format
     if form is None or form.value != "array_record":
         raise UserError(
             f"{path} is in {form.value if form else 'unknown'} files; prepare it with "
-            "file_format='array_record', which needs no TensorFlow to be read."
+            "file_format='array_record', which needs no TensorFlow to be read"
         )
     return builder
 
 
 def count(path: str | os.PathLike[str], split: str) -> int:
-    """Returns how many examples a split has.
+    """Return how many examples a split has.
 
     Raises:
       UserError: the folder is not such a data set, or has no such split.
@@ -47,7 +47,7 @@ def count(path: str | os.PathLike[str], split: str) -> int:
 def read_tfds(
     path: str, split: str, start: int, stop: int, keys: Sequence[str], image_key: str = ""
 ) -> Iterator[Item | Problem]:
-    """Yields the examples `start` to `stop` of a split.
+    """Yield the examples `start` to `stop` of a split.
 
     Without a caption feature, classes make captions.
 
@@ -72,7 +72,7 @@ def read_tfds(
     if column is None:
         raise UserError(
             f"{path} has no feature {' or '.join(wanted)}, only {', '.join(features)}; name the "
-            "one with the pictures by --image-key."
+            "one with the pictures by --image-key"
         )
     # The file as it was prepared, if it is one: nothing is lost by compressing again.
     skip = {column: tfds.decode.SkipDecoding()}
@@ -94,7 +94,7 @@ def read_tfds(
 
 
 def _png(image: Any) -> bytes | None:
-    """Compresses uint8 [h, w] or [h, w, 1 or 3] without loss; None if it is something else."""
+    """Compress uint8 [h, w] or [h, w, 1 or 3] without loss; None if it is something else."""
     from PIL import Image
 
     if str(image.dtype) != "uint8" or image.ndim not in (2, 3):

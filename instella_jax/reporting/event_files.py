@@ -20,7 +20,7 @@ class EventFile:
     """
 
     def __init__(self, folder: Path, purge_step: int | None = None):
-        """Makes the file.
+        """Make the file.
 
         Args:
           folder: made if it is not there.
@@ -41,22 +41,22 @@ class EventFile:
             self._add(step=purge_step, session_log=start)
 
     def scalars(self, step: int, values: Mapping[str, float]) -> None:
-        """Writes numbers by name."""
+        """Write numbers by name."""
         items = [dict(tag=name, simple_value=value) for name, value in values.items()]
         self._add(step=step, summary=dict(value=items))
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
-        """Writes a picture, uint8 [H, W, 3]."""
+        """Write a picture, uint8 [H, W, 3]."""
         from tensorboardX import summary
 
         self._add(step=step, summary=summary.image(name, picture, dataformats="HWC"))
 
     def close(self) -> None:
-        """Closes the file."""
+        """Close the file."""
         self._file.close()
 
     def _add(self, **fields: Any) -> None:
-        """Appends a record: its length, a checksum of that, an event, a checksum of that."""
+        """Append a record: its length, a checksum of that, an event, a checksum of that."""
         from tensorboardX.record_writer import masked_crc32c
 
         data = self._proto.Event(wall_time=time.time(), **fields).SerializeToString()

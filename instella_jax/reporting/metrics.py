@@ -75,7 +75,7 @@ class MetricsWriter:
             self._events.image(int(step), name, picture)
 
     def close(self) -> None:
-        """Flush and close; writing afterwards does nothing."""
+        """Return flush and close; writing afterwards does nothing."""
         file, events = self._file, self._events
         self._file = self._events = None
         if events is not None:
@@ -102,7 +102,7 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
         try:
             rows.append(json.loads(line))
         except json.JSONDecodeError:
-            logger.warning("%s has a line that is not JSON; left out.", path)
+            logger.warning("%s has a line that is not JSON; left out", path)
     return rows
 
 

@@ -26,7 +26,7 @@ def save_png(path: str | os.PathLike[str], picture: np.ndarray) -> None:
     from PIL import Image
 
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
-        raise ValueError(f"expected uint8 [H, W, 3]; got {picture.dtype} {list(picture.shape)}.")
+        raise ValueError(f"expected uint8 [H, W, 3]; got {picture.dtype} {list(picture.shape)}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
     scratch = path.with_name(f".{path.name}.{os.getpid()}")
@@ -60,15 +60,15 @@ def draw_grid(
     from PIL import Image, ImageDraw, ImageFont
 
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[-1] != 3 or not len(images):
-        raise ValueError(f"expected uint8 [n, h, w, 3]; got {images.dtype} {list(images.shape)}.")
+        raise ValueError(f"expected uint8 [n, h, w, 3]; got {images.dtype} {list(images.shape)}")
     n, height, width = images.shape[:3]
     labels = [""] * n if captions is None else list(captions)
     if len(labels) != n:
-        raise ValueError(f"{n} pictures, but {len(labels)} captions.")
+        raise ValueError(f"{n} pictures, but {len(labels)} captions")
     across = min(n, math.ceil(math.sqrt(n)) if columns is None else columns)
     zoom = max(1, math.ceil(_READABLE / width)) if scale is None else scale
     if across < 1 or zoom < 1:
-        raise ValueError(f"columns and scale must be at least 1; got {columns} and {scale}.")
+        raise ValueError(f"columns and scale must be at least 1; got {columns} and {scale}")
     big = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     height, width = height * zoom, width * zoom
 
@@ -117,7 +117,8 @@ def _metrics(font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> tuple[int, i
 
 
 def _wrap(text: str, width: int, font: ImageFont.FreeTypeFont | ImageFont.ImageFont) -> list[str]:
-    """Break `text` at spaces, and inside a word where it must be, into lines of <= width pixels."""
+    """Return break `text` at spaces, and inside a word where it must be, into lines of <= width
+    pixels."""
     lines: list[str] = []
     for word in text.split():
         if lines and font.getlength(f"{lines[-1]} {word}") <= width:

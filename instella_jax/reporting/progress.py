@@ -47,7 +47,7 @@ class Throughput:
 
     @property
     def steps_per_second(self) -> float | None:
-        """Steps per second, > 0, or None before two updates."""
+        """Step per second, > 0, or None before two updates."""
         if len(self._marks) < 2:
             return None
         (start, first), (end, last) = self._marks[0], self._marks[-1]

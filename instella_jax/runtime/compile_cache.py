@@ -13,7 +13,8 @@ _SECONDS_OF_A_WRITE = 60.0
 
 
 def cache_folder() -> Path:
-    """Where compiled programs are kept: the user's own cache folder, or INSTELLA_JAX_CACHE."""
+    """Return where compiled programs are kept: the user's own cache folder, or
+    INSTELLA_JAX_CACHE."""
     given = os.environ.get("INSTELLA_JAX_CACHE")
     if given:
         return Path(given)
@@ -22,7 +23,7 @@ def cache_folder() -> Path:
 
 
 def use_cache() -> None:
-    """Turns the persistent compilation cache on."""
+    """Turn the persistent compilation cache on."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -38,7 +39,7 @@ def use_cache() -> None:
 
 
 def can_keep() -> bool:
-    """Whether a file can be made in `cache_folder`, which is made for that."""
+    """Return whether a file can be made in `cache_folder`, which is made for that."""
     try:
         cache_folder().mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryFile(dir=cache_folder()) as file:
@@ -49,7 +50,7 @@ def can_keep() -> bool:
 
 
 def drop_damaged(folder: Path) -> None:
-    """Removes what a killed process or a full disk cut short.
+    """Remove what a killed process or a full disk cut short.
 
     jax writes an entry in place and never again: a damaged one would be compiled anew, with a
     warning, at every start. An entry is looked at once.
@@ -77,7 +78,7 @@ def drop_damaged(folder: Path) -> None:
 
 
 def _is_whole(entry: bytes) -> bool:
-    """Whether a zlib stream ends properly; of another kind (zstd) that is not known."""
+    """Return whether a zlib stream ends properly; of another kind (zstd) that is not known."""
     if entry and entry[0] != 0x78:
         return True
     stream = zlib.decompressobj()

@@ -20,7 +20,7 @@ THREADS_PER_DEVICE = 64
 
 
 def cpu_devices(batch_sizes: Sequence[int]) -> int:
-    """Returns how many CPU devices to make: the most that the cores allow and batches fill.
+    """Return how many CPU devices to make: the most that the cores allow and batches fill.
 
     Small models train faster on one device per core than on one device with many threads.
     """
@@ -30,7 +30,7 @@ def cpu_devices(batch_sizes: Sequence[int]) -> int:
 
 
 def find_devices() -> list[Any]:
-    """Returns `jax.devices()`; the first call in a process starts jax's backend.
+    """Return `jax.devices()`; the first call in a process starts jax's backend.
 
     Raises:
       UserError: it does not start, as where JAX_PLATFORMS names one that is not installed.
@@ -56,7 +56,7 @@ def _no_backend(error: Exception, platforms: str) -> str:
 
 
 def start(config: Config, processes: int = 1, training: bool = True) -> None:
-    """Turns the persistent compilation cache on and says which devices are used.
+    """Turn the persistent compilation cache on and say which devices are used.
 
     Args:
       config: its `mesh`, `run` and batch sizes decide how many devices a CPU becomes.

@@ -40,7 +40,7 @@ def detect(
     processes: int | None = None,
     process: int | None = None,
 ) -> Setup:
-    """Finds out how to join, touching nothing.
+    """Find out how to join, touching nothing.
 
     Args:
       environ: environment variables. JAX_COORDINATOR_ADDRESS, JAX_NUM_PROCESSES and
@@ -101,7 +101,7 @@ def _number(value: int | None, environ: Mapping[str, str], name: str) -> int | N
 
 
 def _slurm(environ: Mapping[str, str]) -> Setup | None:
-    """Reads Slurm's variables; None outside of a step of several tasks."""
+    """Read Slurm's variables; None outside of a step of several tasks."""
     needed = ("SLURM_JOB_ID", "SLURM_STEP_NODELIST", "SLURM_NTASKS", "SLURM_PROCID")
     if not all(environ.get(name) for name in needed):
         return None
@@ -118,7 +118,7 @@ def _slurm(environ: Mapping[str, str]) -> Setup | None:
 
 
 def join(setup: Setup) -> None:
-    """Joins the other processes; before anything else is asked of jax.
+    """Join the other processes; before anything else is asked of jax.
 
     Raises:
       UserError: they cannot be reached.
@@ -142,7 +142,7 @@ class Agreement:
     """
 
     def __init__(self, mesh: jax.sharding.Mesh, delay: int = 2):
-        """Prepares for the devices of a mesh; with several processes, all must take part.
+        """Prepare for the devices of a mesh; with several processes, all must take part.
 
         Args:
           mesh: the devices.
@@ -155,7 +155,7 @@ class Agreement:
         self._cast: collections.deque[jax.Array] = collections.deque()
 
     def __call__(self, wish: bool) -> bool:
-        """Returns whether any process had the wish, `delay` calls ago."""
+        """Return whether any process had the wish, `delay` calls ago."""
         if jax.process_count() == 1:
             return wish
         votes = jax.make_array_from_process_local_data(

@@ -33,7 +33,7 @@ _LOST = (
 
 @contextlib.contextmanager
 def ending_together() -> Iterator[None]:
-    """Ends this process at an error, telling the others, or when another has told of one.
+    """End this process at an error, telling the others, or when another has told of one.
 
     With one process, errors go through.
     """
@@ -63,7 +63,7 @@ def ending_together() -> Iterator[None]:
 
 
 def wait_for_all(name: str) -> None:
-    """Waits until all processes have come to this place, however long one of them takes.
+    """Wait until all processes have come to this place, however long one of them takes.
 
     Args:
       name: of the place; each is come to once.
@@ -74,8 +74,8 @@ def wait_for_all(name: str) -> None:
 
 
 def _store() -> tuple[Any, int]:
-    """Returns the client of the only store that all processes share before and after any
-    collective, None where this process is alone, and the number of this process."""
+    """Return the client of the only store that all processes share before and after any collective,
+    None where this process is alone, and the number of this process."""
     from jax._src.distributed import global_state
 
     return global_state.client, global_state.process_id
@@ -92,12 +92,12 @@ class _Others:
         self._thread.start()
 
     def forget(self) -> None:
-        """Listens no more."""
+        """Listen no more."""
         self._over.set()
         self._thread.join()
 
     def tell(self, reason: str, line: str = "") -> bool:
-        """Tells the others why this process ends; returns whether all have heard it in time.
+        """Tell the others why this process ends; return whether all have heard it in time.
 
         Prints a line first, if given, unless another process has told of its end by now.
         """
@@ -109,7 +109,7 @@ class _Others:
         return self._meet()
 
     def end(self, status: int) -> NoReturn:
-        """Ends this process, which has told of it or heard of another."""
+        """End this process, which has told of it or heard of another."""
         sys.stdout.flush()
         sys.stderr.flush()
         if self._number == 0:

@@ -11,7 +11,7 @@ from instella_jax.errors import UserError
 
 @contextlib.contextmanager
 def fresh_folder(out: Path) -> Iterator[Path]:
-    """Yields an empty folder beside `out`, which takes that name when the block ends well.
+    """Yield an empty folder beside `out`, which takes that name when the block ends well.
 
     Raises:
       UserError: `out` is there already, or cannot be written.

@@ -31,7 +31,7 @@ RULES = (
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Builds the (data, fsdp, tensor) mesh.
+    """Build the (data, fsdp, tensor) mesh.
 
     Args:
       sizes: size of each axis; one may be -1, "the rest of the devices".
@@ -58,13 +58,13 @@ def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) ->
 
 @contextlib.contextmanager
 def use(mesh: Mesh) -> Iterator[None]:
-    """Sets the mesh and the rules for everything that is traced inside."""
+    """Set the mesh and the rules for everything that is traced inside."""
     with jax.set_mesh(mesh), nn.logical_axis_rules(RULES):
         yield
 
 
 def constrain(x: jax.Array) -> jax.Array:
-    """Keeps activations [B, T, D] sharded over the batch alone, where a mesh is set.
+    """Keep activations [B, T, D] sharded over the batch alone, where a mesh is set.
 
     A batch that does not split evenly, such as a handful of prompts, is left to the compiler.
     """
@@ -75,32 +75,32 @@ def constrain(x: jax.Array) -> jax.Array:
 
 
 def arrays(batch: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Returns what of a batch goes to the devices."""
+    """Return what of a batch goes to the devices."""
     return {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Sharding of a batch over data and fsdp, its batch axis being number `leading`."""
+    """Return sharding of a batch over data and fsdp, its batch axis being number `leading`."""
     return NamedSharding(mesh, P(*(None,) * leading, ("data", "fsdp")))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
-    """The same value on every device."""
+    """Return the same value on every device."""
     return NamedSharding(mesh, P())
 
 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
-    """Into how many parts a batch is split."""
+    """Return into how many parts a batch is split."""
     return mesh.shape["data"] * mesh.shape["fsdp"]
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:
-    """Makes global arrays of this process's rows of a batch (all of them, with one process)."""
+    """Make global arrays of this process's rows of a batch (all of them, with one process)."""
     return jax.tree.map(lambda x: jax.make_array_from_process_local_data(sharding, x), tree)
 
 
 def values(boxed: Any) -> Any:
-    """Takes the logical axes off a tree; unlike `nn.unbox`, it constrains nothing."""
+    """Take the logical axes off a tree; unlike `nn.unbox`, it constrains nothing."""
     return jax.tree.map(
         lambda x: x.value if isinstance(x, nn.Partitioned) else x,
         boxed,
@@ -109,7 +109,7 @@ def values(boxed: Any) -> Any:
 
 
 def place_copy(tree: Any, mesh: Mesh) -> Any:
-    """Spreads a batch that every process holds in full over the devices, if it splits evenly."""
+    """Spread a batch that every process holds in full over the devices, if it splits evenly."""
 
     def put(x: Any) -> jax.Array:
         even = x.shape[0] % batch_parts(mesh) == 0
@@ -119,7 +119,7 @@ def place_copy(tree: Any, mesh: Mesh) -> Any:
 
 
 def fetch(tree: Any) -> Any:
-    """Copies arrays to the host, also those that are spread over other processes.
+    """Copy arrays to the host, also those that are spread over other processes.
 
     With several processes all of them must call it.
     """
@@ -135,7 +135,7 @@ def fetch(tree: Any) -> Any:
 
 
 def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
-    """Shardings of a tree of (boxed) abstract parameters by their logical axes.
+    """Return shardings of a tree of (boxed) abstract parameters by their logical axes.
 
     An axis that its mesh axis does not divide stays whole.
     """
@@ -152,7 +152,7 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
 
 
 def placed(boxed: Any, mesh: Mesh) -> Any:
-    """Shapes of a tree of (boxed) abstract parameters, each with its sharding."""
+    """Return shapes of a tree of (boxed) abstract parameters, each with its sharding."""
     return jax.tree.map(
         lambda x, s: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=s),
         values(boxed),
@@ -161,7 +161,7 @@ def placed(boxed: Any, mesh: Mesh) -> Any:
 
 
 def sharded_init(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -> Any:
-    """Runs `init(key)`, a tree with logical axes, each leaf made directly where it will live."""
+    """Run `init(key)`, a tree with logical axes, each leaf made directly where it will live."""
     shardings = tree_shardings(jax.eval_shape(init, key), mesh)
     with jax.set_mesh(mesh):
         return jax.jit(lambda k: values(init(k)), out_shardings=shardings)(key)

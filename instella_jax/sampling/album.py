@@ -16,7 +16,7 @@ class Album:
     """Writes pictures as they come: PNG files, `metadata.jsonl`, and a grid every so often."""
 
     def __init__(self, out: Path, captions: list[str], sample: Config):
-        """Makes the folder, or goes on after the numbers that are there.
+        """Make the folder, or go on after the numbers that are there.
 
         Args:
           out: the folder.
@@ -36,7 +36,7 @@ class Album:
         self._grid = out
 
     def add(self, pictures: np.ndarray) -> None:
-        """Writes the next pictures, uint8 [n, height, width, 3].
+        """Write the next pictures, uint8 [n, height, width, 3].
 
         Raises:
           UserError: the folder cannot be written; what was written before stays.
@@ -52,7 +52,7 @@ class Album:
             raise _cannot_write(self._out, error) from None
 
     def close(self) -> Path:
-        """Writes the last grid and returns its path."""
+        """Write the last grid and return its path."""
         try:
             if self._sheet:
                 self._write_grid()
@@ -61,7 +61,7 @@ class Album:
         return self._grid
 
     def _write(self, picture: np.ndarray) -> dict[str, Any]:
-        """Writes one PNG and returns its line of metadata."""
+        """Write one PNG and return its line of metadata."""
         caption = self._captions[self._done]
         seed = self._sample.seed + self._done % self._sample.images_per_prompt
         words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60]
@@ -73,7 +73,7 @@ class Album:
         return {"file_name": name, "text": caption, **settings, "seed": seed}
 
     def _write_grid(self) -> None:
-        """Writes the grid of the pictures since the last one, with the number of its first."""
+        """Write the grid of the pictures since the last one, with the number of its first."""
         start = self._done - len(self._sheet)
         self._grid = self._out / f"grid-{self._first + start:05d}.png"
         save_grid(self._grid, np.stack(self._sheet), self._captions[start : self._done])
@@ -81,7 +81,7 @@ class Album:
 
 
 def pictures_in_a_grid(height: int, width: int) -> int:
-    """Returns how many pictures of a size are shown together: at most 64, and 64 megapixels."""
+    """Return how many pictures of a size are shown together: at most 64, and 64 megapixels."""
     return max(1, min(64, 64 * 2**20 // (height * width)))
 
 
@@ -90,6 +90,6 @@ def _cannot_write(out: Path, error: OSError) -> UserError:
 
 
 def next_number(out: Path) -> int:
-    """Returns one more than the greatest number of a picture in a folder, 0 for the first."""
+    """Return one more than the greatest number of a picture in a folder, 0 for the first."""
     numbers = [int(m[1]) for p in out.iterdir() if (m := re.match(r"(?:grid-)?(\d{5,})", p.name))]
     return max(numbers, default=-1) + 1

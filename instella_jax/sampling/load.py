@@ -16,7 +16,7 @@ from instella_jax.weights import model_folder
 def load_pipeline(
     config: Config, workdir: str | os.PathLike[str] | None
 ) -> tuple[InstellaPipeline, str]:
-    """Finds the weights: a workdir's checkpoint > `init_from` > the shipped demo weights.
+    """Find the weights: a workdir's checkpoint > `init_from` > the shipped demo weights.
 
     Returns:
       The pipeline, and a phrase that says where its weights come from.

@@ -23,7 +23,7 @@ from instella_jax.models.joint_attention import KeysValues
 
 
 def image_keys(seeds: jax.Array) -> jax.Array:
-    """Keys [B] of images from their seeds [B], each seed giving always the same key."""
+    """Return keys [B] of images from their seeds [B], each seed giving always the same key."""
     return jax.vmap(jax.random.key)(seeds)
 
 
@@ -48,7 +48,7 @@ def sample_diffusion(
     kernel: Implementation = "xla",
     uniforms: jax.Array | None = None,
 ) -> jax.Array:
-    """Samples codes from the diffusion generator (SPEC section 3).
+    """Sample codes from the diffusion generator (SPEC section 3).
 
     An image depends on the parameters, its prompt, its key and the options alone, not on the
     others of its batch. Only `network`, `protocol`, `target`, `kernel` and shapes recompile.
@@ -113,7 +113,7 @@ def sample_ar(
     kernel: Implementation = "xla",
     uniforms: jax.Array | None = None,
 ) -> jax.Array:
-    """Samples codes from the autoregressive generator, with a cache (SPEC section 4).
+    """Sample codes from the autoregressive generator, with a cache (SPEC section 4).
 
     An image depends on the parameters, its prompt, its key and the options alone, not on the
     others of its batch. Only `network`, `kernel` and shapes recompile.

@@ -77,7 +77,7 @@ class Options:
     kernel: str = "auto"
 
     def __post_init__(self) -> None:
-        """Checks ranges.
+        """Check ranges.
 
         Raises:
           UserError: a value is out of range.
@@ -105,14 +105,14 @@ class Options:
 
 
 def options_from_config(config: Config) -> Options:
-    """Reads the drawing options out of a config's `sample` section."""
+    """Read the drawing options out of a config's `sample` section."""
     names = {field.name for field in dataclasses.fields(Options)}
     return Options(**{name: config[name] for name in names if name in config})
 
 
 @functools.partial(jax.jit, static_argnames="network")
 def text_features(network: Olmo, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """What the blocks of a generator see of prompts [U, L]: [layers, U, L, Dt]."""
+    """Return what the blocks of a generator see of prompts [U, L]: [layers, U, L, Dt]."""
     return apply(network, params, ids, mask)[1:]
 
 
@@ -123,7 +123,7 @@ image_keys = jax.jit(loops.image_keys)
 def decode(
     network: BinaryTokenizer, params: Params, code: jax.Array, height: int, width: int
 ) -> jax.Array:
-    """Draws codes [B, N, K]: uint8 [B, height, width, 3]."""
+    """Draw codes [B, N, K]: uint8 [B, height, width, 3]."""
     return to_uint8(apply(network, params, code, height, width, method="decode"))
 
 
@@ -148,7 +148,7 @@ class InstellaPipeline:
         target: Target = "epsilon",
         mesh: Mesh | None = None,
     ):
-        """Joins the parts.
+        """Join the parts.
 
         Args:
           generator: the network that makes codes.
@@ -177,7 +177,7 @@ class InstellaPipeline:
         text_encoder: str | os.PathLike[str] | None = None,
         mesh: Mesh | None = None,
     ) -> "InstellaPipeline":
-        """Reads a model folder.
+        """Read a model folder.
 
         Args:
           folder: with a generator, a text encoder and its `tokenizer.json`.
@@ -226,7 +226,7 @@ class InstellaPipeline:
     def from_stage(
         cls, stage: GeneratorStage, params: Mapping[str, Params], mesh: Mesh | None = None
     ) -> "InstellaPipeline":
-        """Draws with a stage's networks and given parameters, on their mesh.
+        """Draw with a stage's networks and given parameters, on their mesh.
 
         The image tokenizer's are read from its folder where they are not given: training on codes
         has no use for them.
@@ -249,7 +249,7 @@ class InstellaPipeline:
         )
 
     def __call__(self, prompts: Sequence[str], options: Options = Options()) -> np.ndarray:
-        """Draws prompts.
+        """Draw prompts.
 
         Args:
           prompts: U texts.
@@ -264,7 +264,7 @@ class InstellaPipeline:
         return np.concatenate(list(self.batches(prompts, options)))
 
     def batches(self, prompts: Sequence[str], options: Options = Options()) -> Iterator[np.ndarray]:
-        """Draws prompts in the order of `__call__`, a batch of pictures at a time.
+        """Draw prompts in the order of `__call__`, a batch of pictures at a time.
 
         What cannot be drawn is refused here, before the first batch is asked for.
         """
@@ -294,12 +294,13 @@ class InstellaPipeline:
             yield sharding.fetch(drawn)[: len(rows) - start]
 
     def padded_length(self, prompts: Sequence[str]) -> int:
-        """The length L of the longest prompt in tokens, with padding, so that few are compiled."""
+        """Return the length L of the longest prompt in tokens, with padding, so that few are
+        compiled."""
         _, mask = self.text_tokenizer.encode(prompts, max_length=self.max_length)
         return min(-(-mask.shape[1] // TEXT_BLOCK) * TEXT_BLOCK, self.max_length)
 
     def describe(self, prompts: Sequence[str], length: int) -> tuple[jax.Array, np.ndarray]:
-        """Encodes prompts, each different one once and the empty one once ever.
+        """Encode prompts, each different one once and the empty one once ever.
 
         Args:
           prompts: 2B texts.
@@ -331,7 +332,7 @@ class InstellaPipeline:
     def codes(
         self, features: jax.Array, mask: Any, seeds: np.ndarray, options: Options
     ) -> jax.Array:
-        """Samples codes [B, N, K] for text of 2B rows, conditional ones first."""
+        """Sample codes [B, N, K] for text of 2B rows, conditional ones first."""
         rows: Any = seeds.astype(np.uint32)
         if self.mesh is not None:
             rows, mask = jax.device_put((rows, mask), sharding.batch_sharding(self.mesh))

@@ -6,7 +6,7 @@ from instella_jax.stages.base import Stage
 
 
 def make_stage(config: Config) -> Stage:
-    """Builds the stage that `config.stage` names.
+    """Build the stage that `config.stage` names.
 
     Raises:
       UserError: there is no such stage.

@@ -18,7 +18,7 @@ class AutoregressiveStage(GeneratorStage):
     kind = "ar"
 
     def __init__(self, config: Config):
-        """Builds the networks of a config whose stage is "ar"."""
+        """Build the networks of a config whose stage is "ar"."""
         super().__init__(config, ArTransformer)
 
     def code_metrics(
@@ -30,7 +30,7 @@ class AutoregressiveStage(GeneratorStage):
         key: jax.Array,
         train: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Cross-entropy and accuracy (0 to 1) of each token's bits given those before it."""
+        """Return cross-entropy and accuracy (0 to 1) of each token's bits given those before it."""
         del key, train
         logits = apply(self.network, params["generator"], code[:, :-1], text, mask)
         return binary_diffusion.loss(logits, code), {

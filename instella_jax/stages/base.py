@@ -23,32 +23,33 @@ class Stage(Protocol):
         ...
 
     def frozen(self) -> Params:
-        """Parameters, with logical axes, of the frozen networks; {} without."""
+        """Return parameters, with logical axes, of the frozen networks; {} without."""
         ...
 
     def loader(self, split: str, **options: Any) -> Any:
-        """Batches of the split "train" or "heldout"; options as in `data.loader.make_loader`."""
+        """Return batches of the split "train" or "heldout"; options as in
+        `data.loader.make_loader`."""
         ...
 
     def loss(
         self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Loss and metrics of a batch, each a mean."""
+        """Return loss and metrics of a batch, each a mean."""
         ...
 
     def evaluate(
         self, params: Params, frozen: Params, batch: Batch, key: jax.Array
     ) -> dict[str, jax.Array]:
-        """Held-out metrics of a batch, each a mean; the same key gives the same draws."""
+        """Return held-out metrics of a batch, each a mean; the same key gives the same draws."""
         ...
 
     def describe(self) -> dict[str, Any]:
-        """The `config.json` of a model folder with this stage's networks."""
+        """Return the `config.json` of a model folder with this stage's networks."""
         ...
 
 
 def init_stage(stage: Stage, key: jax.Array) -> Params:
-    """Makes the trainable parameters of a stage by part, with their logical axes."""
+    """Make the trainable parameters of a stage by part, with their logical axes."""
     return {
         part: init_params(network, jax.random.fold_in(key, number))
         for number, (part, network) in enumerate(sorted(stage.networks.items()))

@@ -20,13 +20,13 @@ class DiffusionStage(GeneratorStage):
     kind = "diffusion"
 
     def __init__(self, config: Config):
-        """Builds the networks of a config whose stage is "diffusion"."""
+        """Build the networks of a config whose stage is "diffusion"."""
         super().__init__(config, DiffusionTransformer)
         binary_diffusion.check_target(config.loss.target)
         binary_diffusion.spread_times(1, config.loss.times)  # refuses an unknown distribution
 
     def describe_process(self) -> dict[str, Any]:
-        """What the network was trained to tell."""
+        """Return what the network was trained to tell."""
         return {"target": self.config.loss.target}
 
     def code_metrics(
@@ -38,7 +38,7 @@ class DiffusionStage(GeneratorStage):
         key: jax.Array,
         train: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Loss and bit accuracy (0 to 1) of codes [B, N, K] at random times."""
+        """Return loss and bit accuracy (0 to 1) of codes [B, N, K] at random times."""
         time_key, noise_key = jax.random.split(key)
         if train:
             t = binary_diffusion.sample_times(time_key, code.shape[0], self.config.loss.times)

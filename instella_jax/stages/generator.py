@@ -31,7 +31,7 @@ class GeneratorStage(abc.ABC):
     kind: str
 
     def __init__(self, config: Config, network: type):
-        """Builds the networks.
+        """Build the networks.
 
         Args:
           config: a config of a generator.
@@ -69,7 +69,7 @@ class GeneratorStage(abc.ABC):
         return self.text_folder / "tokenizer.json"
 
     def tokenizer_network(self) -> BinaryTokenizer:
-        """The image tokenizer that the codes come from.
+        """Return the image tokenizer that the codes come from.
 
         Raises:
           UserError: its code does not have the generator's shape.
@@ -89,7 +89,7 @@ class GeneratorStage(abc.ABC):
         return trained
 
     def describe_process(self) -> dict[str, Any]:
-        """What sampling must know beside the sizes."""
+        """Return what sampling must know beside the sizes."""
         return {}
 
     @abc.abstractmethod
@@ -102,7 +102,7 @@ class GeneratorStage(abc.ABC):
         key: jax.Array,
         train: bool,
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Loss and metrics of codes [B, N, K] under text features [layers, B, L, Dt]."""
+        """Return loss and metrics of codes [B, N, K] under text features [layers, B, L, Dt]."""
 
     @property
     def frozen_networks(self) -> dict[str, Network]:
@@ -115,7 +115,7 @@ class GeneratorStage(abc.ABC):
         return networks
 
     def frozen(self) -> Params:
-        """Parameters of the frozen networks, from their folders.
+        """Return parameters of the frozen networks, from their folders.
 
         Raises:
           UserError: a folder lacks them, or has them in other sizes than the config's.
@@ -131,7 +131,7 @@ class GeneratorStage(abc.ABC):
         return loaded
 
     def loader(self, split: str, **options: Any) -> Any:
-        """Batches with "image" or packed "code", "text", "ids" and "mask"."""
+        """Return batches with "image" or packed "code", "text", "ids" and "mask"."""
         if self.config.data.kind == "codes":
             self.check_codes()
         tokenizer = TextTokenizer.from_folder(self.text_folder)
@@ -150,7 +150,7 @@ class GeneratorStage(abc.ABC):
         )
 
     def check_codes(self) -> None:
-        """Checks that the codes are those of the generator and of the tokenizer that draws them.
+        """Check that the codes are those of the generator and of the tokenizer that draws them.
 
         Raises:
           UserError: they are not, or pictures are wanted and there is no tokenizer.
@@ -166,19 +166,19 @@ class GeneratorStage(abc.ABC):
             )
 
     def text_features(self, params: Params, frozen: Params, ids: jax.Array, mask: jax.Array):
-        """What block i of the generator sees: [layers, B, L, Dt]."""
+        """Return what block i of the generator sees: [layers, B, L, Dt]."""
         weights = params if self.config.text.trainable else frozen
         return apply(self.text_network, weights["text"], ids, mask)[1:]
 
     def code_of(self, frozen: Params, batch: Any) -> jax.Array:
-        """Codes [B, N, K] of a batch, given or made of its pictures."""
+        """Return codes [B, N, K] of a batch, given or made of its pictures."""
         if "code" in batch:
             sizes = self.config.model
             return codes.unpack_bits(batch["code"], sizes.num_tokens, sizes.bits)
         return self.encode(frozen, batch["image"])
 
     def encode(self, frozen: Params, images: jax.Array) -> jax.Array:
-        """Codes [B, N, K] of pictures uint8 [B, h, w, 3], without gradients."""
+        """Return codes [B, N, K] of pictures uint8 [B, h, w, 3], without gradients."""
         network, pictures = self.tokenizer_network(), to_float(images)
         logits = apply(network, frozen["tokenizer"], pictures, method="encode")
         return jax.lax.stop_gradient(hard_code(logits))
@@ -186,7 +186,7 @@ class GeneratorStage(abc.ABC):
     def loss(
         self, params: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Loss with captions dropped at the configured rate."""
+        """Return loss with captions dropped at the configured rate."""
         del step
         drop_key, key = jax.random.split(key)
         keep = jax.random.uniform(drop_key, batch["mask"].shape[:1]) >= (
@@ -197,7 +197,7 @@ class GeneratorStage(abc.ABC):
     def evaluate(
         self, params: Params, frozen: Params, batch: Any, key: jax.Array
     ) -> dict[str, jax.Array]:
-        """Loss and bit accuracy with every caption in place."""
+        """Return loss and bit accuracy with every caption in place."""
         loss, metrics = self._metrics(params, frozen, batch, batch["mask"], key, False)
         return {"loss": loss, **metrics}
 
@@ -208,7 +208,7 @@ class GeneratorStage(abc.ABC):
         return self.code_metrics(params, code, text, mask, key, train)
 
     def describe(self) -> dict[str, Any]:
-        """Sizes of the generator and the text encoder, and the picture size."""
+        """Return sizes of the generator and the text encoder, and the picture size."""
         return {
             "generator": {"kind": self.kind, **self.config.model.to_dict()},
             "text": {

@@ -28,13 +28,13 @@ def load_average(
 
 
 def load_frozen(stage: Stage, mesh: jax.sharding.Mesh) -> Params:
-    """Puts the stage's frozen parameters on the mesh."""
+    """Put the stage's frozen parameters on the mesh."""
     boxed = stage.frozen()
     return jax.device_put(sharding.values(boxed), sharding.tree_shardings(boxed, mesh))
 
 
 def load_trained(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Params:
-    """Puts the trainable parameters of `init_from`, or else the shipped ones, on the mesh."""
+    """Put the trainable parameters of `init_from`, or else the shipped ones, on the mesh."""
     folder = model_folder.find_weights(config)
     sizes, boxed = stage.describe(), {}
     for part, network in stage.networks.items():

@@ -25,7 +25,7 @@ from instella_jax.weights.model_folder import execution, tokenizer_config
 def reconstruct(
     network: BinaryTokenizer, params: Params, images: jax.Array
 ) -> tuple[jax.Array, jax.Array]:
-    """Sends pictures uint8 [B, h, w, 3] through their codes: pictures alike, and PSNR [B] in dB."""
+    """Send pictures uint8 [B, h, w, 3] through their codes: pictures alike, and PSNR [B] in dB."""
     x = to_float(images)
     decoded = apply(network, params, x)
     return to_uint8(decoded), psnr(jnp.clip(decoded, -1.0, 1.0), x)
@@ -35,7 +35,7 @@ class TokenizerStage:
     """The tokenizer alone; see `stages.Stage`."""
 
     def __init__(self, config: Config):
-        """Builds the network.
+        """Build the network.
 
         Args:
           config: a config whose stage is "tokenizer".
@@ -72,15 +72,15 @@ class TokenizerStage:
         return {}
 
     def frozen(self) -> Params:
-        """Nothing."""
+        """Return nothing."""
         return {}
 
     def loader(self, split: str, **options: Any) -> Any:
-        """Batches with "image"."""
+        """Return batches with "image"."""
         return make_split(self.config.data, split, captions=False, **options)
 
     def temperature(self, step: jax.Array) -> jax.Array:
-        """Temperature of the Bernoulli draw: linear from `start` to `end`, then constant."""
+        """Return temperature of the Bernoulli draw: linear from `start` to `end`, then constant."""
         t = self.config.loss.temperature
         return jnp.float32(optax.linear_schedule(t.start, t.end, t.steps)(step))
 
@@ -94,7 +94,7 @@ class TokenizerStage:
     def loss(
         self, params: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array
     ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Smooth-L1 (beta 1) plus the weighted code loss; images uint8 [B, h, w, 3].
+        """Return smooth-L1 (beta 1) plus the weighted code loss; images uint8 [B, h, w, 3].
 
         With a frozen encoder the codes are those of evaluation.
         """
@@ -119,7 +119,7 @@ class TokenizerStage:
     def evaluate(
         self, params: Params, frozen: Params, batch: Any, key: jax.Array
     ) -> dict[str, jax.Array]:
-        """PSNR in dB and smooth-L1 through hard bits, and how evenly the bits are used."""
+        """Return PSNR in dB and smooth-L1 through hard bits, and how evenly the bits are used."""
         del frozen, key
         images = to_float(batch["image"])
         code = hard_code(self._encode(params, images))
@@ -131,7 +131,7 @@ class TokenizerStage:
         }
 
     def describe(self) -> dict[str, Any]:
-        """Sizes of the tokenizer and the picture size it was trained at."""
+        """Return sizes of the tokenizer and the picture size it was trained at."""
         return {
             "tokenizer": dataclasses.asdict(self.sizes),
             "image_size": self.config.data.image_size,

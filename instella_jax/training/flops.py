@@ -50,7 +50,7 @@ CHIPS = {
 
 
 def find_chip(device_kind: str) -> Chip | None:
-    """Returns the chip of a `jax.Device.device_kind`, None where its peak is not known here."""
+    """Return the chip of a `jax.Device.device_kind`, None where its peak is not known here."""
     if device_kind.startswith("TPU v5 lite"):
         return None
     return next((c for c in CHIPS.values() if device_kind.startswith(c.kinds)), None)
@@ -73,7 +73,7 @@ def _generator_blocks(sizes: Any, text_width: int, text_length: int) -> int:
 
 
 def diffusion_forward(sizes: Any, text_width: int, text_length: int) -> int:
-    """Forward pass of the diffusion generator, one image.
+    """Return forward pass of the diffusion generator, one image.
 
     Args:
       sizes: num_layers, num_heads, head_dim, num_tokens (N), bits (K).
@@ -88,14 +88,15 @@ def diffusion_forward(sizes: Any, text_width: int, text_length: int) -> int:
 
 
 def ar_forward(sizes: Any, text_width: int, text_length: int) -> int:
-    """Forward pass of the autoregressive generator over all tokens; see `diffusion_forward`."""
+    """Return forward pass of the autoregressive generator over all tokens; see
+    `diffusion_forward`."""
     width, tokens = sizes["num_heads"] * sizes["head_dim"], sizes["num_tokens"]
     ends = _dense(tokens - 1, sizes["bits"], width) + _dense(tokens, sizes["bits"], width)
     return _generator_blocks(sizes, text_width, text_length) + ends
 
 
 def olmo_forward(sizes: OlmoConfig, text_length: int) -> int:
-    """Forward pass of the text encoder over one prompt padded to L."""
+    """Return forward pass of the text encoder over one prompt padded to L."""
     width, inner = sizes.hidden_size, sizes.intermediate_size
     narrow = sizes.num_key_value_heads * sizes.head_dim
     layer = 2 * _dense(text_length, width, width) + 2 * _dense(text_length, width, narrow)
@@ -104,7 +105,8 @@ def olmo_forward(sizes: OlmoConfig, text_length: int) -> int:
 
 
 def _convolution(grid: tuple[int, int], padding: int, fan_in: int, fan_out: int) -> int:
-    """3x3, at each point of the output grid; each axis leaves out `padding` rows of zeros."""
+    """Return 3x3, at each point of the output grid; each axis leaves out `padding` rows of
+    zeros."""
     rows, columns = grid
     return _dense((3 * rows - padding) * (3 * columns - padding), fan_in, fan_out)
 
@@ -121,7 +123,7 @@ def _trunk(
 
 
 def encoder_forward(sizes: TokenizerConfig, height: int, width: int) -> int:
-    """Forward pass from an image of height x width pixels to the logits of its bits."""
+    """Return forward pass from an image of height x width pixels to the logits of its bits."""
     rows, columns = sizes.grid(height, width, len(sizes.downsample_after))
     wide, ends = sizes.encoder_width, [i + 1 for i in sorted(sizes.downsample_after)]
     grids = [(rows // 2**level, columns // 2**level) for level in range(len(ends) + 1)]
@@ -132,7 +134,7 @@ def encoder_forward(sizes: TokenizerConfig, height: int, width: int) -> int:
 
 
 def decoder_forward(sizes: TokenizerConfig, height: int, width: int) -> int:
-    """Forward pass from a code to an image of height x width pixels."""
+    """Return forward pass from a code to an image of height x width pixels."""
     levels = len(sizes.upsample_after)
     rows, columns = sizes.grid(height, width, levels)
     wide, ends = sizes.decoder_width, [i + 1 for i in sorted(sizes.upsample_after)]
@@ -146,7 +148,7 @@ def decoder_forward(sizes: TokenizerConfig, height: int, width: int) -> int:
 
 
 def training(config: Config, shape: tuple[int, int] | None = None) -> dict[str, int]:
-    """Operations that training takes per image, by part of the model.
+    """Return operations that training takes per image, by part of the model.
 
     Args:
       config: of any stage.
@@ -177,7 +179,7 @@ def training(config: Config, shape: tuple[int, int] | None = None) -> dict[str, 
 def speed(
     images_per_second: float, per_image: float, device_kind: str, devices: int
 ) -> dict[str, float]:
-    """Metrics of a training speed.
+    """Return metrics of a training speed.
 
     Args:
       images_per_second: of all devices together.

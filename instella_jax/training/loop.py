@@ -42,7 +42,7 @@ from instella_jax.weights import model_folder
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
-    """Trains a stage, from the newest checkpoint of the workdir where there is one.
+    """Train a stage, from the newest checkpoint of the workdir where there is one.
 
     Leaves checkpoints, `metrics.jsonl`, TensorBoard files, pictures in `samples/` and, at the
     end, the averaged parameters as a model folder `model/`. SIGTERM saves a checkpoint and
@@ -118,7 +118,7 @@ class _Run:
         return state
 
     def go(self) -> dict[str, float]:
-        """Restores, trains, evaluates."""
+        """Restore, train, evaluate."""
         self.state = self.first_state()
         if self.first:
             note_config(self.workdir, self.config)
@@ -150,7 +150,7 @@ class _Run:
                 self.checkpoints.close()
 
     def loop(self, start: int, stop: StopRequest) -> bool:
-        """Runs steps until the end (True) or a request to stop (False)."""
+        """Run steps until the end (True) or a request to stop (False)."""
         train = self.config.train
         rows = sharding.batch_sharding(self.mesh, leading=1)
         done, pending = start, None
@@ -177,12 +177,12 @@ class _Run:
         return done >= train.steps
 
     def due(self, step: int) -> set[str]:
-        """What of "eval", "image" and "save" is to be done after a step."""
+        """Return what of "eval", "image" and "save" is to be done after a step."""
         every = {name: self.config.train[f"{name}_every"] for name in ("eval", "image", "save")}
         return {name for name, n in every.items() if n > 0 and step % n == 0}
 
     def occasionally(self, step: int, due: set[str]) -> None:
-        """Evaluates, draws and then saves, so that what is saved has been reported."""
+        """Evaluate, sample and then save, so that what is saved has been reported."""
         if "eval" in due:
             self.report(step)
         if "image" in due:
@@ -191,7 +191,7 @@ class _Run:
             self.checkpoints.save(self.state, self.loader, step)
 
     def log(self, step: int, metrics: Any) -> None:
-        """Fetches the metrics of a finished step, checks and shows them."""
+        """Fetch the metrics of a finished step, check and show them."""
         fetched = jax.device_get(metrics)
         self.counts.update(fetched.pop("counts"))
         fetched = {k: float(v) for k, v in fetched.items()}
@@ -214,7 +214,7 @@ class _Run:
             self.progress.update(progress_line(step, total, fetched, speed, size))
 
     def check_skipped(self, step: int, in_a_row: int, metrics: dict[str, float]) -> None:
-        """Ends a run of which too many steps in a row were skipped."""
+        """End a run of which too many steps in a row were skipped."""
         train = self.config.train
         if in_a_row < train.max_skipped:
             return
@@ -227,7 +227,7 @@ class _Run:
         )
 
     def report(self, step: int) -> dict[str, float]:
-        """Evaluates the average on held-out data, prints and writes the result."""
+        """Evaluate the average on held-out data, print and write the result."""
         self.rate.pause()
         metrics = evaluate(self.stage, self.state.ema, self.frozen, self.config, self.mesh)
         self.writer.scalars(step, metrics, prefix="heldout")
@@ -237,7 +237,7 @@ class _Run:
         return metrics
 
     def draw(self, step: int) -> None:
-        """Draws a captioned grid with the average."""
+        """Draw a captioned grid with the average."""
         count = self.config.eval.pictures
         if not count:
             return
@@ -251,7 +251,7 @@ class _Run:
         self.rate.resume()
 
     def write_model(self, step: int) -> None:
-        """Writes the average as a model folder."""
+        """Write the average as a model folder."""
         average = sharding.fetch(self.state.ema)
         if not self.first:
             return
@@ -263,7 +263,7 @@ class _Run:
 
 
 def print_overview(params: Any) -> None:
-    """Prints name, shape and size of every parameter."""
+    """Print name, shape and size of every parameter."""
     from clu import parameter_overview
 
     print(parameter_overview.get_parameter_overview(params, include_stats=False), flush=True)

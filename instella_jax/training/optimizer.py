@@ -7,7 +7,8 @@ from instella_jax.errors import UserError
 
 
 def make_schedule(config: Config, steps: int) -> optax.Schedule:
-    """Linear warm-up, then constant or a cosine down to `final_fraction` of the peak at `steps`.
+    """Return linear warm-up, then constant or a cosine down to `final_fraction` of the peak at
+    `steps`.
 
     Raises:
       UserError: the schedule's name is unknown.
@@ -28,7 +29,7 @@ def make_schedule(config: Config, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """AdamW after a clip of the global gradient norm."""
+    """Return AdamW after a clip of the global gradient norm."""
     return optax.chain(
         optax.clip_by_global_norm(config.clip),
         optax.adamw(

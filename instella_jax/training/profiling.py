@@ -17,7 +17,7 @@ class StepTrace:
     """Records the calls of the compiled step that hold `steps` steps, once per run."""
 
     def __init__(self, folder: Path, steps: int, per_call: int, tell: Callable[[str], None]):
-        """Plans the trace.
+        """Plan the trace.
 
         Args:
           folder: where it goes.
@@ -37,7 +37,7 @@ class StepTrace:
 
     @contextlib.contextmanager
     def call(self, step: int, state: Any) -> Iterator[None]:
-        """Goes around a call that begins at a step; `state` is what the call before returned."""
+        """Go around a call that begins at a step; `state` is what the call before returned."""
         if self._seen == WARM_UP + self._calls:
             self.close(state)
         if self._seen == WARM_UP and self._calls:
@@ -51,7 +51,7 @@ class StepTrace:
             yield
 
     def close(self, state: Any) -> None:
-        """Ends the trace, if it runs, once `state` is computed."""
+        """End the trace, if it runs, once `state` is computed."""
         if self._open:
             self._open = False
             jax.block_until_ready(state)

@@ -16,7 +16,7 @@ from instella_jax.training.step import TrainState, init_state
 
 
 def check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Checks ranges, and what must divide what.
+    """Check ranges, and what must divide what.
 
     Raises:
       UserError: naming the numbers.
@@ -53,13 +53,13 @@ def check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
 
 
 def initial_state(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> tuple[TrainState, Any]:
-    """Returns the state before step 0, sharded, and the optimizer."""
+    """Return the state before step 0, sharded, and the optimizer."""
     init, optimizer = _initialiser(stage, config)
     return sharding.sharded_init(init, jax.random.key(config.seed), mesh), optimizer
 
 
 def state_shapes(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> TrainState:
-    """Shapes of that state with their shardings; takes no memory of the devices."""
+    """Return shapes of that state with their shardings; this takes no memory of the devices."""
     init, _ = _initialiser(stage, config)
     return sharding.placed(jax.eval_shape(init, jax.random.key(config.seed)), mesh)
 

@@ -10,12 +10,12 @@ class StopRequest:
     """Turns SIGTERM and the first Ctrl-C into a request that the loop reads between steps."""
 
     def __init__(self) -> None:
-        """Begins without one."""
+        """Begin without one."""
         self.requested = False
 
     @contextlib.contextmanager
     def listening(self) -> Iterator[None]:
-        """Listens as long as the context lasts."""
+        """Listen as long as the context lasts."""
 
         def ask(signum: int, _: Any) -> None:
             if self.requested and signum == signal.SIGINT:

@@ -42,7 +42,8 @@ class TrainState(flax.struct.PyTreeNode):
 def init_state(
     params: Params, optimizer: optax.GradientTransformation, key: jax.Array
 ) -> TrainState:
-    """The state before the first step, with the logical axes of `params` where they are boxed."""
+    """Return the state before the first step, with the logical axes of `params` where they are
+    boxed."""
     return TrainState(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
@@ -56,7 +57,8 @@ def init_state(
 def gradients(
     stage: Stage, accumulate: int, params: Params, frozen: Params, batch: Any, key: jax.Array, step
 ) -> tuple[Params, Metrics]:
-    """Mean gradients and metrics over `accumulate` parts of a batch [B, ...], one at a time."""
+    """Return mean gradients and metrics over `accumulate` parts of a batch [B, ...], one at a
+    time."""
 
     def part(params: Params, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         loss, metrics = stage.loss(params, frozen, batch, key, step)
@@ -87,7 +89,7 @@ def gradients(
 def make_step(
     stage: Stage, optimizer: optax.GradientTransformation, config: Config, count: Counter
 ) -> Callable[[TrainState, Params, Any], tuple[TrainState, Metrics]]:
-    """Returns `step(state, frozen, batches) -> (state, metrics)` over batches [G, B, ...].
+    """Return `step(state, frozen, batches) -> (state, metrics)` over batches [G, B, ...].
 
     A step whose loss or gradient norm is not finite, or whose norm exceeds `train.spike_norm`
     where that is positive, changes neither parameters, optimizer nor average.
@@ -142,7 +144,7 @@ def make_step(
 def jit_step(
     stage: Stage, optimizer: optax.GradientTransformation, config: Config, state: TrainState
 ) -> jax.stages.Wrapped:
-    """Returns `make_step` under jit: it gives up the state, which comes back divided as it was.
+    """Return `make_step` under jit: it gives up the state, which comes back divided as it was.
 
     Args:
       state: arrays or shapes, with their shardings.

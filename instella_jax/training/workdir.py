@@ -27,7 +27,7 @@ _FREE = ("train.steps", "train.log_every", "train.eval_every", "train.save_every
 
 
 def claim_workdir(workdir: str | os.PathLike[str], config: Config) -> None:
-    """Makes the workdir; if a run has saved a checkpoint there, checks that it is the same run.
+    """Make the workdir; if a run has saved a checkpoint there, check that it is the same run.
 
     Raises:
       UserError: the workdir cannot be written, or belongs to another config.
@@ -46,7 +46,7 @@ def claim_workdir(workdir: str | os.PathLike[str], config: Config) -> None:
 
 
 def note_config(workdir: str | os.PathLike[str], config: Config) -> None:
-    """Writes the config of the run that begins into its workdir."""
+    """Write the config of the run that begins into its workdir."""
     path = Path(workdir) / "config.json"
     scratch = path.with_name(f".config.json.{os.getpid()}")
     scratch.write_text(json.dumps(json.loads(config.to_json()), indent=1) + "\n", encoding="utf-8")
@@ -54,7 +54,7 @@ def note_config(workdir: str | os.PathLike[str], config: Config) -> None:
 
 
 def check_config(workdir: str | os.PathLike[str], config: Config) -> None:
-    """Checks that a workdir is of a run with this config.
+    """Check that a workdir is of a run with this config.
 
     Raises:
       UserError: it is of another one, or of none.
@@ -84,7 +84,7 @@ def check_config(workdir: str | os.PathLike[str], config: Config) -> None:
 
 @contextlib.contextmanager
 def only_run(workdir: str | os.PathLike[str]) -> Iterator[None]:
-    """Holds a workdir for the run of this process and those that it has joined.
+    """Hold a workdir for the run of this process and those that it has joined.
 
     The kernel lets go of the lock when the first process ends, however it ends.
 
@@ -109,7 +109,7 @@ def only_run(workdir: str | os.PathLike[str]) -> Iterator[None]:
 
 
 def _lock(path: Path) -> tuple[int | None, str | None]:
-    """Returns the open lock file, and who holds it where that is not this process."""
+    """Return the open lock file, and who holds it where that is not this process."""
     try:
         import fcntl
 

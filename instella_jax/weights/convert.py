@@ -21,7 +21,8 @@ Tensors = Mapping[str, np.ndarray]
 
 
 def shapes_by_path(network: Network) -> dict[str, jax.ShapeDtypeStruct]:
-    """Shapes of a network's parameters by path, "encoder/out/kernel"; nothing is allocated."""
+    """Return shapes of a network's parameters by path, "encoder/out/kernel"; nothing is
+    allocated."""
     return _shapes(network)  # pyright: ignore[reportArgumentType] (linen modules can be hashed)
 
 
@@ -36,12 +37,12 @@ def _flat(params: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def nested(params: Mapping[str, Any]) -> dict[str, Any]:
-    """Nests parameters that are named by their paths."""
+    """Nest parameters that are named by their paths."""
     return unflatten_dict(dict(params), sep="/")
 
 
 def reference_shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    """Shapes of the reference tensors by name."""
+    """Return shapes of the reference tensors by name."""
     ours = shapes_by_path(network)
     shapes = {}
     for entry in entries(network):
@@ -52,7 +53,7 @@ def reference_shapes(network: Network) -> dict[str, tuple[int, ...]]:
 
 
 def account(network: Network, shapes: Mapping[str, tuple[int, ...]], what: str) -> None:
-    """Checks the names and shapes of a reference state dict.
+    """Check the names and shapes of a reference state dict.
 
     Args:
       network: what it is for.
@@ -77,7 +78,7 @@ def account(network: Network, shapes: Mapping[str, tuple[int, ...]], what: str) 
 
 
 def by_path(network: Network) -> dict[str, list[Entry]]:
-    """Groups `entries` by our parameter, the layers of each in order."""
+    """Group `entries` by our parameter, the layers of each in order."""
     groups: dict[str, list[Entry]] = {}
     for entry in entries(network):
         groups.setdefault(entry.path, []).append(entry)
@@ -87,7 +88,7 @@ def by_path(network: Network) -> dict[str, list[Entry]]:
 def stream(
     network: Network, tensors: Tensors, what: str = "checkpoint"
 ) -> Iterator[tuple[Entry, np.ndarray]]:
-    """Turns a reference state dict into pieces of parameters, one after the other.
+    """Turn a reference state dict into pieces of parameters, one after the other.
 
     A mapping that loads on demand needs memory for one tensor at a time.
 
@@ -125,7 +126,7 @@ def stream(
 
 
 def to_params(network: Network, tensors: Tensors, what: str = "checkpoint") -> dict[str, Any]:
-    """Makes parameters of a reference state dict.
+    """Make parameters of a reference state dict.
 
     Args:
       network: what the parameters are for.
@@ -176,7 +177,7 @@ def _checked(tensors: Tensors, name: str, what: str) -> np.ndarray:
 
 
 def _same(a: np.ndarray, b: np.ndarray) -> bool:
-    """Whether two arrays of one shape have the same bits."""
+    """Return whether two arrays of one shape have the same bits."""
     raw = f"u{a.dtype.itemsize}"
     return a.dtype == b.dtype and np.array_equal(a.view(raw), b.view(raw))
 
@@ -184,7 +185,7 @@ def _same(a: np.ndarray, b: np.ndarray) -> bool:
 def from_params(
     network: Network, params: Mapping[str, Any], unused: Tensors | None = None
 ) -> Iterator[tuple[str, np.ndarray]]:
-    """Turns parameters back into reference tensors, one at a time.
+    """Turn parameters back into reference tensors, one at a time.
 
     Args:
       network: what the parameters are for.

@@ -32,17 +32,17 @@ class _Stored:
         return self.tensors.specs[self.name][0]
 
     def __getitem__(self, layer: int) -> np.ndarray:
-        """Reads a layer."""
+        """Read a layer."""
         return self.tensors.read_layer(self.name, layer)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:
-        """Reads everything."""
+        """Read everything."""
         del copy
         return np.asarray(self.tensors[self.name], dtype)
 
 
 def export_model(source: Path, form: str, out: Path) -> None:
-    """Writes what a model folder holds in another form.
+    """Write what a model folder holds in another form.
 
     "orbax" and "safetensors" are model folders themselves, their weights stored the one or the
     other way: `init_from` and the other config keys take both.
@@ -95,7 +95,7 @@ def _write_reference(
     network: Network,
     tensors: Tensors,
 ) -> None:
-    """Writes a part with its published names, in its place of the published layout."""
+    """Write a part with its published names, in its place of the published layout."""
     origin = description.get("published", {})
     # A model that was not imported gets every tensor that the reference expects.
     extra = origin.get("extra", {}).get(part)
@@ -148,6 +148,6 @@ def _write_reference(
 
 
 def _olmo_json(text: Mapping[str, Any]) -> dict[str, Any]:
-    """The `config.json` of an OLMo with these sizes."""
+    """Return the `config.json` of an OLMo with these sizes."""
     sizes = {key: value for key, value in text.items() if key != "max_length"}
     return {"model_type": "olmo", "tie_word_embeddings": True, **sizes}

@@ -34,7 +34,7 @@ PARTS = ("tokenizer", "generator", "diffusion", "ar", "text")
 
 
 def execution(config: Mapping[str, Any]) -> Execution:
-    """Reads a config's `run` section.
+    """Read a config's `run` section.
 
     Raises:
       UserError: a value is unknown, or does not go with another one or with the device.
@@ -61,7 +61,7 @@ def execution(config: Mapping[str, Any]) -> Execution:
 
 
 def build(kind: type, values: Mapping[str, Any], what: str) -> Any:
-    """Makes a dataclass of sizes out of JSON or config values, lists becoming tuples.
+    """Make a dataclass of sizes out of JSON or config values, lists becoming tuples.
 
     Raises:
       UserError: a name is missing or unknown.
@@ -77,12 +77,12 @@ def build(kind: type, values: Mapping[str, Any], what: str) -> Any:
 
 
 def tokenizer_config(values: Mapping[str, Any]) -> TokenizerConfig:
-    """Reads the sizes of a tokenizer."""
+    """Read the sizes of a tokenizer."""
     return build(TokenizerConfig, values, "tokenizer")
 
 
 def code_sizes(folder: str, num_tokens: int, bits: int) -> TokenizerConfig:
-    """Reads the sizes of the tokenizer that a generator's codes come from.
+    """Read the sizes of the tokenizer that a generator's codes come from.
 
     Args:
       folder: config key `tokenizer`; "" is the published tokenizer, of which only shapes are known.
@@ -105,7 +105,7 @@ def code_sizes(folder: str, num_tokens: int, bits: int) -> TokenizerConfig:
 
 
 def flatten(params: Any) -> dict[str, np.ndarray]:
-    """Names each leaf by its path, "encoder/trunk/...": host arrays."""
+    """Name each leaf by its path, "encoder/trunk/...": host arrays."""
     return {k: np.asarray(v) for k, v in flatten_dict(jax.device_get(params), sep="/").items()}
 
 
@@ -117,7 +117,7 @@ def save(
     dtype: Any = None,
     text_tokenizer: Path | None = None,
 ) -> None:
-    """Writes a model folder; `config.json` comes last, so that a cut-off folder is no model.
+    """Write a model folder; `config.json` comes last, so that a cut-off folder is no model.
 
     Args:
       folder: made if it is not there.
@@ -151,7 +151,7 @@ def _replace(path: Path, write: Any) -> None:
 
 
 def find(value: str, key: str) -> Path:
-    """Returns the model folder that a config key names; "demo" is the shipped one.
+    """Return the model folder that a config key names; "demo" is the shipped one.
 
     Raises:
       UserError: the key is empty.
@@ -162,7 +162,7 @@ def find(value: str, key: str) -> Path:
 
 
 def find_weights(config: Any) -> Path:
-    """Returns the model folder to use without a workdir: `init_from`, or else the shipped one.
+    """Return the model folder to use without a workdir: `init_from`, or else the shipped one.
 
     Raises:
       UserError: there is none of these.
@@ -178,7 +178,7 @@ def find_weights(config: Any) -> Path:
 
 
 def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
-    """Reads `config.json` of a model folder.
+    """Read `config.json` of a model folder.
 
     Raises:
       UserError: the folder is not a model folder.
@@ -193,18 +193,18 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 
 def has_weights(folder: str | os.PathLike[str], part: str) -> bool:
-    """Tells whether a model folder holds the weights of a part."""
+    """Tell whether a model folder holds the weights of a part."""
     return (Path(folder) / f"{part}.safetensors").is_file() or (Path(folder) / part).is_dir()
 
 
 def unused_file(folder: Path, part: str) -> Path:
-    """File of the published tensors of a part that its network does not use."""
+    """Return file of the published tensors of a part that its network does not use."""
     return folder / f"{part}_unused.safetensors"
 
 
 @contextlib.contextmanager
 def open_part(folder: str | os.PathLike[str], part: str, network: Network) -> Iterator[Tensors]:
-    """Opens the parameters of a part, by their paths and in the type they were stored in.
+    """Open the parameters of a part, by their paths and in the type they were stored in.
 
     Args:
       folder: a model folder.
@@ -232,7 +232,7 @@ def open_part(folder: str | os.PathLike[str], part: str, network: Network) -> It
 
 
 def load_boxed(folder: str | os.PathLike[str], part: str, network: Network, dtype: str) -> Any:
-    """Reads the parameters of a part with the logical axes that the network gives them.
+    """Read the parameters of a part with the logical axes that the network gives them.
 
     Args:
       folder: a model folder.
@@ -264,7 +264,7 @@ def load(
     dtype: str,
     mesh: jax.sharding.Mesh | None = None,
 ) -> Any:
-    """Reads the parameters of a part as plain device arrays, one after the other.
+    """Read the parameters of a part as plain device arrays, one after the other.
 
     Args:
       folder: a model folder.

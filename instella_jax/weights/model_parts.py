@@ -21,7 +21,7 @@ _BESIDE = ("kind", "max_length", "pad_token_id")
 
 
 def text_sizes(values: Mapping[str, Any]) -> OlmoConfig:
-    """Reads the sizes of a text encoder; a `clip_qkv` of 0 is none."""
+    """Read the sizes of a text encoder; a `clip_qkv` of 0 is none."""
     plain = {key: value for key, value in values.items() if key not in _BESIDE}
     sizes = model_folder.build(OlmoConfig, plain, "text.model")
     return dataclasses.replace(sizes, clip_qkv=sizes.clip_qkv or None)
@@ -30,7 +30,7 @@ def text_sizes(values: Mapping[str, Any]) -> OlmoConfig:
 def find_generator(
     folder: str | os.PathLike[str], description: Mapping[str, Any], kind: str | None = None
 ) -> str:
-    """Returns the name of the part that is a generator of a kind; of any, diffusion first.
+    """Return the name of the part that is a generator of a kind; of any, diffusion first.
 
     Raises:
       UserError: there is none.
@@ -51,7 +51,7 @@ def find_generator(
 def make_network(
     folder: str | os.PathLike[str], description: Mapping[str, Any], part: str, run: Execution
 ) -> Network:
-    """Builds the network of a part.
+    """Build the network of a part.
 
     Raises:
       UserError: the folder does not describe the part, or describes it wrongly.
@@ -83,7 +83,7 @@ def make_network(
 def matching_part(
     folder: str | os.PathLike[str], part: str, wanted: Mapping[str, Any], key: str
 ) -> str:
-    """Returns the name in a folder of the part that a config describes.
+    """Return the name in a folder of the part that a config describes.
 
     Args:
       folder: a model folder.

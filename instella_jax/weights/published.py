@@ -66,7 +66,7 @@ class Part:
 def import_model(
     source: Path, text_encoder: Path, out: Path, sizes: Mapping[str, Any] | None = None
 ) -> None:
-    """Reads a published model into a model folder.
+    """Read a published model into a model folder.
 
     Everything is checked before anything is written, but for values that are not finite. Tensors
     keep their type and go from file to file one at a time.
@@ -95,7 +95,7 @@ def import_model(
 def inspect(
     source: Path, text_encoder: Path, sizes: Mapping[str, Any]
 ) -> tuple[dict[str, Part], dict[str, Any]]:
-    """Looks at the files of a published model without reading their data.
+    """Look at the files of a published model without reading their data.
 
     Returns:
       Its parts by the names that they have in a model folder, and that folder's `config.json`.
@@ -210,7 +210,7 @@ def _write_part(folder: Path, name: str, part: Part, tensors: Tensors) -> None:
 
 @contextlib.contextmanager
 def open_any(path: Path) -> Iterator[Tensors]:
-    """Opens a torch file (.pt), a safetensors file, or the folder of a language model."""
+    """Open a torch file (.pt), a safetensors file, or the folder of a language model."""
     if path.suffix == ".pt":
         with open_torch(path) as tensors:
             yield tensors

@@ -18,12 +18,12 @@ from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
 
 
 def _from_patch_convolution(x: np.ndarray) -> np.ndarray:
-    """[D, 3, P, P] -> [P * P * 3, D]: a patch is laid out (row, column, channel)."""
+    """Return [D, 3, P, P] -> [P * P * 3, D]: a patch is laid out (row, column, channel)."""
     return x.transpose(2, 3, 1, 0).reshape(-1, x.shape[0])
 
 
 def _to_patch_convolution(x: np.ndarray) -> np.ndarray:
-    """[P * P * 3, D] -> [D, 3, P, P]."""
+    """Return [P * P * 3, D] -> [D, 3, P, P]."""
     side = math.isqrt(x.shape[0] // 3)
     return x.reshape(side, side, 3, -1).transpose(3, 2, 0, 1)
 
@@ -93,7 +93,8 @@ def _norms(name: str, path: str, layer: int) -> Iterator[Entry]:
 def _trunk(
     side: str, num_layers: int, resample_after: tuple[int, ...], resample: str
 ) -> Iterator[Entry]:
-    """Blocks of the encoder or decoder: ours restart their numbering at each change of grid."""
+    """Return blocks of the encoder or decoder: ours restart their numbering at each change of
+    grid."""
     changes = sorted(resample_after)
     for number in range(len(changes)):
         conv = f"{side}/trunk/resample_{number}/conv"
@@ -164,7 +165,7 @@ def _olmo(config: OlmoConfig) -> Iterator[Entry]:
 
 
 def entries(network: Network) -> list[Entry]:
-    """Lists the reference tensors that make up the parameters of a network."""
+    """List the reference tensors that make up the parameters of a network."""
     if isinstance(network, BinaryTokenizer):
         return list(_tokenizer(network.config))
     if isinstance(network, DiffusionTransformer):
@@ -175,7 +176,8 @@ def entries(network: Network) -> list[Entry]:
 
 
 def unused_shapes(network: Network) -> dict[str, tuple[int, ...]]:
-    """Shapes of the tensors that the reference carries and never uses: `time_embed` of the AR."""
+    """Return shapes of the tensors that the reference carries and never uses: `time_embed` of the
+    AR."""
     if not isinstance(network, ArTransformer):
         return {}
     width = network.num_heads * network.head_dim
@@ -188,7 +190,7 @@ def unused_shapes(network: Network) -> dict[str, tuple[int, ...]]:
 
 
 def copies(network: Network) -> dict[str, str]:
-    """Names of tensors that repeat another one, and its name: OLMo's tied head."""
+    """Return names of tensors that repeat another one, and its name: OLMo's tied head."""
     if isinstance(network, Olmo):
         return {"lm_head.weight": "model.embed_tokens.weight"}
     return {}

@@ -13,7 +13,7 @@ Shapes = Mapping[str, tuple[int, ...]]
 
 
 def tokenizer_config(bae: Mapping[str, Any], scale: int | None = 1024) -> TokenizerConfig:
-    """Reads the reference's names of the tokenizer's sizes.
+    """Read the reference's names of the tokenizer's sizes.
 
     Args:
       bae: `num_latent_tkns`, `codebook_size`, ... as in the reference's configuration.
@@ -38,7 +38,7 @@ def tokenizer_config(bae: Mapping[str, Any], scale: int | None = 1024) -> Tokeni
 
 
 def generator_sizes(generator: Mapping[str, Any], bae: Mapping[str, Any]) -> dict[str, int]:
-    """Reads the reference's names of a generator's sizes: arguments of both generators here."""
+    """Read the reference's names of a generator's sizes: arguments of both generators here."""
     return {
         "num_layers": generator["num_layers"],
         "num_heads": generator["num_attention_heads"],
@@ -50,7 +50,7 @@ def generator_sizes(generator: Mapping[str, Any], bae: Mapping[str, Any]) -> dic
 
 
 def olmo_config(text: Mapping[str, Any]) -> OlmoConfig:
-    """Reads an OLMo's `config.json`.
+    """Read an OLMo's `config.json`.
 
     Raises:
       UserError: the heads do not divide what they share.
@@ -115,7 +115,8 @@ def _vote(
     expected: Mapping[str, Any],
     what: str,
 ) -> dict[str, int]:
-    """The size that most tensors give each axis; what is expected counts as one that comes first.
+    """Return the size that most tensors give each axis; what is expected counts as one that comes
+    first.
 
     Raises:
       UserError: no tensor tells a size.
@@ -138,7 +139,7 @@ def _vote(
 
 
 def _count(shapes: Shapes, prefix: str) -> int:
-    """How many tensors' numbers there are after a prefix, counted from 0 without a gap."""
+    """Return how many tensors' numbers there are after a prefix, counted from 0 without a gap."""
     pattern = re.compile(re.escape(prefix) + r"\.(\d+)\.")
     numbers = {int(found[1]) for name in shapes if (found := pattern.match(name))}
     return next(i for i in range(len(numbers) + 1) if i not in numbers)
@@ -153,7 +154,7 @@ def _heads(width: int, head_dim: int, what: str) -> int:
 def _settle(
     measured: Mapping[str, Any], given: Any, defaults: Mapping[str, Any], what: str
 ) -> dict[str, Any]:
-    """Joins what tensors tell with what was given for them; neither may contradict the other."""
+    """Join what tensors tell with what was given for them; neither may contradict the other."""
     if not isinstance(given, Mapping):
         raise UserError(f"{what}: the sizes given are {given!r}, expected an object")
     known = {**defaults, **measured}
@@ -168,7 +169,7 @@ def _settle(
 
 
 def measure_tokenizer(shapes: Shapes, given: Any, what: str) -> TokenizerConfig:
-    """Works out a tokenizer's sizes from the shapes of its published tensors.
+    """Work out a tokenizer's sizes from the shapes of its published tensors.
 
     Args:
       shapes: shapes by the reference's names.
@@ -221,7 +222,7 @@ def measure_tokenizer(shapes: Shapes, given: Any, what: str) -> TokenizerConfig:
 def measure_generator(
     shapes: Shapes, kind: str, given: Any, expected: Mapping[str, int], what: str
 ) -> dict[str, int]:
-    """Works out a generator's sizes, arguments of both generators here, from its tensors' shapes.
+    """Work out a generator's sizes, arguments of both generators here, from its tensors' shapes.
 
     Args:
       shapes: shapes by the reference's names.
@@ -256,7 +257,7 @@ def measure_generator(
 
 
 def measure_olmo(text: Mapping[str, Any], given: Any, what: str) -> OlmoConfig:
-    """Reads an OLMo's `config.json`, and sizes given beside it.
+    """Read an OLMo's `config.json`, and sizes given beside it.
 
     Args:
       text: the file's values.

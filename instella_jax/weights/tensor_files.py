@@ -43,17 +43,17 @@ class Tensors(Mapping[str, np.ndarray]):
     slice_of: Callable[[str], Any] | None = None
 
     def read_layer(self, name: str, layer: int) -> np.ndarray:
-        """Reads one entry along the first axis of a tensor."""
+        """Read one entry along the first axis of a tensor."""
         return np.asarray((self.slice_of or self.read)(name)[layer])
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Reads a tensor."""
+        """Read a tensor."""
         if name not in self.specs:
             raise KeyError(name)
         return self.read(name)
 
     def __contains__(self, name: object) -> bool:
-        """Tells whether there is such a tensor, without reading it."""
+        """Tell whether there is such a tensor, without reading it."""
         return name in self.specs
 
     def __iter__(self) -> Iterator[str]:
@@ -71,7 +71,7 @@ class Tensors(Mapping[str, np.ndarray]):
 
 
 def read_json(path: Path) -> dict[str, Any]:
-    """Reads a file that holds one JSON object.
+    """Read a file that holds one JSON object.
 
     Raises:
       UserError: it cannot be read, or is none.
@@ -91,7 +91,7 @@ def read_json(path: Path) -> dict[str, Any]:
 
 @contextlib.contextmanager
 def open_safetensors(path: Path) -> Iterator[Tensors]:
-    """Opens a safetensors file.
+    """Open a safetensors file.
 
     Raises:
       UserError: the file is missing, damaged, or holds a tensor that is not of floats.
@@ -116,7 +116,7 @@ def open_safetensors(path: Path) -> Iterator[Tensors]:
 
 @contextlib.contextmanager
 def open_model(folder: Path) -> Iterator[Tensors]:
-    """Opens a language model's folder: `model.safetensors`, or shards and their index.
+    """Open a language model's folder: `model.safetensors`, or shards and their index.
 
     Raises:
       UserError: files are missing or damaged, or do not hold what the index says.
@@ -150,7 +150,7 @@ def open_model(folder: Path) -> Iterator[Tensors]:
 
 
 def require_file(path: Path) -> None:
-    """Checks that there is such a file and that it can be read.
+    """Check that there is such a file and that it can be read.
 
     Raises:
       UserError: naming it.
@@ -164,7 +164,7 @@ def require_file(path: Path) -> None:
 def write_safetensors(
     path: Path, specs: Mapping[str, Spec], pieces: Iterable[tuple[str, np.ndarray]]
 ) -> None:
-    """Writes a safetensors file as its data come.
+    """Write a safetensors file as its data come.
 
     Args:
       path: of the file.

@@ -20,7 +20,7 @@ _CHUNK = 1 << 20
 
 
 def import_torch() -> Any:
-    """Returns torch.
+    """Return torch.
 
     Raises:
       UserError: it is not installed, or too old.
@@ -40,7 +40,7 @@ def import_torch() -> Any:
 
 @contextlib.contextmanager
 def open_torch(path: Path) -> Iterator[Tensors]:
-    """Opens a torch file that holds its weights under the key "module".
+    """Open a torch file that holds its weights under the key "module".
 
     The file is mapped, not read; only torch's loader of weights looks at its pickle.
 
@@ -89,7 +89,7 @@ def open_torch(path: Path) -> Iterator[Tensors]:
 
 
 def _check_archive(path: Path) -> int:
-    """Checks the zip archive that a torch file is, and its checksums; returns the file's size."""
+    """Check the zip archive that a torch file is, and its checksums; return the file's size."""
     size = path.stat().st_size
     try:
         with zipfile.ZipFile(path) as archive:
@@ -112,7 +112,7 @@ def _check_archive(path: Path) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """The part of a message that says what was wrong, on one line and printable."""
+    """Return the part of a message that says what was wrong, on one line and printable."""
     text = str(error)
     found = re.search(r"(?:WeightsUnpickler error: |Trying to load |Unsupported ).*", text)
     line = " ".join((found[0] if found else text).split())
@@ -120,7 +120,7 @@ def _reason(error: Exception) -> str:
 
 
 def write_torch(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
-    """Writes tensors under the key "module".
+    """Write tensors under the key "module".
 
     Raises:
       UserError: torch is missing.

@@ -27,7 +27,8 @@ def _article(word: str) -> str:
 
 
 def place_words(place: tuple[str, str], *, long: bool = False) -> str:
-    """Words for a cell of `Placed.place`: "at the top left", or with `long` "in the ... corner"."""
+    """Return words for a cell of `Placed.place`: "at the top left", or with `long` "in the ...
+    corner"."""
     row, column = place
     if place == ("middle", "middle"):
         return "in the middle"
@@ -39,7 +40,7 @@ def place_words(place: tuple[str, str], *, long: bool = False) -> str:
 
 
 def _groups(stream: Stream, scene: Scene) -> list[list[Placed]]:
-    """The objects by name, the groups in random order."""
+    """Return the objects by name, the groups in random order."""
     names = list(scene.counts)
     ordered = []
     while names:
@@ -57,12 +58,12 @@ def _join(parts: Sequence[str]) -> str:
 
 
 def listed(stream: Stream, scene: Scene) -> str:
-    """ "two red hearts and a cat"."""
+    """Return "two red hearts and a cat"."""
     return _join([_things(group) for group in _groups(stream, scene)])
 
 
 def sized(stream: Stream, scene: Scene) -> str | None:
-    """ "a large cat": of a single object."""
+    """Return "a large cat": of a single object."""
     if len(scene.objects) != 1 or not catalogue()[scene.objects[0].name].countable:
         return None
     size = "large" if scene.objects[0].large else "small"
@@ -70,7 +71,8 @@ def sized(stream: Stream, scene: Scene) -> str | None:
 
 
 def placed(stream: Stream, scene: Scene) -> str | None:
-    """ "a cat at the top left and a dog in the middle", "two cats, one at the top and ..."."""
+    """Return "a cat at the top left and a dog in the middle", "two cats, one at the top and
+    ..."."""
     groups = _groups(stream, scene)
     long = len(scene.objects) < 3 and stream.chance(50)
     places = [[place_words(thing.place, long=long) for thing in group] for group in groups]
@@ -86,7 +88,7 @@ def placed(stream: Stream, scene: Scene) -> str | None:
 
 
 def related(stream: Stream, scene: Scene) -> str | None:
-    """ "a cat to the left of a dog", "a cat above two dogs": of two groups."""
+    """Return "a cat to the left of a dog", "a cat above two dogs": of two groups."""
     groups = _groups(stream, scene)
     if len(groups) != 2:
         return None
@@ -97,7 +99,7 @@ def related(stream: Stream, scene: Scene) -> str | None:
 
 
 def related_three(stream: Stream, scene: Scene) -> str | None:
-    """ "a cat left of a dog and above a pizza": of three different objects."""
+    """Return "a cat left of a dog and above a pizza": of three different objects."""
     groups = _groups(stream, scene)
     if len(groups) != 3:
         return None
@@ -112,7 +114,7 @@ def related_three(stream: Stream, scene: Scene) -> str | None:
 
 
 def arranged(stream: Stream, scene: Scene) -> str | None:
-    """ "two cats side by side", "two cats one above the other": of two of the same."""
+    """Return "two cats side by side", "two cats one above the other": of two of the same."""
     groups = _groups(stream, scene)
     if len(groups) != 1 or len(groups[0]) != 2:
         return None
@@ -124,7 +126,7 @@ def arranged(stream: Stream, scene: Scene) -> str | None:
 
 
 def _group_relation(a: Sequence[Placed], b: Sequence[Placed]) -> str | None:
-    """The relation of all in one group to all in another, None if they differ."""
+    """Return the relation of all in one group to all in another, None if they differ."""
     words = {relation(one, other) for one in a for other in b}
     return words.pop() if len(words) == 1 else None
 
@@ -143,7 +145,7 @@ _WHEEL = tuple(template for template, weight in TEMPLATES for _ in range(weight)
 
 
 def caption(stream: Stream, scene: Scene, *, name_style: bool = False) -> str:
-    """Draws a caption of a scene.
+    """Draw a caption of a scene.
 
     Args:
       stream: randomness of the wording.
@@ -169,7 +171,7 @@ def caption(stream: Stream, scene: Scene, *, name_style: bool = False) -> str:
 
 
 def full_caption(stream: Stream, scene: Scene, *, name_style: bool = False) -> str | None:
-    """A caption that names all objects, their number, where they are, and the background.
+    """Return a caption that names all objects, their number, where they are, and the background.
 
     Returns:
       None where the grammar cannot say where everything is.

@@ -15,7 +15,7 @@ CONVERSE = {"left of": "right of", "right of": "left of", "above": "below", "bel
 
 
 def _holds(a: Placed, word: str, b: Placed) -> bool:
-    """Whether the relation is true in the widest sense: any distance along its axis."""
+    """Return whether the relation is true in the widest sense: any distance along its axis."""
     distance = {"left of": b.x - a.x, "right of": a.x - b.x, "above": b.y - a.y, "below": a.y - b.y}
     return distance[word] > 0
 
@@ -27,7 +27,7 @@ def _draw_of(*words: str) -> int:
 
 @functools.cache
 def heldout_background(name: str) -> str:
-    """The one background on which this object is never seen in training."""
+    """Return the one background on which this object is never seen in training."""
     hidden = catalogue()[name].hidden.values()
     visible = [word for word in BACKGROUNDS if not any(word in words for words in hidden)]
     return visible[_draw_of("background", name) % len(visible)]
@@ -35,7 +35,8 @@ def heldout_background(name: str) -> str:
 
 @functools.cache
 def heldout_count(name: str) -> int | None:
-    """The number (2 or 3) in which this object is never seen in training; None for half of them."""
+    """Return the number (2 or 3) in which this object is never seen in training; None for half of
+    them."""
     if not catalogue()[name].countable:
         return None
     return {0: 2, 1: 3}.get(_draw_of("count", name) % 4)
@@ -43,7 +44,8 @@ def heldout_count(name: str) -> int | None:
 
 @functools.lru_cache(maxsize=1 << 20)
 def heldout_relation(a: str, word: str, b: str) -> bool:
-    """Whether "a word b", such as ("cat", "left of", "dog"), is never true in training: 1 in 16."""
+    """Return whether "a word b", such as ("cat", "left of", "dog"), is never true in training: 1 in
+    16."""
     if word in ("right of", "below"):
         a, word, b = b, CONVERSE[word], a
     return a != b and _draw_of("relation", a, word, b) % 16 == 0
@@ -51,12 +53,12 @@ def heldout_relation(a: str, word: str, b: str) -> bool:
 
 @functools.lru_cache(maxsize=4096)
 def heldout_partners(a: str, others: tuple[str, ...]) -> tuple[tuple[str, str], ...]:
-    """All (relation, b) that are held out for an object, b out of `others`."""
+    """Return all (relation, b) that are held out for an object, b out of `others`."""
     return tuple((word, b) for word in RELATIONS for b in others if heldout_relation(a, word, b))
 
 
 def heldout_facts(scene: Scene) -> list[str]:
-    """The held-out combinations that are true of a scene, in words."""
+    """Return the held-out combinations that are true of a scene, in words."""
     facts = [
         f"{name} on {scene.background}"
         for name in scene.counts

@@ -38,12 +38,12 @@ _AN = re.compile(r"^(?!uni|us|ut|uk|eu|ewe|one\b)[aeiou]|^hour")
 
 
 def head(name: str) -> str:
-    """The part that takes the plural: "glass" of "glass of milk"."""
+    """Return the part that takes the plural: "glass" of "glass of milk"."""
     return _PREPOSITIONS.split(name, maxsplit=1)[0]
 
 
 def is_countable(name: str) -> bool:
-    """Whether "a name" and "two names" are English: not for "bread" or "scissors"."""
+    """Return whether "a name" and "two names" are English: not for "bread" or "scissors"."""
     noun = head(name).split()[-1]
     if noun in _MASS or noun in _PLURAL_ONLY:
         return False
@@ -51,14 +51,14 @@ def is_countable(name: str) -> bool:
 
 
 def with_article(name: str) -> str:
-    """ "a cat", "an apple", "a unicorn"; "scissors" as it is."""
+    """Return "a cat", "an apple", "a unicorn"; "scissors" as it is."""
     if not is_countable(name):
         return name
     return f"{'an' if _AN.match(name) else 'a'} {name}"
 
 
 def plural(name: str) -> str:
-    """ "cats", "butterflies", "glasses of milk"."""
+    """Return "cats", "butterflies", "glasses of milk"."""
     first = head(name)
     *before, noun = first.split()
     if noun in _SAME:

@@ -26,14 +26,15 @@ Box = tuple[float, float, float]
 
 
 def _apart(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool:
-    """Whether two boxes (left, top, side) do not overlap."""
+    """Return whether two boxes (left, top, side) do not overlap."""
     (ax, ay, aw), (bx, by, bw) = a, b
     return ax + aw <= bx or bx + bw <= ax or ay + aw <= by or by + bw <= ay
 
 
 @functools.cache
 def _layouts(sides: tuple[int, ...], step: int) -> tuple[tuple[tuple[int, int, int], ...], ...]:
-    """All ways to put boxes of these sides on every `step`-th line of the grid without overlap."""
+    """Return all ways to put boxes of these sides on every `step`-th line of the grid without
+    overlap."""
     if not sides:
         return ((),)
     last = sides[-1]
@@ -91,7 +92,7 @@ class World:
     size: int
 
     def on(self, background: str, style: str) -> tuple[str, ...]:
-        """The concepts that can be seen on a background."""
+        """Return the concepts that can be seen on a background."""
         return _concepts_on(self.concepts, background, style)
 
 
@@ -101,7 +102,7 @@ def _concepts_on(concepts: tuple[str, ...], background: str, style: str) -> tupl
 
 
 def training_scene(stream: Stream, world: World) -> Scene:
-    """Draws a scene that contains no held-out combination."""
+    """Draw a scene that contains no held-out combination."""
     style = stream.choice(world.styles)
     while True:
         background = stream.choice(tuple(BACKGROUNDS))
@@ -118,7 +119,7 @@ def training_scene(stream: Stream, world: World) -> Scene:
 
 
 def _names(stream: Stream, n: int, seen: tuple[str, ...]) -> list[str]:
-    """Names of up to n objects, some of them the same."""
+    """Return names of up to n objects, some of them the same."""
     names: list[str] = []
     for repeats in stream.choice(_REPEATS[n]):
         name = stream.choice(seen)
@@ -129,7 +130,7 @@ def _names(stream: Stream, n: int, seen: tuple[str, ...]) -> list[str]:
 
 
 def heldout_scene(stream: Stream, world: World) -> Scene:
-    """Draws a scene that contains at least one held-out combination."""
+    """Draw a scene that contains at least one held-out combination."""
     kinds = _HELDOUT_KINDS[: 1 if world.max_objects == 1 else 3]
     while True:
         style, kind = stream.choice(world.styles), stream.choice(kinds)
@@ -142,7 +143,7 @@ def heldout_scene(stream: Stream, world: World) -> Scene:
 def _complete(
     stream: Stream, world: World, style: str, background: str, names: list[str]
 ) -> Scene | None:
-    """Adds other objects up to a random number and places all."""
+    """Add other objects up to a random number and place all."""
     others = world.on(background, style)
     if any(name not in others for name in names):
         return None
@@ -185,6 +186,6 @@ def _unseen_relation(stream: Stream, world: World, style: str) -> Scene | None:
 
 
 def scene_at(seed: int, split: str, index: int, world: World) -> Scene:
-    """The facts of one scene: a pure function of its arguments."""
+    """Return the facts of one scene: a pure function of its arguments."""
     make = training_scene if split == "train" else heldout_scene
     return make(Stream(seed, split, index), world)

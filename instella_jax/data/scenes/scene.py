@@ -69,7 +69,7 @@ class Stream:
     """Random draws by splitmix64: the same on every machine, and cheap to start."""
 
     def __init__(self, *words: int | str):
-        """Starts a stream that depends on all words, in this order."""
+        """Start a stream that depends on all words, in this order."""
         self.state = 0
         for word in words:
             number = zlib.crc32(word.encode()) if isinstance(word, str) else word
@@ -77,7 +77,7 @@ class Stream:
             self.state = self.bits()
 
     def bits(self) -> int:
-        """64 random bits."""
+        """Return 64 random bits."""
         self.state = (self.state + 0x9E3779B97F4A7C15) & MASK
         z = self.state
         z = ((z ^ (z >> 30)) * 0xBF58476D1CE4E5B9) & MASK
@@ -85,20 +85,21 @@ class Stream:
         return z ^ (z >> 31)
 
     def below(self, n: int) -> int:
-        """An integer in [0, n)."""
+        """Return an integer in [0, n)."""
         return (self.bits() * n) >> 64
 
     def choice(self, items: Sequence[T]) -> T:
-        """One of the items, all equally likely."""
+        """Return one of the items, all equally likely."""
         return items[self.below(len(items))]
 
     def chance(self, percent: int) -> bool:
-        """True in that many of a hundred cases."""
+        """Return True in that many of a hundred cases."""
         return self.below(100) < percent
 
 
 def relation(a: Placed, b: Placed) -> str | None:
-    """Where a lies from b, by the larger distance of the centres; None where neither is larger."""
+    """Return where a lies from b, by the larger distance of the centres; None where neither is
+    larger."""
     dx, dy = b.x - a.x, b.y - a.y
     if abs(dx) == abs(dy):
         return None

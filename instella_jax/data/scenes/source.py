@@ -13,7 +13,7 @@ SPLITS = ("train", "heldout")
 
 
 def draw(scene: Scene, size: int) -> np.ndarray:
-    """Paints a scene: uint8 [size, size, 3]."""
+    """Paint a scene: uint8 [size, size, 3]."""
     image = np.empty((size, size, 3), np.uint8)
     image[:] = sprites.BACKGROUNDS[scene.background]
     for thing in scene.objects:
@@ -42,7 +42,7 @@ class EmojiScenes:
         max_objects: int = 3,
         length: int = 10_000_000,
     ):
-        """Checks the arguments and remembers them.
+        """Check the arguments and remember them.
 
         Args:
           size: side of the pictures in pixels, a multiple of 8.
@@ -78,23 +78,23 @@ class EmojiScenes:
         return self.length
 
     def __repr__(self) -> str:
-        """Names the split, which grain shows and stores to recognise the source."""
+        """Name the split, which grain shows and stores to recognise the source."""
         return f"EmojiScenes({self.split}, seed={self.seed}, {self.world.size} px)"
 
     def facts(self, index: int) -> Scene:
-        """The facts of a scene, without drawing it."""
+        """Return the facts of a scene, without drawing it."""
         if not 0 <= index < self.length:
             raise IndexError(f"scene {index} of {self.length}")
         return scene_at(self.seed, self.split, int(index), self.world)
 
     def caption(self, index: int, scene: Scene | None = None) -> str:
-        """The caption of a scene."""
+        """Return the caption of a scene."""
         stream = Stream(self.seed, self.split, "caption", int(index))
         scene = scene or self.facts(index)
         return captions.caption(stream, scene, name_style=len(self.world.styles) > 1)
 
     def __getitem__(self, index: int) -> dict[str, Any]:
-        """Draws one scene."""
+        """Draw one scene."""
         scene = self.facts(index)
         return {
             "image": draw(scene, self.world.size),
@@ -111,7 +111,7 @@ def heldout_prompts(
     places: str = "snapped",
     max_objects: int = 3,
 ) -> list[tuple[str, Scene]]:
-    """Prompts for evaluation, each of a held-out combination, with the facts they describe.
+    """Return prompts for evaluation, each of a held-out combination, with the facts they describe.
 
     Each names all objects, their number and place, and the background. The arguments are those of
     `EmojiScenes`.

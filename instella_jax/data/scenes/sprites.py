@@ -91,7 +91,7 @@ def _archive() -> zipfile.ZipFile:
 
 @functools.cache
 def catalogue() -> dict[str, Concept]:
-    """All shipped concepts by name, in a fixed order."""
+    """Return all shipped concepts by name, in a fixed order."""
     index = json.loads(_archive().read("index.json"))
     return {
         entry["name"]: Concept(
@@ -107,12 +107,12 @@ def catalogue() -> dict[str, Concept]:
 
 @functools.cache
 def styles() -> tuple[str, ...]:
-    """The drawing styles in the asset."""
+    """Return the drawing styles in the asset."""
     return tuple(json.loads(_archive().read("index.json"))["styles"])
 
 
 def select(concepts: str | tuple[str, ...]) -> tuple[str, ...]:
-    """Resolves "core", "all" or a tuple of names to concept names.
+    """Resolve "core", "all" or a tuple of names to concept names.
 
     Raises:
       UserError: a name is not in the catalogue.
@@ -136,14 +136,14 @@ def select(concepts: str | tuple[str, ...]) -> tuple[str, ...]:
 
 @functools.cache
 def visible_backgrounds(name: str, style: str) -> tuple[str, ...]:
-    """The backgrounds on which an object can be seen."""
+    """Return the backgrounds on which an object can be seen."""
     hidden = catalogue()[name].hidden[style]
     return tuple(background for background in BACKGROUNDS if background not in hidden)
 
 
 @functools.lru_cache(maxsize=4096)
 def _rgba(name: str, style: str) -> np.ndarray:
-    """Premultiplied sprite [64, 64, 4], float32 in [0, 1]."""
+    """Return premultiplied sprite [64, 64, 4], float32 in [0, 1]."""
     from PIL import Image
 
     data = _archive().read(f"{style}/{catalogue()[name].code}.webp")
@@ -153,7 +153,7 @@ def _rgba(name: str, style: str) -> np.ndarray:
 
 @functools.cache
 def resize_matrix(source: int, target: int) -> np.ndarray:
-    """Weights [target, source] of an antialiased linear resize; do not write to it."""
+    """Return weights [target, source] of an antialiased linear resize; do not write to it."""
     scale = max(source / target, 1.0)
     centres = (np.arange(target) + 0.5) * source / target
     distance = np.abs(np.arange(source) + 0.5 - centres[:, None]) / scale
@@ -163,7 +163,8 @@ def resize_matrix(source: int, target: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4096)
 def sprite(name: str, style: str, side: int) -> np.ndarray:
-    """A sprite resized to [side, side, 4], premultiplied float32 in [0, 1]; do not write to it."""
+    """Return a sprite resized to [side, side, 4], premultiplied float32 in [0, 1]; do not write to
+    it."""
     matrix = resize_matrix(SPRITE_SIDE, side)
     rows = np.tensordot(matrix, _rgba(name, style), axes=1)
     pixels = np.clip(np.moveaxis(np.tensordot(matrix, rows, axes=(1, 1)), 0, 1), 0, 1)
@@ -173,7 +174,7 @@ def sprite(name: str, style: str, side: int) -> np.ndarray:
 
 @functools.lru_cache(maxsize=4096)
 def tile(name: str, style: str, side: int, background: str) -> np.ndarray:
-    """A sprite painted on a named background: uint8 [side, side, 3]; do not write to it."""
+    """Return a sprite painted on a named background: uint8 [side, side, 3]; do not write to it."""
     pixels = sprite(name, style, side)
     ground = np.asarray(BACKGROUNDS[background], np.float32) / 255
     painted = pixels[..., :3] + ground * (1 - pixels[..., 3:])
