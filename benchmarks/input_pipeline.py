@@ -22,7 +22,7 @@ from PIL import Image
 
 from benchmarks.arguments import seconds, whole, whole_list
 from instella_jax.data.codes import CodeShards, PickVariant
-from instella_jax.data.folder import decode_picture
+from instella_jax.data.images import decode_picture
 from instella_jax.data.loader import make_loader
 from instella_jax.data.shards import ImageShards, Shard, shard_writer, write_manifest
 from instella_jax.data.transforms import TrainTransform, crop_resize

@@ -10,30 +10,22 @@ from __future__ import annotations
 import copy
 import json
 import logging
-import math
 import os
 import zlib
 from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path, PurePosixPath
-from typing import IO, TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
+from instella_jax.data.images import FORMATS, SUFFIXES, is_picture, read_picture, shown_size
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
 
-if TYPE_CHECKING:
-    from PIL import Image
-
 logger = logging.getLogger(__name__)
 
-SUFFIXES = (".png", ".jpg", ".jpeg", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".avif", ".ppm")
-# What Pillow may take a file for, whatever its name says: no format that runs another program.
-FORMATS = ("PNG", "JPEG", "WEBP", "BMP", "GIF", "TIFF", "AVIF", "PPM")
 SPLITS = ("all", "train", "heldout")
-_SWAPPED = (5, 6, 7, 8)  # EXIF orientations that lay the picture on its side
-_ORIENTATION = 0x0112
 
 
 class FolderSource:
@@ -177,7 +169,7 @@ def _scan(root: Path) -> list[tuple[str, tuple[str, ...] | str]]:
         present = set(files)
         where = PurePosixPath(Path(folder).relative_to(root).as_posix())
         for name in files:
-            if name.startswith(".") or not name.lower().endswith(SUFFIXES):
+            if name.startswith(".") or not is_picture(name):
                 continue
             caption = os.path.splitext(name)[0] + ".txt"
             entries.append((str(where / name), str(where / caption) if caption in present else ""))
@@ -225,16 +217,6 @@ def _part(entries: list[Any], split: str, heldout: float) -> list[Any]:
     return [entry for entry in entries if (entry[0] in kept_out) == (split == "heldout")]
 
 
-def shown_size(image: Image.Image) -> tuple[int, int]:
-    """Return width and height of an open picture once it is turned upright; decodes nothing."""
-    from PIL import Image
-
-    width, height = image.size
-    # That of PNG would decode the picture, for an entry that may come after it.
-    turned = Image.Image.getexif(image).get(_ORIENTATION) in _SWAPPED
-    return (height, width) if turned else (width, height)
-
-
 def read_caption(path: Path) -> tuple[str]:
     """Read the caption in a text file, on one line.
 
@@ -248,71 +230,3 @@ def read_caption(path: Path) -> tuple[str]:
     if not text:
         raise BadSample(f"caption {path} is empty")
     return (text,)
-
-
-def read_picture(
-    path: str | os.PathLike[str], *, decode_side: int | None = None, max_pixels: int | None = None
-) -> np.ndarray:
-    """Read any picture as a person sees it: turned upright, transparency on white, in RGB.
-
-    Args:
-      path: The file. Of an animation, the first picture is taken.
-      decode_side: See `FolderSource`.
-      max_pixels: See `FolderSource`.
-
-    Returns:
-      uint8 [h, w, 3].
-
-    Raises:
-      BadSample: the file is missing, broken, cut short, too large, or not a picture.
-    """
-    return decode_picture(path, str(path), decode_side=decode_side, max_pixels=max_pixels)
-
-
-def decode_picture(
-    file: str | os.PathLike[str] | IO[bytes],
-    name: str,
-    *,
-    decode_side: int | None = None,
-    max_pixels: int | None = None,
-) -> np.ndarray:
-    """Read a picture as `read_picture` does, from a path or an open file called `name`."""
-    from PIL import Image, ImageOps, UnidentifiedImageError
-
-    limit = max_pixels or Image.MAX_IMAGE_PIXELS or math.inf
-    try:
-        with Image.open(file, formats=FORMATS) as image:
-            if image.width * image.height > limit:
-                raise BadSample(
-                    f"{name} is refused: {image.width}x{image.height} is over {limit} pixels"
-                )
-            if decode_side is not None:
-                image.draft(None, (decode_side, decode_side))
-            image.load()
-            return _to_rgb(ImageOps.exif_transpose(image))
-    except BadSample:
-        raise
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning) as error:
-        raise BadSample(f"{name} is refused: {error}") from None
-    except UnidentifiedImageError:
-        raise BadSample(f"{name} cannot be read: not a picture of a known format") from None
-    except Exception as error:  # Pillow's decoders raise all kinds on broken files
-        raise BadSample(f"{name} cannot be read: {error or type(error).__name__}") from None
-
-
-def _to_rgb(image: Image.Image) -> np.ndarray:
-    """Return uint8 [h, w, 3], whatever the mode."""
-    from PIL import Image
-
-    if image.mode.startswith("I") or image.mode == "F":
-        grey = np.asarray(image)
-        top = 1.0 if image.mode == "F" else 65535
-        if not (grey.min() >= 0 and grey.max() <= top):
-            raise ValueError(f"values outside [0, {top}] in a picture of mode {image.mode}")
-        # Pillow's own conversion would clip 16-bit values at 255.
-        return np.repeat(np.round(grey[..., None] * (255 / top)).astype(np.uint8), 3, axis=-1)
-    if image.has_transparency_data:
-        layer = image.convert("RGBA")
-        white = Image.new("RGBA", layer.size, (255, 255, 255, 255))
-        image = Image.alpha_composite(white, layer)
-    return np.asarray(image.convert("RGB"))

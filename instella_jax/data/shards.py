@@ -23,8 +23,9 @@ from typing import Any
 
 import numpy as np
 
-from instella_jax.data.folder import SPLITS, decode_picture
+from instella_jax.data.folder import SPLITS
 from instella_jax.data.image_sizes import read_sizes, write_sizes
+from instella_jax.data.images import decode_picture
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
 

@@ -18,7 +18,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any
 
-from instella_jax.data.folder import FORMATS, decode_picture, shown_size
+from instella_jax.data.images import FORMATS, decode_picture, shown_size
 from instella_jax.data.samples import BadSample
 from instella_jax.data.shards import write_json
 from instella_jax.errors import UserError

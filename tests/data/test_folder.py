@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instella_jax.data.folder import FolderSource, read_picture
+from instella_jax.data.folder import FolderSource
+from instella_jax.data.images import read_picture
 from instella_jax.data.loader import make_loader
 from instella_jax.data.samples import BadSample
 from instella_jax.data.transforms import EvalTransform, TrainTransform
@@ -48,7 +49,26 @@ def write_metadata(folder, rows):
     (folder / "metadata.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows))
 
 
-@pytest.mark.parametrize("suffix", ["png", "jpg", "webp", "bmp", "gif", "tif", "avif", "ppm"])
+@pytest.mark.parametrize(
+    "suffix",
+    [
+        "png",
+        "jpg",
+        "webp",
+        "bmp",
+        "gif",
+        "tif",
+        "avif",
+        "ppm",
+        "jfif",
+        "jpe",
+        "pgm",
+        "jp2",
+        "j2k",
+        "jpx",
+        "qoi",
+    ],
+)
 def test_formats(tmp_path, suffix):
     path = tmp_path / f"a.{suffix}"
     options = {"lossless": True} if suffix == "webp" else {}
