@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 
+from instella_jax.data.captions import decode_text
 from instella_jax.data.images import FORMATS, SUFFIXES, is_picture, read_picture, shown_size
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
@@ -224,8 +225,8 @@ def read_caption(path: Path) -> tuple[str]:
       BadSample: it cannot be read, or is empty.
     """
     try:
-        text = " ".join(path.read_text(encoding="utf-8-sig").split())
-    except (OSError, UnicodeDecodeError) as error:
+        text = " ".join(decode_text(path.read_bytes()).split())
+    except (OSError, BadSample) as error:
         raise BadSample(f"caption {path}: {error}") from None
     if not text:
         raise BadSample(f"caption {path} is empty")

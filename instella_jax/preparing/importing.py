@@ -5,6 +5,7 @@ Every picture is decoded. What is left out is counted by reason and reported, wi
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import io
 import logging
@@ -114,10 +115,12 @@ def check(item: Item, filters: Filters) -> tuple[bytes, tuple[int, int]]:
 
 
 def _watermark(meta: Mapping[str, Any]) -> float:
-    """Return the score of a watermark, 0 where there is none."""
+    """Return the score of a watermark, 0 where there is none: null, NaN or no number."""
     for key, value in meta.items():
-        if key.lower() == "pwatermark" and isinstance(value, int | float):
-            return 1.0 if math.isnan(value) else float(value)
+        if key.lower() == "pwatermark":
+            with contextlib.suppress(TypeError, ValueError):
+                score = float(value)
+                return 0.0 if math.isnan(score) else score
     return 0.0
 
 

@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 import dataclasses
+import json
 from collections.abc import Mapping, Sequence
 from typing import Any
+
+from instella_jax.data.captions import check_text, decode_text
+from instella_jax.data.samples import BadSample
 
 IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "webp", "img")
 
@@ -17,6 +21,10 @@ MAX_CAPTIONS, MAX_CAPTION = 100, 10_000
 
 # Larger files are refused unread: no picture that training would take is of this size.
 MAX_BYTES = 256 * 2**20
+
+
+# Reasons that several readers give.
+BROKEN_CAPTION, BROKEN_JSON = "broken caption", "broken JSON"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,15 +54,20 @@ class Problem:
 
 
 def captions(values: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
-    """Collect captions: of several keys, in lists or nested, each once and on one line."""
+    """Collect captions: of several keys, in lists or nested, each once and on one line.
+
+    Raises:
+      BadSample: one is not text, see `data.captions.decode_text`; its message is `BROKEN_CAPTION`.
+    """
     found: dict[str, None] = {}
 
     def add(value: Any) -> None:
         if isinstance(value, bytes):
-            value = value.decode("utf-8", "replace")
+            value = decode_text(value)
         elif hasattr(value, "tolist"):
             value = value.tolist()
         if isinstance(value, str):
+            value = check_text(value)
             # Half of a surrogate pair, which JSON can spell, cannot be written again.
             text = " ".join(value.encode("utf-8", "replace").decode().split())[:MAX_CAPTION]
             if text and len(found) < MAX_CAPTIONS:
@@ -66,8 +79,28 @@ def captions(values: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
             for entry in value:
                 add(entry)
 
-    add(values)
+    try:
+        add(values)
+    except BadSample:
+        raise BadSample(BROKEN_CAPTION) from None
     return tuple(found)
+
+
+def read_json(data: bytes) -> dict[str, Any]:
+    """Return the object in a JSON file, {} where it holds something else.
+
+    Raises:
+      BadSample: it cannot be read; its message is `BROKEN_CAPTION` or `BROKEN_JSON`.
+    """
+    try:
+        text = decode_text(data)
+    except BadSample:
+        raise BadSample(BROKEN_CAPTION) from None
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        raise BadSample(BROKEN_JSON) from None
+    return value if isinstance(value, dict) else {}
 
 
 def label_caption(name: str) -> str:

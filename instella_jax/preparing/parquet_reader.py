@@ -6,6 +6,7 @@ import json
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
 from instella_jax.preparing.items import IMAGE_KEYS, Item, Problem, captions, label_caption
 
@@ -41,14 +42,17 @@ def read_parquet(path: str, keys: Sequence[str], image_key: str = "") -> Iterato
             wanted = list(dict.fromkeys([column, *texts, *plain]))
             for batch in file.iter_batches(batch_size=32, columns=wanted):
                 for values in batch.to_pylist():
-                    found = captions(values, keys)
-                    if not found:
-                        found = _class_captions(values, classes)
+                    name = f"{path} row {row}"
+                    row += 1
+                    try:
+                        found = captions(values, keys) or _class_captions(values, classes)
+                    except BadSample as reason:
+                        yield Problem(name, str(reason))
+                        continue
                     image = values.pop(column)
                     if isinstance(image, dict):
                         image = image.get("bytes")
-                    yield Item(f"{path} row {row}", image or None, found, values)
-                    row += 1
+                    yield Item(name, image or None, found, values)
     except FileNotFoundError:
         raise UserError(f"{path} does not exist any more; give the input as it was") from None
     except (ArrowException, OSError, UnicodeDecodeError):

@@ -7,15 +7,15 @@ disk, and nothing of a file is trusted: what cannot be read is yielded as a `Pro
 from __future__ import annotations
 
 import dataclasses
-import json
 import os
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
-from instella_jax.preparing.items import CAPTION_KEYS, MAX_BYTES, Item, Problem, captions
+from instella_jax.preparing.items import CAPTION_KEYS, MAX_BYTES, Item, Problem, captions, read_json
 
 KINDS = ("webdataset", "parquet", "tfds", "folder")
 
@@ -146,9 +146,6 @@ def read_unit(
 
 
 def _read_folder(unit: Unit, keys: tuple[str, ...]) -> Iterator[Item | Problem]:
-    from instella_jax.data.folder import read_caption
-    from instella_jax.data.samples import BadSample
-
     root = Path(unit.path)
     for name, text in unit.rows:
         path = root / name
@@ -158,16 +155,13 @@ def _read_folder(unit: Unit, keys: tuple[str, ...]) -> Iterator[Item | Problem]:
                 continue
             image = path.read_bytes()
             side = path.with_suffix(".json")
-            meta = json.loads(side.read_text(encoding="utf-8-sig")) if side.is_file() else {}
-            meta = meta if isinstance(meta, dict) else {}
+            meta = read_json(side.read_bytes()) if side.is_file() else {}
             if isinstance(text, str):
-                text = read_caption(root / text) if text else ()
+                text = ((root / text).read_bytes(),) if text else ()
+            texts = captions({"text": list(text)}, ("text",)) + captions(meta, keys)
         except OSError:
             yield Problem(name, "file cannot be read")
-        except BadSample:
-            yield Problem(name, "broken caption")
-        except ValueError:
-            yield Problem(name, "broken JSON")
+        except BadSample as reason:
+            yield Problem(name, str(reason))
         else:
-            texts = captions({"text": list(text)}, ("text",)) + captions(meta, keys)
             yield Item(name, image, tuple(dict.fromkeys(texts)), meta)

@@ -6,7 +6,6 @@ damaged tar is read past the damage, as far as there are headers to go by.
 
 from __future__ import annotations
 
-import json
 import lzma
 import os
 import tarfile
@@ -14,8 +13,9 @@ import zlib
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
-from instella_jax.preparing.items import MAX_BYTES, Item, Problem, captions
+from instella_jax.preparing.items import MAX_BYTES, Item, Problem, captions, read_json
 
 _IMAGES = ("jpg", "jpeg", "png", "webp")
 _BROKEN = (tarfile.TarError, OSError, EOFError, zlib.error, lzma.LZMAError, ValueError)
@@ -53,14 +53,11 @@ def read_tar(path: str, keys: Sequence[str]) -> Iterator[Item | Problem]:
 
 def _sample(name: str, parts: dict[str, bytes], keys: Sequence[str]) -> Item | Problem:
     image = next((parts[kind] for kind in _IMAGES if kind in parts), None)
-    meta: Any = {}
-    if "json" in parts:
-        try:
-            meta = json.loads(parts["json"])
-        except (ValueError, RecursionError):
-            return Problem(name, "broken JSON")
-        meta = meta if isinstance(meta, dict) else {}
-    texts = captions({"txt": parts.get("txt")}, ("txt",)) + captions(meta, keys)
+    try:
+        meta = read_json(parts["json"]) if "json" in parts else {}
+        texts = captions({"txt": parts.get("txt")}, ("txt",)) + captions(meta, keys)
+    except BadSample as reason:
+        return Problem(name, str(reason))
     return Item(name, image, tuple(dict.fromkeys(texts)), meta)
 
 

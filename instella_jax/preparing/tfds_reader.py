@@ -7,6 +7,7 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from instella_jax.data.samples import BadSample
 from instella_jax.data.shards import allow_flags
 from instella_jax.errors import UserError
 from instella_jax.preparing.items import IMAGE_KEYS, Item, Problem, captions, label_caption
@@ -86,9 +87,13 @@ def read_tfds(
         except Exception:  # damaged records make its decoders raise all kinds
             yield Problem(name, "damaged record")
             continue
-        texts = captions(example, keys) or tuple(
-            label_caption(features[n].int2str(int(example[n]))) for n in labels
-        )
+        try:
+            texts = captions(example, keys) or tuple(
+                label_caption(features[n].int2str(int(example[n]))) for n in labels
+            )
+        except BadSample as reason:
+            yield Problem(name, str(reason))
+            continue
         image = example.pop(column)
         yield Item(name, image if isinstance(image, bytes) else _png(image), texts, example)
 

@@ -10,7 +10,6 @@ import subprocess
 import sys
 import tarfile
 import time
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,42 +22,7 @@ from instella_jax.preparing.importing import Filters, Reading, import_dataset, r
 from instella_jax.preparing.items import captions, label_caption
 from instella_jax.preparing.readers import find_units, read_unit
 from tests.paths import ROOT
-
-
-def picture(value, height=24, width=32, kind="png", **options):
-    """A file of a picture whose mean colour tells `value`."""
-    noise = np.random.default_rng(value).integers(-3, 4, (height, width, 3))
-    file = io.BytesIO()
-    image = Image.fromarray(np.clip(value + noise, 0, 255).astype(np.uint8))
-    image.save(file, kind, **options)
-    return file.getvalue()
-
-
-def write_tar(path, members, mode="w"):
-    with tarfile.open(path, mode) as tar:
-        for name, content in members:
-            info = tarfile.TarInfo(name)
-            info.size = len(content)
-            tar.addfile(info, io.BytesIO(content))
-
-
-def contents(folder):
-    """{key: (captions, mean colour)} of everything in a data set; keys must differ."""
-    source = ImageShards(folder, captions=False)
-    found = {}
-    for index in range(len(source)):
-        header, _ = source.read(index)
-        assert header["key"] not in found
-        found[header["key"]] = (header["texts"], float(source[index]["image"].mean()))
-    return found
-
-
-def samples(numbers, **options):
-    members = []
-    for number in numbers:
-        members.append((f"{number:06d}.png", picture(number, **options)))
-        members.append((f"{number:06d}.txt", f"picture {number}".encode()))
-    return members
+from tests.small_data_sets import contents, make_tfds, picture, samples, write_tar
 
 
 def test_webdataset(tmp_path):
@@ -94,7 +58,13 @@ def test_filters_and_everything_that_can_be_wrong(tmp_path):
         "good": (good, {"pwatermark": 0.5, "text": "x"}, None),
         "upright": (picture(7, 60, 90, "jpeg", exif=turned), {"text": "x"}, None),
         "watermark": (good, {"pwatermark": 0.51, "text": "x"}, "watermark"),
-        "unsure": (good, {"PWATERMARK": float("nan"), "text": "x"}, "watermark"),
+        "spelled": (good, {"PWATERMARK": " 0.9", "text": "x"}, "watermark"),
+        "unmarked": (good, {"pwatermark": "0.5", "text": "x"}, None),
+        "nan": (good, {"pwatermark": float("nan"), "text": "x"}, None),
+        "spelled nan": (good, {"pwatermark": "NaN", "text": "x"}, None),
+        "null": (good, {"pwatermark": None, "text": "x"}, None),
+        "blank": (good, {"pwatermark": "", "text": "x"}, None),
+        "words": (good, {"pwatermark": "unknown", "text": "x"}, None),
         "small": (picture(1, 49, 80), {"text": "x"}, "too small"),
         "long": (picture(1, 50, 101), {"text": "x"}, "aspect ratio"),
         "silent": (good, {"text": " "}, "no caption"),
@@ -120,12 +90,13 @@ def test_filters_and_everything_that_can_be_wrong(tmp_path):
             expected.setdefault(reason, []).append(name)
     assert report["examples"] == expected
     assert report["dropped"] == {reason: len(names) for reason, names in expected.items()}
-    assert set(contents(tmp_path / "out")) == {"good", "upright"}
+    kept = [name for name, (_, _, reason) in cases.items() if not reason]
+    assert list(contents(tmp_path / "out")) == kept
     records = Records(tmp_path / "out", "images")
     assert [records.read(i)[0]["size"] for i in range(2)] == [[64, 64], [60, 90]]
     assert json.loads((tmp_path / "out" / "report.json").read_text()) == report
     lines = list(report_lines(report))
-    assert lines[0].startswith("kept 2 of 14 pictures with 2 captions")
+    assert lines[0].startswith("kept 8 of 20 pictures with 8 captions")
     assert "  left out, broken picture: 4 (cut, cutpng, empty, text)" in lines
 
 
@@ -206,29 +177,6 @@ def test_parquet(tmp_path):
     reading = Reading(caption_keys=("pwatermark",), image_key="img")
     with pytest.raises(UserError, match="has no column img"):
         import_dataset(tmp_path / "a.parquet", tmp_path / "none2", reading=reading)
-
-
-def make_tfds(folder, features, examples):
-    """Prepares a real TFDS data set, without TensorFlow; returns its folder."""
-    import tensorflow_datasets as tfds
-
-    class Tiny(tfds.core.GeneratorBasedBuilder, skip_registration=True):
-        VERSION = tfds.core.Version("1.0.0")
-
-        def _info(self):
-            return tfds.core.DatasetInfo(
-                builder=self, features=tfds.features.FeaturesDict(features)
-            )
-
-        def _split_generators(self, manager):
-            return {"train": enumerate(examples)}
-
-        def _generate_examples(self):
-            raise NotImplementedError
-
-    builder = Tiny(data_dir=str(folder), file_format="array_record")
-    builder.download_and_prepare()
-    return Path(builder.data_dir)
 
 
 @pytest.mark.filterwarnings("ignore")
