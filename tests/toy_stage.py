@@ -40,6 +40,8 @@ class ToyStage:
     def init(self, key):
         return {"line": {"w": jax.random.normal(key, (WIDTH,)), "b": jnp.zeros(())}}
 
+    text_tokenizer_file = None
+
     def frozen(self):
         return {}
 

@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import numpy as np
 from jax.sharding import Mesh
 
 from instella_jax.config import Config
@@ -15,7 +14,7 @@ from instella_jax.models.functional import check_tensor
 from instella_jax.reporting.pictures import save_grid
 from instella_jax.runtime import sharding
 from instella_jax.sampling.pipeline import InstellaPipeline
-from instella_jax.sampling.previews import preview
+from instella_jax.sampling.previews import Preview, preview
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import Stage
 from instella_jax.stages.generator import GeneratorStage
@@ -66,15 +65,15 @@ def report_scenes(stage: Stage, params: Any, config: Config, mesh: Mesh, out: Pa
         show(report.drawn)
         tell("the same of true pictures through the tokenizer (the ceiling):")
         show(report.ceiling)
-        pictures, captions = list(report.pictures[:GRID]), report.prompts[:GRID]
+        shown = Preview(report.pictures[:GRID], report.prompts[:GRID])
     elif isinstance(stage, TokenizerStage):
         tell("512 held-out scenes, and PCA with as many bits:")
         show(scenes.tokenizer_report(stage.network, params["tokenizer"], config))
-        pictures, captions = preview(stage, params, {}, GRID // 2)
+        shown = preview(stage, params, {}, GRID // 2)
     else:
         return
     if jax.process_index() == 0:
-        save_grid(out, np.stack(pictures), captions)
+        save_grid(out, *shown)
     tell(f"pictures: {out}")
 
 

@@ -21,11 +21,11 @@ from instella_jax.errors import UserError
 from instella_jax.models.functional import abstract_params
 from instella_jax.runtime import sharding
 from instella_jax.stages import make_stage
-from instella_jax.stages.base import Stage, init_stage
+from instella_jax.stages.base import Stage
 from instella_jax.training import flops
 from instella_jax.training.optimizer import make_optimizer
-from instella_jax.training.setup import check_sizes
-from instella_jax.training.step import init_state, jit_step
+from instella_jax.training.setup import check_sizes, state_shapes
+from instella_jax.training.step import jit_step
 
 # The rest of a device's memory is for the runtime, libraries and fragmentation.
 USABLE = 0.9
@@ -168,12 +168,7 @@ def abstract_step(
     check_sizes(config, mesh)
     stage = make_stage(config)
     optimizer = make_optimizer(config.optimizer, config.train.steps)
-    state = sharding.placed(
-        jax.eval_shape(
-            lambda key: init_state(init_stage(stage, key), optimizer, key), jax.random.key(0)
-        ),
-        mesh,
-    )
+    state = state_shapes(stage, config, mesh)
     rows = sharding.batch_sharding(mesh, leading=1)
     batch = jax.tree.map(
         lambda x: x.update(sharding=rows),

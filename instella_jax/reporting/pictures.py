@@ -38,18 +38,16 @@ def save_png(path: str | os.PathLike[str], picture: np.ndarray) -> None:
 
 
 def draw_grid(
-    images: np.ndarray,
-    captions: Sequence[str] | None = None,
-    columns: int | None = None,
-    scale: int | None = None,
+    images: np.ndarray, captions: Sequence[str] | None = None, together: int = 1
 ) -> np.ndarray:
-    """Return pictures in rows, each with its caption wrapped under it.
+    """Return pictures in rows, about as many as columns, each with its caption wrapped under it.
+
+    Narrow pictures are enlarged by a whole number, so that captions can be read.
 
     Args:
       images: uint8 [n, h, w, 3], n >= 1.
       captions: n texts, or None.
-      columns: Pictures in a row; default: as square as it gets.
-      scale: Each pixel becomes scale x scale; default: enough for 128 pixels of width.
+      together: how many pictures, one after the other, stay in one row.
 
     Returns:
       uint8 [H, W, 3].
@@ -65,10 +63,8 @@ def draw_grid(
     labels = [""] * n if captions is None else list(captions)
     if len(labels) != n:
         raise ValueError(f"{n} pictures, but {len(labels)} captions")
-    across = min(n, math.ceil(math.sqrt(n)) if columns is None else columns)
-    zoom = max(1, math.ceil(_READABLE / width)) if scale is None else scale
-    if across < 1 or zoom < 1:
-        raise ValueError(f"columns and scale must be at least 1; got {columns} and {scale}")
+    across = min(n, together * math.ceil(math.sqrt(n) / together))
+    zoom = max(1, math.ceil(_READABLE / width))
     big = images.repeat(zoom, axis=1).repeat(zoom, axis=2)
     height, width = height * zoom, width * zoom
 
@@ -102,11 +98,10 @@ def save_grid(
     path: str | os.PathLike[str],
     images: np.ndarray,
     captions: Sequence[str] | None = None,
-    columns: int | None = None,
-    scale: int | None = None,
+    together: int = 1,
 ) -> np.ndarray:
     """Write `draw_grid` of the same arguments as PNG, and return it."""
-    grid = draw_grid(images, captions, columns, scale)
+    grid = draw_grid(images, captions, together)
     save_png(path, grid)
     return grid
 

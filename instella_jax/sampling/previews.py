@@ -1,6 +1,7 @@
 """Images that show where the training of a stage stands."""
 
 import functools
+from typing import NamedTuple
 
 import jax
 import jax.numpy as jnp
@@ -13,12 +14,24 @@ from instella_jax.stages.base import Stage
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.stages.tokenizer import TokenizerStage, reconstruct
 
-Captioned = tuple[list[np.ndarray], list[str]]
+
+class Preview(NamedTuple):
+    """Images to show in a grid.
+
+    Attributes:
+      images: uint8 [n, h, w, 3].
+      captions: n texts.
+      together: how many images in a row belong together.
+    """
+
+    images: np.ndarray
+    captions: list[str]
+    together: int = 1
 
 
 @functools.singledispatch
-def preview(stage: Stage, params: Params, frozen: Params, count: int) -> Captioned:
-    """Return images, uint8 [h, w, 3], and their captions, made with a stage's parameters.
+def preview(stage: Stage, params: Params, frozen: Params, count: int) -> Preview:
+    """Make images with a stage's parameters.
 
     Args:
       stage: what is trained.
@@ -30,24 +43,22 @@ def preview(stage: Stage, params: Params, frozen: Params, count: int) -> Caption
 
 
 @preview.register
-def _(stage: TokenizerStage, params: Params, frozen: Params, count: int) -> Captioned:
+def _(stage: TokenizerStage, params: Params, frozen: Params, count: int) -> Preview:
     """Return held-out images, each followed by its reconstruction."""
     del frozen
     originals = next(stage.loader("heldout", batch_size=count, drop_remainder=False))["image"]
     copies, quality = fetch(reconstruct(stage.network, params["tokenizer"], jnp.asarray(originals)))
-    images, captions = [], []
-    for image, copy, decibel in zip(originals, copies, quality, strict=True):
-        images += [image, copy]
-        captions += ["original", f"{decibel:.1f} dB"]
-    return images, captions
+    pairs = np.stack([originals, copies], axis=1)
+    captions = [text for decibel in quality for text in ("original", f"{decibel:.1f} dB")]
+    return Preview(pairs.reshape(-1, *originals.shape[1:]), captions, together=2)
 
 
 @preview.register
-def _(stage: GeneratorStage, params: Params, frozen: Params, count: int) -> Captioned:
+def _(stage: GeneratorStage, params: Params, frozen: Params, count: int) -> Preview:
     """Sample the first held-out captions with the config's sampling settings."""
     texts = next(stage.loader("heldout", batch_size=count, drop_remainder=False))["text"]
     mesh = jax.sharding.get_mesh()
     pipeline = InstellaPipeline.from_stage(
         stage, {**frozen, **params}, None if mesh.empty else mesh
     )
-    return list(pipeline(texts, options_from_config(stage.config.sample))), texts
+    return Preview(pipeline(texts, options_from_config(stage.config.sample)), texts)

@@ -1,5 +1,6 @@
 """What the training loop needs to know of a stage."""
 
+from pathlib import Path
 from typing import Any, Protocol
 
 import jax
@@ -20,6 +21,11 @@ class Stage(Protocol):
     @property
     def frozen_networks(self) -> dict[str, Network]:
         """The networks that the loss reads and nobody trains, by part; {} without."""
+        ...
+
+    @property
+    def text_tokenizer_file(self) -> Path | None:
+        """The `tokenizer.json` that a model folder of this stage takes along, if it reads text."""
         ...
 
     def frozen(self) -> Params:

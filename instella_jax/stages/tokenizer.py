@@ -71,6 +71,11 @@ class TokenizerStage:
         """None."""
         return {}
 
+    @property
+    def text_tokenizer_file(self) -> None:
+        """None: it reads no text."""
+        return None
+
     def frozen(self) -> Params:
         """Return nothing."""
         return {}

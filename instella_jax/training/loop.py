@@ -10,7 +10,6 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
-import numpy as np
 
 from instella_jax.checkpoints.manager import Checkpoints
 from instella_jax.config import Config
@@ -242,10 +241,10 @@ class _Run:
         if not count:
             return
         self.rate.pause()
-        pictures, captions = preview(self.stage, self.state.ema, self.frozen, count)
+        shown = preview(self.stage, self.state.ema, self.frozen, count)
         if self.first:
             path = self.workdir / "samples" / f"{step:08d}.png"
-            grid = save_grid(path, np.stack(pictures), captions)
+            grid = save_grid(path, *shown)
             self.writer.image(step, "samples", grid)
             self.progress.message(f"pictures at step {step}: {path}")
         self.rate.resume()
@@ -257,7 +256,7 @@ class _Run:
             return
         folder = self.workdir / "model"
         description = {**self.stage.describe(), "step": step}
-        text = getattr(self.stage, "text_tokenizer_file", None)
+        text = self.stage.text_tokenizer_file
         model_folder.save(folder, description, average, dtype="bfloat16", text_tokenizer=text)
         self.progress.message(f"model: {folder}")
 

@@ -19,30 +19,43 @@ def find(grid, block):
 
 def test_pictures_are_enlarged_crisply_and_in_reading_order():
     images = pictures(5, height=6, width=9)
-    grid = draw_grid(images, ["one", "two", "three", "four", "five"], columns=2, scale=3)
+    grid = draw_grid(images, ["one", "two", "three", "four", "five"])
     corners = []
     for image in images:
-        found = find(grid, np.kron(image, np.ones((3, 3, 1), np.uint8)))
+        found = find(grid, np.kron(image, np.ones((15, 15, 1), np.uint8)))
         assert len(found) == 1
         corners += found
     assert corners == sorted(corners)
-    assert len({top for top, _ in corners}) == 3 and len({left for _, left in corners}) == 2
+    assert len({top for top, _ in corners}) == 2 and len({left for _, left in corners}) == 3
+
+
+@pytest.mark.parametrize("pairs", [1, 3, 5, 16])
+def test_pictures_that_belong_together_are_in_one_row(pairs):
+    # Each pair has a colour of its own, the first bright and the second dark.
+    colours = np.random.default_rng(1).permutation(100)[:pairs] + 10
+    images = np.stack([np.full((128, 128, 3), c + d) for c in colours for d in (120, 0)])
+    grid = draw_grid(images.astype(np.uint8), together=2)
+    for index in range(0, 2 * pairs, 2):
+        rows = [
+            np.unique(np.nonzero((grid == c).all(-1))[0]) for c in images[index : index + 2, 0, 0]
+        ]
+        np.testing.assert_array_equal(*rows)
 
 
 def test_captions_are_drawn_under_their_picture_alone():
     images = pictures(2, 32, 32)
-    bare = draw_grid(images, ["", "x"], columns=2, scale=2)
-    full = draw_grid(images, ["abc", "x"], columns=2, scale=2)
+    bare = draw_grid(images, ["", "x"])
+    full = draw_grid(images, ["abc", "x"])
     rows, columns = np.nonzero((bare != full).any(-1))
-    top, left = find(bare, images[0].repeat(2, 0).repeat(2, 1))[0]
-    assert rows.min() >= top + 64 and columns.min() >= left and columns.max() < left + 64
+    top, left = find(bare, images[0].repeat(4, 0).repeat(4, 1))[0]
+    assert rows.min() >= top + 128 and columns.min() >= left and columns.max() < left + 128
 
 
 def test_long_captions_stay_inside_their_cell():
     images = pictures(1, 16, 16)
-    short = draw_grid(images, ["a"], scale=4)
+    short = draw_grid(images, ["a"])
     for caption in ("many words " * 50, "W" * 300):
-        grid = draw_grid(images, [caption], scale=4)
+        grid = draw_grid(images, [caption])
         assert grid.shape[1] == short.shape[1] and short.shape[0] < grid.shape[0] < 400
         margin = grid[:, -6:]
         assert (margin == margin[0, 0]).all()
@@ -82,8 +95,6 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
         (pictures(2)[0], {}),
         (pictures(2)[:0], {}),
         (pictures(2), {"captions": ["one"]}),
-        (pictures(2), {"scale": 0}),
-        (pictures(2), {"columns": 0}),
     ],
 )
 def test_wrong_input_is_refused(images, arguments):
