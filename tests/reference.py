@@ -1,4 +1,4 @@
-"""SPEC's networks once more, in plain numpy and one tensor at a time, to compare with.
+"""The networks of docs/model.md in plain numpy, one tensor at a time, to compare with.
 
 Weights `w` are dictionaries with the reference's names; images are [B, 3, height, width].
 """

@@ -25,7 +25,7 @@ from tests.toy_stage import Points
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
 VARIANTS = ("", "instella_512", "instella_1024")
 GENERATORS = ("t2i_diffusion", "t2i_ar")
-# Published sizes, SPEC sections 1 to 4.
+# Published sizes, docs/model.md.
 TOKENIZER = dict(
     patch=16, tokens=128, bits=64, encoder=(12, 12, 64), decoder=(16, 16, 64), levels=1
 )
@@ -51,7 +51,7 @@ def linear(fan_in, fan_out):
 
 
 def tokenizer_count(patch, tokens, bits, encoder, decoder, levels):
-    """Numbers in the tokenizer, by SPEC section 1."""
+    """Numbers in the tokenizer, by docs/model.md."""
 
     def blocks(layers, heads, head):
         d = heads * head
@@ -66,7 +66,7 @@ def tokenizer_count(patch, tokens, bits, encoder, decoder, levels):
 
 
 def diffusion_count(layers, heads, head, tokens, bits, text):
-    """Numbers in the diffusion generator, by SPEC section 3."""
+    """Numbers in the diffusion generator, by docs/model.md."""
     d = heads * head
     attention = linear(text, d) + 4 * d * d + 2 * head
     feed_forward = linear(d, 4 * d) + linear(4 * d, d)
@@ -76,7 +76,7 @@ def diffusion_count(layers, heads, head, tokens, bits, text):
 
 
 def ar_count(layers, heads, head, tokens, bits, text):
-    """Numbers in the autoregressive generator, by SPEC section 4."""
+    """Numbers in the autoregressive generator, by docs/model.md."""
     d = heads * head
     attention = linear(text, d) + 4 * d * d + 2 * head
     feed_forward = linear(d, 4 * d) + linear(4 * d, d)
@@ -86,7 +86,7 @@ def ar_count(layers, heads, head, tokens, bits, text):
 
 
 def olmo_count(layers, width, hidden, vocabulary):
-    """Numbers in the language model, by SPEC section 2: tied embedding, plain norms."""
+    """Numbers in the language model, by docs/model.md: tied embedding, plain norms."""
     return vocabulary * width + layers * (4 * width * width + 3 * width * hidden)
 
 

@@ -83,3 +83,36 @@ def test_the_changelog_knows_the_version():
         (ROOT / "CHANGELOG.md").read_text(),
         re.MULTILINE,
     )
+
+
+def sources():
+    """Text of every source and document by its path in the clone."""
+    kinds = {".py", ".sh", ".md", ".ipynb"}
+    folders = ("benchmarks", "configs", "docs", "instella_jax", "launch", "tests", "tools")
+    found = [path for folder in folders for path in sorted((ROOT / folder).rglob("*"))]
+    files = [*ROOT.glob("*.md"), ROOT / "setup.py", *found]
+    return {str(path.relative_to(ROOT)): path.read_text() for path in files if path.suffix in kinds}
+
+
+def test_every_document_that_is_named_is_in_the_clone():
+    texts = sources()
+    elsewhere = [name for name, text in texts.items() if re.search(r"\bSPE[C]\b", text)]
+    assert not elsewhere, "a clone holds no such document: docs/model.md has the mathematics"
+    named = {
+        (name, file)
+        for name, text in texts.items()
+        for file in re.findall(r"(?<![\w/.])docs/[\w./-]*\w", text)
+    }
+    assert len(named) > 10
+    assert not {(name, file) for name, file in named if not (ROOT / file).exists()}
+
+
+def test_every_section_that_is_named_is_in_its_document():
+    named = {
+        (name, section, file)
+        for name, text in sources().items()
+        for section, file in re.findall(r'"([^"]+)" in (docs/\w+\.md)', " ".join(text.split()))
+    }
+    assert len(named) > 5
+    for name, section, file in named:
+        assert f"## {section}\n" in (ROOT / file).read_text(), name

@@ -1,6 +1,6 @@
-"""The published system's own outputs for small random weights (SPEC section 6).
+"""The published system's own outputs for small random weights.
 
-PARITY_DIR names another folder of the same form.
+tests/data/parity/README.md says how to read them, PARITY_DIR names another folder of the same form.
 """
 
 import functools

@@ -10,7 +10,7 @@ import numpy as np
 
 
 class TrainTransform:
-    """Random crop and flip (SPEC section 5), and one of the captions at random.
+    """Random crop and flip, and one of the captions at random.
 
     The crop has the target's aspect ratio and keeps 80 to 100 % of the side that limits it; its
     size and place are uniform.

@@ -1,4 +1,6 @@
-"""The autoregressive generator: bits of earlier tokens and prompt -> logits (SPEC section 4).
+"""The autoregressive generator: bits of earlier tokens and prompt -> logits.
+
+The mathematics: "Autoregressive generator" in docs/model.md.
 
 Axes: B batch, N latent tokens, K bits, L text length, H heads, Dh head width, D = H * Dh.
 """

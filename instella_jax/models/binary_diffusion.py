@@ -1,4 +1,6 @@
-"""The process: noise on bits, what a network is asked, and the steps back (SPEC section 3).
+"""The process: noise on bits, what a network is asked, and the steps back.
+
+The mathematics: "Diffusion process" in docs/model.md.
 
 Pure functions that know no network. Axes: B batch, N latent tokens, K bits. Bits are floats of 0
 and 1; times are in [0, 1], 0 clean and 1 all noise.
@@ -130,7 +132,7 @@ def draw_bits(
     temperature: Scalar,
     uniforms: jax.Array,
 ) -> jax.Array:
-    """Draw bits from their own logits, as the autoregressive generator does (SPEC section 4).
+    """Draw bits from their own logits, as the autoregressive generator does.
 
     Args:
       conditional: logits given the prompt, any shape.

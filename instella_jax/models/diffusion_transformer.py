@@ -1,4 +1,6 @@
-"""The diffusion generator: noisy bits, time and prompt -> flip logits (SPEC section 3).
+"""The diffusion generator: noisy bits, time and prompt -> flip logits.
+
+The mathematics: "Diffusion generator" in docs/model.md.
 
 Axes: B batch, N latent tokens, K bits, L text length, H heads, Dh head width, D = H * Dh.
 """

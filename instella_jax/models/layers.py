@@ -140,7 +140,7 @@ def layer_norm(x: jax.Array, epsilon: float = NORM_EPSILON) -> jax.Array:
 def rope_tables(
     ids: np.ndarray, dims: Sequence[int], theta: float = 10_000.0
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return cosines and sines of rotary positions over several axes (SPEC section 1).
+    """Return cosines and sines of rotary positions over several axes.
 
     Args:
       ids: [T, A] positions on each axis, not necessarily whole.

@@ -1,4 +1,6 @@
-"""OLMo, the language model whose hidden states describe the prompt (SPEC section 2).
+"""OLMo, the language model whose hidden states describe the prompt.
+
+The mathematics: "Text features" in docs/model.md.
 
 Axes: B batch, L text length, H heads, D width.
 """

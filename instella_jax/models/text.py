@@ -21,7 +21,7 @@ _log = logging.getLogger(__name__)
 
 
 class TextTokenizer:
-    """A `tokenizers` tokenizer with the padding and truncation of SPEC 2: left, no begin token.
+    """A `tokenizers` tokenizer that pads on the left and adds no begin token.
 
     Attributes:
       vocab_size: number of token ids.

@@ -1,4 +1,6 @@
-"""The 1D binary tokenizer: an image <-> N tokens of K bits (SPEC section 1 of the paper's system).
+"""The 1D binary tokenizer: an image <-> N tokens of K bits.
+
+The mathematics: "Tokenizer" in docs/model.md.
 
 Axes: B batch, N latent tokens, K bits, D width, P patch; an image grid has `rows` x `columns`
 patches. Images are [B, height, width, 3] in [-1, 1].

@@ -35,7 +35,7 @@ _EXAMPLES = 5
 
 @dataclasses.dataclass(frozen=True)
 class Filters:
-    """What is kept (SPEC section 5).
+    """What is kept (see "Published recipe" in docs/model.md).
 
     Attributes:
       min_side: the shorter side in pixels, at least; 0: any.

@@ -48,7 +48,7 @@ def sample_diffusion(
     kernel: Implementation = "xla",
     uniforms: jax.Array | None = None,
 ) -> jax.Array:
-    """Sample codes from the diffusion generator (SPEC section 3).
+    """Sample codes from the diffusion generator ("Diffusion process" in docs/model.md).
 
     An image depends on the parameters, its prompt, its key and the options alone, not on the
     others of its batch. Only `network`, `protocol`, `target`, `kernel` and shapes recompile.
@@ -113,7 +113,7 @@ def sample_ar(
     kernel: Implementation = "xla",
     uniforms: jax.Array | None = None,
 ) -> jax.Array:
-    """Sample codes from the autoregressive generator, with a cache (SPEC section 4).
+    """Sample codes from the autoregressive generator, with a cache.
 
     An image depends on the parameters, its prompt, its key and the options alone, not on the
     others of its batch. Only `network`, `kernel` and shapes recompile.

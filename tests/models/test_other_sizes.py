@@ -1,7 +1,7 @@
 """Parity at other sizes than those of the published system's vectors.
 
-`reference.py` computes what SPEC says in plain numpy. It is held to the published vectors itself,
-then makes folders of the same form at other sizes, on which test_parity.py is run.
+`reference.py` computes what docs/model.md says in plain numpy. It is held to the published vectors
+itself, then makes folders of the same form at other sizes, on which test_parity.py is run.
 """
 
 import json
