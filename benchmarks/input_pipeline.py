@@ -24,7 +24,7 @@ from benchmarks.arguments import seconds, whole, whole_list
 from instella_jax.data.codes import CodeShards, PickVariant
 from instella_jax.data.images import decode_picture
 from instella_jax.data.loader import make_loader
-from instella_jax.data.shards import ImageShards, Shard, shard_writer, write_manifest
+from instella_jax.data.shards import ImageShards, Shard, shard_writer, write_dataset_file
 from instella_jax.data.transforms import TrainTransform, crop_resize
 from instella_jax.errors import UserError, command_line
 
@@ -85,7 +85,9 @@ def write_shards(folder: Path, files: list[bytes], copies: int) -> Path:
         for number in range(copies * len(files)):
             header = {"key": str(number), "texts": ["a photo of smooth noise"], "size": [0, 0]}
             writer.write(header, files[number % len(files)])
-    write_manifest(folder, "images", [Shard(path.name, writer.records, path.stat().st_size)], {})
+    write_dataset_file(
+        folder, "images", [Shard(path.name, writer.records, path.stat().st_size)], {}
+    )
     return folder
 
 
@@ -99,7 +101,7 @@ def write_codes(folder: Path, records: int, code_bytes: int) -> Path:
             writer.write(header, rng.bytes(code_bytes))
     details = {"num_tokens": code_bytes // 8, "bits": 64, "variants": 1, "image_size": 512}
     shards = [Shard(path.name, records, path.stat().st_size)]
-    write_manifest(folder, "codes", shards, {**details, "tokenizer": ""})
+    write_dataset_file(folder, "codes", shards, {**details, "tokenizer": ""})
     return folder
 
 

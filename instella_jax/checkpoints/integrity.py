@@ -3,7 +3,6 @@
 import hashlib
 import json
 import logging
-import os
 from collections.abc import Callable, Iterable
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -14,6 +13,7 @@ import numpy as np
 from jax.experimental import multihost_utils
 
 from instella_jax.errors import UserError
+from instella_jax.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
 
@@ -39,12 +39,7 @@ def write_manifest(folder: Path, leave_out: frozenset[str] = frozenset()) -> Non
         name: {"bytes": (folder / name).stat().st_size, "sha256": digest}
         for name, digest in zip(names, digests, strict=True)
     }
-    scratch = folder / f".{MANIFEST}.{os.getpid()}"
-    with scratch.open("w", encoding="utf-8") as file:
-        json.dump({"files": files}, file, indent=1)
-        file.flush()
-        os.fsync(file.fileno())
-    os.replace(scratch, folder / MANIFEST)
+    write_json(folder / MANIFEST, {"files": files})
 
 
 def find_damage(folder: Path) -> str | None:

@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from instella_jax.data.samples import BadSample
-from instella_jax.data.shards import Records, read_manifest
+from instella_jax.data.shards import Records, read_dataset_file
 from instella_jax.data.transforms import with_text
 from instella_jax.errors import UserError
 
@@ -75,15 +75,15 @@ def check(
     Raises:
       UserError: it is not.
     """
-    manifest = read_manifest(folder, "codes")
+    description = read_dataset_file(folder, "codes")
     wanted = {"num_tokens": num_tokens, "bits": bits, "image_size": image_size}
     for name, value in wanted.items():
-        if manifest[name] != value:
+        if description[name] != value:
             raise UserError(
-                f"the codes of {folder} have {name}={manifest[name]}, the config {value}; change "
-                "the config, or encode again"
+                f"the codes of {folder} have {name}={description[name]}, the config {value}; "
+                "change the config, or encode again"
             )
-    if tokenizer is not None and fingerprint(tokenizer) != manifest["tokenizer"]:
+    if tokenizer is not None and fingerprint(tokenizer) != description["tokenizer"]:
         raise UserError(
             f"the codes of {folder} were not made by the tokenizer {tokenizer}; give the one that "
             "made them, or encode again"
@@ -101,7 +101,7 @@ class CodeShards(Records):
     ):
         """Open a data set of codes; see `Records`."""
         super().__init__(folder, "codes", split=split, heldout=heldout)
-        self._bytes = packed_bytes(self.manifest["num_tokens"], self.manifest["bits"])
+        self._bytes = packed_bytes(self.description["num_tokens"], self.description["bits"])
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Read the code and the captions of one picture.

@@ -1,5 +1,6 @@
 """The sizes of a shard's pictures, in a file beside it: no picture need be read to learn them."""
 
+import io
 import logging
 import os
 from collections.abc import Callable, Sequence
@@ -10,6 +11,7 @@ from typing import Any
 import numpy as np
 
 from instella_jax.data.samples import BadSample
+from instella_jax.runtime.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -19,22 +21,18 @@ def sizes_path(shard: Path) -> Path:
     return shard.with_suffix(".sizes.npy")
 
 
-def write_sizes(shard: Path, scratch: Path, sizes: Sequence[Sequence[int] | None]) -> None:
+def write_sizes(shard: Path, sizes: Sequence[Sequence[int] | None]) -> None:
     """Write width and height of each picture of a shard, if all are known.
 
     Args:
       shard: path of the shard.
-      scratch: where the file is until it is whole.
       sizes: one for each record.
     """
     if None in sizes:
         return
-    try:
-        with scratch.open("wb") as file:
-            np.save(file, np.array(sizes, np.int32))
-        os.replace(scratch, sizes_path(shard))
-    finally:
-        scratch.unlink(missing_ok=True)
+    file = io.BytesIO()
+    np.save(file, np.array(sizes, np.int32))
+    write_bytes(sizes_path(shard), file.getvalue())
 
 
 def read_sizes(

@@ -22,6 +22,7 @@ import numpy as np
 from instella_jax.data.collate import Collate, TextEncoder, add_ids
 from instella_jax.data.samples import BadSample, Sample, Source, Transform
 from instella_jax.errors import UserError
+from instella_jax.runtime.absl_flags import allow_unparsed_flags
 
 if TYPE_CHECKING:
     import grain
@@ -270,7 +271,7 @@ def make_loader(
     else:
         batches = grain.IterDataset.mix(streams, weights=buckets.weights)
     if workers:
-        _allow_worker_processes()
+        allow_unparsed_flags()
         batches = batches.mp_prefetch(
             grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
         )
@@ -287,11 +288,3 @@ def make_loader(
 def _as_it_is(sample: Sample, _: np.random.Generator) -> Sample:
     """Change nothing."""
     return sample
-
-
-def _allow_worker_processes() -> None:
-    """Let grain start workers from a program that does not parse absl flags."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()

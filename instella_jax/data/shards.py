@@ -28,8 +28,10 @@ from instella_jax.data.image_sizes import read_sizes, write_sizes
 from instella_jax.data.images import decode_picture
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
+from instella_jax.runtime.absl_flags import allow_unparsed_flags
+from instella_jax.runtime.files import put_in_place, write_json
 
-MANIFEST = "dataset.json"
+DATASET_FILE = "dataset.json"
 _FORMAT = {"format": "instella-jax-shards", "version": 1}
 CONTENTS = ("images", "codes")
 
@@ -114,11 +116,8 @@ class _ShardWriter:
             reader.close()
             if found != self.records:
                 raise OSError(f"{found} of {self.records} records arrived on disk")
-            with self._scratch.open("rb") as file:
-                os.fsync(file.fileno())
-            sizes_scratch = self._scratch.with_name(f"{self._scratch.name}.sizes")
-            write_sizes(self._path, sizes_scratch, self._sizes)
-            os.replace(self._scratch, self._path)
+            write_sizes(self._path, self._sizes)
+            put_in_place(self._scratch, self._path)
 
     @contextlib.contextmanager
     def _told(self) -> Iterator[None]:
@@ -137,7 +136,7 @@ class _ShardWriter:
                 self._writer.close()
 
 
-def write_manifest(
+def write_dataset_file(
     folder: Path, content: str, shards: Sequence[Shard], details: Mapping[str, Any]
 ) -> None:
     """Write `dataset.json`, which makes a folder of shards a data set.
@@ -151,31 +150,24 @@ def write_manifest(
     records = sum(shard.records for shard in shards)
     rows = [dataclasses.asdict(shard) for shard in shards]
     write_json(
-        folder / MANIFEST,
+        folder / DATASET_FILE,
         {**_FORMAT, "content": content, "records": records, **details, "shards": rows},
     )
 
 
-def write_json(path: Path, value: Any) -> None:
-    """Write a JSON file, whole or not at all."""
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    scratch.write_text(json.dumps(value, indent=1, ensure_ascii=False) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
-
-
-def read_manifest(folder: str | os.PathLike[str], content: str) -> dict[str, Any]:
+def read_dataset_file(folder: str | os.PathLike[str], content: str) -> dict[str, Any]:
     """Read `dataset.json`.
 
     Raises:
       UserError: the folder is no data set, or one of something other than `content`.
     """
-    path = Path(folder).expanduser() / MANIFEST
+    path = Path(folder).expanduser() / DATASET_FILE
     how = "data import" if content == "images" else "data encode"
     try:
-        manifest = json.loads(path.read_text(encoding="utf-8"))
-        good = all(manifest[key] == value for key, value in _FORMAT.items())
-        shards = [Shard(**row) for row in manifest["shards"]]
-        found = manifest["content"]
+        description = json.loads(path.read_text(encoding="utf-8"))
+        good = all(description[key] == value for key, value in _FORMAT.items())
+        shards = [Shard(**row) for row in description["shards"]]
+        found = description["content"]
     except OSError as error:
         raise UserError(
             f"{folder} is not a finished data set: cannot read {path.name} ({error.strerror}); "
@@ -185,14 +177,15 @@ def read_manifest(folder: str | os.PathLike[str], content: str) -> dict[str, Any
         raise UserError(f"{path} is damaged ({error}); run `instella-jax {how}` again") from None
     if not good:
         raise UserError(
-            f"{path} is of format {manifest['format']!r}, version {manifest['version']}; expected "
-            f"{_FORMAT['format']!r}, version {_FORMAT['version']}: use the program that made it"
+            f"{path} is of format {description['format']!r}, version {description['version']}; "
+            f"expected {_FORMAT['format']!r}, version {_FORMAT['version']}: use the program that "
+            "made it"
         )
     if found != content:
         raise UserError(
             f"{folder} holds {found}, expected {content}; make them with `instella-jax {how}`"
         )
-    return {**manifest, "shards": shards}
+    return {**description, "shards": shards}
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,7 +213,8 @@ def _unusable(folder: Path, shards: Sequence[Shard]) -> list[tuple[range, str]]:
             size = (folder / shard.file).stat().st_size
         except OSError:
             raise UserError(
-                f"{folder} lacks {shard.file}, which its {MANIFEST} lists; copy the whole data set"
+                f"{folder} lacks {shard.file}, which its {DATASET_FILE} lists; copy the whole "
+                "data set"
             ) from None
         numbers = range(start, start + shard.records)
         start = numbers.stop
@@ -267,14 +261,14 @@ class Records:
         if not 0 < heldout <= 0.5:
             raise UserError(f"heldout is {heldout}: expected a part in (0, 0.5]")
         self.folder = Path(folder).expanduser()
-        self.manifest = read_manifest(self.folder, content)
-        shards: list[Shard] = self.manifest["shards"]
+        self.description = read_dataset_file(self.folder, content)
+        shards: list[Shard] = self.description["shards"]
         self._unusable = _unusable(self.folder, shards)
         self._split, self._period = split, round(1 / heldout)
         self._total = sum(shard.records for shard in shards)
         if len(self) == 0:
             raise UserError(f"{self.folder} has {self._total} record(s), none for {split}")
-        allow_flags()
+        allow_unparsed_flags()
         pieces: Any = [_Piece(str(self.folder / s.file), 0, s.records, s.records) for s in shards]
         self._records = ArrayRecordDataSource(pieces)
 
@@ -365,7 +359,7 @@ class ImageShards(Records):
         """Return width and height of each picture of the split, int32 [n, 2]; 0 where it is
         damaged."""
         start, found = 0, []
-        for shard in self.manifest["shards"]:
+        for shard in self.description["shards"]:
             numbers = range(start, start + shard.records)
             path = self.folder / shard.file
             found.append(read_sizes(path, numbers, lambda number: self._read(number)[0]))
@@ -375,11 +369,3 @@ class ImageShards(Records):
     def picture(self, payload: bytes, name: str) -> np.ndarray:
         """Decode a picture file: uint8 [h, w, 3]."""
         return decode_picture(io.BytesIO(payload), name, decode_side=self._decode_side)
-
-
-def allow_flags() -> None:
-    """Let ArrayRecord read its absl flags in a program that does not parse any."""
-    from absl import flags
-
-    if not flags.FLAGS.is_parsed():
-        flags.FLAGS.mark_as_parsed()

@@ -160,7 +160,7 @@ def encode_dataset(
         "image_size": views.image_size,
         "tokenizer": codes.fingerprint(folder),
     }
-    shards: list[Shard] = images.manifest["shards"]
+    shards: list[Shard] = images.description["shards"]
     plan = {"source": str(images.folder.resolve()), "options": dataclasses.asdict(views), **details}
     job = Job(out, plan, [f"{shard.file} ({shard.records}, {shard.bytes})" for shard in shards])
     index, count = part or (jax.process_index(), jax.process_count())

@@ -21,12 +21,12 @@ from typing import Any
 
 from instella_jax.data.images import FORMATS, decode_picture, shown_size
 from instella_jax.data.samples import BadSample
-from instella_jax.data.shards import write_json
 from instella_jax.errors import UserError
 from instella_jax.preparing import readers
 from instella_jax.preparing.items import Item, Problem
 from instella_jax.preparing.jobs import Job
 from instella_jax.preparing.readers import Unit
+from instella_jax.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
 

@@ -16,8 +16,9 @@ from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from instella_jax.data.shards import MANIFEST, Shard, shard_writer, write_json, write_manifest
+from instella_jax.data.shards import DATASET_FILE, Shard, shard_writer, write_dataset_file
 from instella_jax.errors import UserError
+from instella_jax.runtime.files import Locked, locked, write_json
 
 logger = logging.getLogger(__name__)
 
@@ -86,20 +87,19 @@ class Job:
         with contextlib.ExitStack() as stack:
             for lock in self.folder.glob(".lock-*"):
                 stack.enter_context(self._locked(lock))
-            self.manifest.unlink(missing_ok=True)
+            self.dataset_file.unlink(missing_ok=True)
             for path in (*folder.glob("[0-9]*.json"), *folder.glob(".[0-9]*")):
                 path.unlink(missing_ok=True)
 
     @contextlib.contextmanager
     def _locked(self, path: Path) -> Iterator[None]:
-        import fcntl
-
-        with path.open("a") as lock:
+        with contextlib.ExitStack() as stack:
             try:
-                fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except OSError:
+                stack.enter_context(locked(path))
+            except Locked as holder:
+                who = f" ({holder})" if str(holder) else ""
                 raise UserError(
-                    f"another process is writing {self.folder}; wait for it, or end it"
+                    f"another process is writing {self.folder}{who}; wait for it, or end it"
                 ) from None
             yield
 
@@ -164,12 +164,12 @@ class Job:
     ) -> None:
         """Write `dataset.json` of the results of all units."""
         shards = [Shard(**result["shard"]) for result in results if result["shard"]]
-        write_manifest(self.folder, content, shards, details)
+        write_dataset_file(self.folder, content, shards, details)
 
     @property
-    def manifest(self) -> Path:
+    def dataset_file(self) -> Path:
         """Path of `dataset.json`."""
-        return self.folder / MANIFEST
+        return self.folder / DATASET_FILE
 
     def _path(self, number: int, suffix: str) -> Path:
         return self.folder / _SHARDS / f"{number:05d}.{suffix}"

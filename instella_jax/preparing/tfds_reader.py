@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from instella_jax.data.samples import BadSample
-from instella_jax.data.shards import allow_flags
 from instella_jax.errors import UserError
 from instella_jax.preparing.items import IMAGE_KEYS, Item, Problem, captions, label_caption
+from instella_jax.runtime.absl_flags import allow_unparsed_flags
 
 
 def _builder(path: str | os.PathLike[str], split: str) -> Any:
@@ -65,7 +65,7 @@ def read_tfds(
     """
     import tensorflow_datasets as tfds
 
-    allow_flags()
+    allow_unparsed_flags()
     builder = _builder(path, split)
     features = builder.info.features
     wanted = (image_key,) if image_key else IMAGE_KEYS

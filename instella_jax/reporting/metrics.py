@@ -16,6 +16,7 @@ from typing import Any, TextIO
 import numpy as np
 
 from instella_jax.reporting.event_files import EventFile
+from instella_jax.runtime.files import write_bytes
 
 logger = logging.getLogger(__name__)
 
@@ -113,6 +114,4 @@ def _drop_after(path: Path, step: int) -> None:
     rows = read_metrics(path.parent)
     kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
     if kept != path.read_text(encoding="utf-8"):
-        scratch = path.with_name(f".{path.name}.{os.getpid()}")
-        scratch.write_text(kept, encoding="utf-8")
-        os.replace(scratch, path)
+        write_bytes(path, kept.encode())

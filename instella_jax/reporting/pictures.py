@@ -10,6 +10,8 @@ from typing import TYPE_CHECKING
 
 import numpy as np
 
+from instella_jax.runtime.files import replacing
+
 if TYPE_CHECKING:
     from PIL import ImageFont
 
@@ -29,12 +31,8 @@ def save_png(path: str | os.PathLike[str], picture: np.ndarray) -> None:
         raise ValueError(f"expected uint8 [H, W, 3]; got {picture.dtype} {list(picture.shape)}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    try:
+    with replacing(path) as scratch:
         Image.fromarray(picture).save(scratch, format="PNG")
-        os.replace(scratch, path)
-    finally:
-        scratch.unlink(missing_ok=True)
 
 
 def draw_grid(

@@ -3,9 +3,7 @@
 import contextlib
 import errno
 import json
-import logging
 import os
-import socket
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -15,8 +13,7 @@ from flax import traverse_util
 
 from instella_jax.config import Config
 from instella_jax.errors import UserError
-
-logger = logging.getLogger(__name__)
+from instella_jax.runtime.files import Locked, locked, write_json
 
 LOCK = ".lock"
 
@@ -47,10 +44,7 @@ def claim_workdir(workdir: str | os.PathLike[str], config: Config) -> None:
 
 def note_config(workdir: str | os.PathLike[str], config: Config) -> None:
     """Write the config of the run that begins into its workdir."""
-    path = Path(workdir) / "config.json"
-    scratch = path.with_name(f".config.json.{os.getpid()}")
-    scratch.write_text(json.dumps(json.loads(config.to_json()), indent=1) + "\n", encoding="utf-8")
-    os.replace(scratch, path)
+    write_json(Path(workdir) / "config.json", json.loads(config.to_json()))
 
 
 def check_config(workdir: str | os.PathLike[str], config: Config) -> None:
@@ -94,39 +88,16 @@ def only_run(workdir: str | os.PathLike[str]) -> Iterator[None]:
     from jax.experimental import multihost_utils
 
     path = Path(workdir) / LOCK
-    handle, holder = _lock(path) if jax.process_index() == 0 else (None, None)
-    try:
-        taken = bool(multihost_utils.broadcast_one_to_all(np.bool_(holder is not None)))
-        if taken:
+    taken, who = False, ""
+    with contextlib.ExitStack() as stack:
+        try:
+            if jax.process_index() == 0:
+                stack.enter_context(locked(path))
+        except Locked as holder:
+            taken, who = True, f" ({holder})" if str(holder) else ""
+        if multihost_utils.broadcast_one_to_all(np.bool_(taken)):
             raise UserError(
-                f"workdir {workdir} is in use by another run{holder or ''}: wait until that has "
-                "ended, or choose another --workdir"
+                f"workdir {workdir} is in use by another run{who}: wait until that has ended, or "
+                "choose another --workdir"
             )
         yield
-    finally:
-        if handle is not None:
-            os.close(handle)
-
-
-def _lock(path: Path) -> tuple[int | None, str | None]:
-    """Return the open lock file, and who holds it where that is not this process."""
-    try:
-        import fcntl
-
-        handle = os.open(path, os.O_RDWR | os.O_CREAT, 0o644)
-    except (ImportError, OSError) as error:
-        logger.warning("two runs on one workdir are not noticed: no lock on %s (%s)", path, error)
-        return None, None
-    try:
-        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except OSError as error:
-        if error.errno in (errno.EWOULDBLOCK, errno.EACCES):
-            text = os.read(handle, 200).decode(errors="replace").strip()
-            os.close(handle)
-            return None, f" ({text})" if text else ""
-        logger.warning("two runs on one workdir are not noticed: no lock on %s (%s)", path, error)
-        return handle, None
-    with contextlib.suppress(OSError):  # a full disk takes the name of the holder only
-        os.ftruncate(handle, 0)
-        os.write(handle, f"process {os.getpid()} on {socket.gethostname()}\n".encode())
-    return handle, None

@@ -1,7 +1,6 @@
 """A model folder -> the published layout, orbax checkpoints, or safetensors."""
 
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,7 +11,7 @@ import numpy as np
 from instella_jax.errors import UserError
 from instella_jax.models.functional import Network
 from instella_jax.models.layers import Execution
-from instella_jax.runtime.files import fresh_folder
+from instella_jax.runtime.files import fresh_folder, write_json
 from instella_jax.weights import convert, model_folder, model_parts, published, reference_names
 from instella_jax.weights.tensor_files import Tensors, open_safetensors, write_safetensors
 
@@ -141,8 +140,7 @@ def _write_reference(
     write_safetensors(path, specs, pieces())
     if part == "text":
         config = origin.get("text_config") or _olmo_json(description["text"])
-        text = json.dumps(config, indent=1) + "\n"
-        (path.parent / "config.json").write_text(text, encoding="utf-8")
+        write_json(path.parent / "config.json", config)
         if (source / "tokenizer.json").exists():
             shutil.copyfile(source / "tokenizer.json", path.parent / "tokenizer.json")
 

@@ -8,7 +8,6 @@ where it was trained here, "diffusion" and "ar" where both may be there; their s
 
 import contextlib
 import dataclasses
-import json
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -24,6 +23,7 @@ from instella_jax.models.functional import Network, abstract_params
 from instella_jax.models.layers import REMAT_POLICIES, Execution
 from instella_jax.models.tokenizer import TokenizerConfig
 from instella_jax.runtime import sharding
+from instella_jax.runtime.files import replacing, write_bytes, write_json
 from instella_jax.weights.tensor_files import Tensors, open_safetensors, read_json
 
 ASSETS = Path(__file__).parents[1] / "assets"
@@ -135,19 +135,12 @@ def save(
             name: np.ascontiguousarray(a if dtype is None else a.astype(dtype))
             for name, a in flatten(params).items()
         }
-        _replace(folder / f"{part}.safetensors", lambda path, a=arrays: save_file(a, path))
+        with replacing(folder / f"{part}.safetensors") as scratch:
+            save_file(arrays, scratch)
+            scratch.chmod(0o644)  # safetensors makes private files
     if text_tokenizer is not None:
-        text = text_tokenizer.read_bytes()
-        _replace(folder / "tokenizer.json", lambda path: path.write_bytes(text))
-    text = json.dumps(dict(description), indent=1) + "\n"
-    _replace(folder / "config.json", lambda path: path.write_text(text, encoding="utf-8"))
-
-
-def _replace(path: Path, write: Any) -> None:
-    scratch = path.with_name(f".{path.name}.{os.getpid()}")
-    write(scratch)
-    os.chmod(scratch, 0o644)  # safetensors makes private files
-    os.replace(scratch, path)
+        write_bytes(folder / "tokenizer.json", text_tokenizer.read_bytes())
+    write_json(folder / "config.json", dict(description))
 
 
 def find(value: str, key: str) -> Path:

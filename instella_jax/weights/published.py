@@ -8,7 +8,6 @@ A published model is a folder with `bae/model.safetensors` and one or both of `d
 
 import contextlib
 import dataclasses
-import json
 import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -21,7 +20,7 @@ from instella_jax.models.functional import Network
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.text import TextTokenizer
 from instella_jax.models.tokenizer import BinaryTokenizer
-from instella_jax.runtime.files import fresh_folder
+from instella_jax.runtime.files import fresh_folder, write_json
 from instella_jax.weights import (
     convert,
     model_folder,
@@ -88,8 +87,7 @@ def import_model(
             with open_any(part.path) as tensors:
                 _write_part(folder, name, part, tensors)
         shutil.copyfile(text_encoder / "tokenizer.json", folder / "tokenizer.json")
-        text = json.dumps(description, indent=1) + "\n"
-        (folder / "config.json").write_text(text, encoding="utf-8")
+        write_json(folder / "config.json", description)
 
 
 def inspect(

@@ -210,4 +210,4 @@ def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
     monkeypatch.setattr(fcntl, "flock", none)
     with caplog.at_level(logging.WARNING), only_run(tmp_path):
         pass
-    assert "two runs on one workdir are not noticed" in caplog.text
+    assert "another process at the same work is not noticed" in caplog.text

@@ -71,7 +71,7 @@ def shards(tmp_path):
 
 def test_broken_records_are_named_counted_and_cost_nothing_else(shards, tmp_path, caplog):
     source = ImageShards(shards)
-    path = shards / source.manifest["shards"][0].file
+    path = shards / source.description["shards"][0].file
     data = bytearray(path.read_bytes())
     records = {number: pack(*source.read(number)) for number in (5, 17, 31)}
     places = {number: data.index(record) for number, record in records.items()}

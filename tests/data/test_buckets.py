@@ -16,7 +16,7 @@ from instella_jax.config import data
 from instella_jax.data import buckets
 from instella_jax.data.folder import FolderSource
 from instella_jax.data.image_sizes import sizes_path
-from instella_jax.data.shards import ImageShards, Shard, shard_writer, write_manifest
+from instella_jax.data.shards import ImageShards, Shard, shard_writer, write_dataset_file
 from instella_jax.data.sources import make_split
 from instella_jax.errors import UserError
 from instella_jax.preparing.importing import Filters, import_dataset
@@ -235,7 +235,7 @@ def write(folder, values, shapes):
                 header = {"key": f"k{value}", "texts": ["x"], "size": [width, height]}
                 writer.write(header, png(value, height, width))
         shards.append(Shard(path.name, writer.records, path.stat().st_size))
-    write_manifest(folder, "images", shards, {})
+    write_dataset_file(folder, "images", shards, {})
     return folder
 
 

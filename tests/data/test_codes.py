@@ -18,7 +18,7 @@ from PIL import Image
 
 from instella_jax.data import codes
 from instella_jax.data.codes import CodeShards, PickVariant
-from instella_jax.data.shards import ImageShards, Shard, shard_writer, write_manifest
+from instella_jax.data.shards import ImageShards, Shard, shard_writer, write_dataset_file
 from instella_jax.data.sources import make_split, part_names, part_paths
 from instella_jax.data.watch import DataWatch
 from instella_jax.errors import UserError
@@ -47,7 +47,7 @@ def pictures(tmp_path_factory):
                 header = {"key": f"k{row}", "texts": [f"{row} a", f"{row} b"], "size": [48, 40]}
                 writer.write(header, b"broken" if row == 4 else file.getvalue())
         shards.append(Shard(path.name, len(rows), path.stat().st_size))
-    write_manifest(folder, "images", shards, {})
+    write_dataset_file(folder, "images", shards, {})
     return folder, images
 
 
@@ -175,7 +175,7 @@ def test_a_killed_encoding_loses_and_repeats_nothing(tiny_tokenizer_folder, tmp_
             for row in range(40):
                 writer.write({"key": f"{number}-{row}", "texts": ["noise"]}, image.getvalue())
         shards.append(Shard(path.name, 40, path.stat().st_size))
-    write_manifest(folder, "images", shards, {})
+    write_dataset_file(folder, "images", shards, {})
     out, arguments = tmp_path / "out", (str(tiny_tokenizer_folder), str(folder))
     command = [sys.executable, "-m", "instella_jax", "data", "encode", *arguments, str(out)]
     process = subprocess.Popen(

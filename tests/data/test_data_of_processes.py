@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instella_jax.data.shards import ImageShards, Shard, pack, shard_writer, write_manifest
+from instella_jax.data.shards import ImageShards, Shard, pack, shard_writer, write_dataset_file
 from instella_jax.reporting.metrics import read_metrics
 from tests.runtime.test_distributed import losses, run
 
@@ -43,7 +43,9 @@ def write_broken(folder, picture):
             colours.resize(size, Image.Resampling.BICUBIC).save(picture)
             header = {"key": str(number), "texts": ["x"], "size": size}
             writer.write(header, picture.read_bytes())
-    write_manifest(folder, "images", [Shard(path.name, writer.records, path.stat().st_size)], {})
+    write_dataset_file(
+        folder, "images", [Shard(path.name, writer.records, path.stat().st_size)], {}
+    )
     source, data = ImageShards(folder), bytearray(path.read_bytes())
     for number in BROKEN:
         data[data.index(pack(*source.read(number))) + 200] ^= 0x10

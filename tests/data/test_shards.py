@@ -18,7 +18,7 @@ from instella_jax.data.shards import (
     pack,
     shard_writer,
     unpack,
-    write_manifest,
+    write_dataset_file,
 )
 from instella_jax.data.sources import make_split
 from instella_jax.data.transforms import EvalTransform, TrainTransform
@@ -42,7 +42,7 @@ def write(folder, values, per_shard=10, base=0):
                 header = {"key": f"k{value}", "texts": [str(value), f"ü {value}"], "size": [16, 12]}
                 writer.write(header, png(base + value))
         shards.append(Shard(path.name, writer.records, path.stat().st_size))
-    write_manifest(folder, "images", shards, {})
+    write_dataset_file(folder, "images", shards, {})
     return folder
 
 

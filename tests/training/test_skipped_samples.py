@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 from instella_jax.data.codes import CodeShards
-from instella_jax.data.shards import ImageShards, Shard, pack, shard_writer, write_manifest
+from instella_jax.data.shards import ImageShards, Shard, pack, shard_writer, write_dataset_file
 from instella_jax.data.sources import make_split
 from instella_jax.reporting.metrics import read_metrics
 from instella_jax.runtime import sharding
@@ -77,7 +77,7 @@ def make_records(folder, content, payload, details):
             header = {"key": str(number), "texts": [str(number)], "size": [24, 20]}
             writer.write(header, payload(number))
     shards = [Shard(path.name, writer.records, path.stat().st_size)]
-    write_manifest(folder, content, shards, details)
+    write_dataset_file(folder, content, shards, details)
 
 
 def make_shards(folder):
