@@ -55,6 +55,8 @@ def base(stage: str, variant: str) -> Config:
             shipped="" if published else f"demo_{stage}",
             data=data(VARIANTS[variant], "folder" if published else "scenes"),
             optimizer=dict(
+                # "adamw", or "muon" for the kernels of the blocks and AdamW for the rest.
+                kind="adamw",
                 learning_rate=1e-4,
                 warmup_steps=1_000,
                 schedule="constant",
@@ -64,6 +66,8 @@ def base(stage: str, variant: str) -> Config:
                 eps=1e-8,
                 weight_decay=0.0,
                 clip=1.0,
+                # The peak of its own learning rate, which follows the same schedule.
+                muon=dict(learning_rate=0.02, momentum=0.95),
             ),
             train=dict(
                 steps=100_000,

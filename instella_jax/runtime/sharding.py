@@ -139,16 +139,22 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
 
     An axis that its mesh axis does not divide stays whole.
     """
-    specs = nn.logical_to_mesh(nn.get_partition_spec(boxed), RULES)
 
-    def fit(leaf: Any, spec: P) -> NamedSharding:
+    def fit(array: Any, names: tuple[str | None, ...]) -> NamedSharding:
         parts = []
-        for size, axis in zip(leaf.shape, tuple(spec), strict=False):
-            names = (axis,) if isinstance(axis, str) else tuple(axis or ())
-            parts.append(axis if size % math.prod(mesh.shape[n] for n in names) == 0 else None)
+        for size, axis in zip(array.shape, nn.logical_to_mesh_axes(names, RULES), strict=False):
+            axes = (axis,) if isinstance(axis, str) else tuple(axis or ())
+            parts.append(axis if size % math.prod(mesh.shape[n] for n in axes) == 0 else None)
         return NamedSharding(mesh, P(*parts))
 
-    return jax.tree.map(fit, values(boxed), specs)
+    def fit_all(leaf: Any) -> Any:
+        boxed = isinstance(leaf, nn.Partitioned)
+        # An optimizer that leaves a parameter to another one has nothing in its box.
+        return jax.tree.map(
+            lambda array: fit(array, leaf.names if boxed else ()), leaf.value if boxed else leaf
+        )
+
+    return jax.tree.map(fit_all, boxed, is_leaf=lambda x: isinstance(x, nn.Partitioned))
 
 
 def placed(boxed: Any, mesh: Mesh) -> Any:

@@ -1,6 +1,10 @@
 """The optimizer and its learning rate over the steps."""
 
+from typing import Any
+
+import jax
 import optax
+from optax import contrib
 
 from instella_jax.config import Config
 from instella_jax.errors import UserError
@@ -29,14 +33,67 @@ def make_schedule(config: Config, steps: int) -> optax.Schedule:
 
 
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
-    """Return AdamW after a clip of the global gradient norm."""
-    return optax.chain(
-        optax.clip_by_global_norm(config.clip),
-        optax.adamw(
-            make_schedule(config, steps),
-            b1=config.b1,
-            b2=config.b2,
-            eps=config.eps,
-            weight_decay=config.weight_decay,
-        ),
+    """Return the optimizer that `optimizer.kind` names, after a clip of the global gradient norm.
+
+    "adamw" treats all parameters alike. "muon" takes the kernels of the stacked blocks, whose
+    momentum it orthogonalises layer by layer, and leaves the rest to AdamW.
+
+    Raises:
+      UserError: the kind or the schedule is unknown.
+    """
+    if config.kind == "adamw":
+        return optax.chain(optax.clip_by_global_norm(config.clip), _adamw(config, steps))
+    if config.kind == "muon":
+        kinds = {"muon": _muon(config, steps), "adamw": _adamw(config, steps)}
+        return optax.chain(
+            optax.clip_by_global_norm(config.clip), optax.partition(kinds, _kind_of_each)
+        )
+    raise UserError(f"optimizer.kind is {config.kind!r}: expected 'adamw' or 'muon'")
+
+
+def _adamw(config: Config, steps: int) -> optax.GradientTransformation:
+    return optax.adamw(
+        make_schedule(config, steps),
+        b1=config.b1,
+        b2=config.b2,
+        eps=config.eps,
+        weight_decay=config.weight_decay,
     )
+
+
+def _muon(config: Config, steps: int) -> optax.GradientTransformation:
+    """Return Muon (Jordan et al., 2024) for kernels [layers, fan_in, fan_out].
+
+    Updates are scaled by sqrt(max(1, fan_out / fan_in)), so that one learning rate serves several
+    widths.
+    """
+    ratio = config.muon.learning_rate / config.learning_rate
+    schedule = make_schedule(config, steps)
+    return optax.chain(
+        contrib.scale_by_muon(
+            beta=config.muon.momentum, weight_dimension_numbers=_stacked_matrices
+        ),
+        optax.stateless(lambda updates, _: jax.tree.map(_scale_for_width, updates)),
+        optax.add_decayed_weights(config.weight_decay),
+        optax.scale_by_learning_rate(lambda step: ratio * schedule(step)),
+    )
+
+
+def _scale_for_width(update: jax.Array) -> jax.Array:
+    _, fan_in, fan_out = update.shape
+    return update * max(1.0, fan_out / fan_in) ** 0.5
+
+
+def _stacked_matrices(tree: Any) -> Any:
+    # Axis 0 counts the layers.
+    return jax.tree.map(lambda _: contrib.MuonDimensionNumbers((1,), (2,)), tree)
+
+
+def _kind_of_each(params: Any) -> Any:
+    """Return "muon" or "adamw" for each parameter, with its logical axes or without."""
+
+    def kind(path: tuple[Any, ...], leaf: Any) -> str:
+        is_kernel = any(getattr(key, "key", None) == "kernel" for key in path)
+        return "muon" if is_kernel and leaf.ndim == 3 else "adamw"
+
+    return jax.tree_util.tree_map_with_path(kind, params)

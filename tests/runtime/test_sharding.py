@@ -91,7 +91,10 @@ def assert_close(a, b):
 
 @pytest.fixture(params=["tokenizer", "diffusion"])
 def config(request):
-    return request.getfixturevalue(f"tiny_{request.param}_config")
+    stage, _, optimizer = request.param.partition(" by ")
+    config = request.getfixturevalue(f"tiny_{stage}_config")
+    config.optimizer.kind = optimizer or "adamw"
+    return config
 
 
 @pytest.fixture(scope="module")
@@ -103,10 +106,11 @@ def known():
 @pytest.fixture
 def on_one_device(config, known):
     """Initial state, and what `two_steps` returns."""
-    if config.stage not in known:
+    key = config.stage, config.optimizer.kind
+    if key not in known:
         initial = first_state(config, ONE)
-        known[config.stage] = (initial, *two_steps(config, ONE, initial))
-    return known[config.stage]
+        known[key] = (initial, *two_steps(config, ONE, initial))
+    return known[key]
 
 
 @pytest.mark.parametrize(
@@ -115,6 +119,7 @@ def on_one_device(config, known):
         *itertools.product(["tokenizer"], MESHES),
         *(pytest.param("diffusion", name, marks=pytest.mark.slow) for name in MESHES),
         pytest.param("ar", "mixed", marks=pytest.mark.slow),
+        *itertools.product(["tokenizer by muon"], ["data", "mixed"]),
     ],
     indirect=["config"],
 )
