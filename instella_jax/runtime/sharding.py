@@ -141,8 +141,8 @@ def tree_shardings(boxed: Any, mesh: Mesh) -> Any:
     """
 
     def fit(array: Any, names: tuple[str | None, ...]) -> NamedSharding:
-        parts = []
-        for size, axis in zip(array.shape, nn.logical_to_mesh_axes(names, RULES), strict=False):
+        parts, spec = [], nn.logical_to_mesh_axes(names, RULES) or ()
+        for size, axis in zip(array.shape, spec, strict=False):
             axes = (axis,) if isinstance(axis, str) else tuple(axis or ())
             parts.append(axis if size % math.prod(mesh.shape[n] for n in axes) == 0 else None)
         return NamedSharding(mesh, P(*parts))

@@ -44,7 +44,7 @@ def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     if config.kind == "adamw":
         return optax.chain(optax.clip_by_global_norm(config.clip), _adamw(config, steps))
     if config.kind == "muon":
-        kinds = {"muon": _muon(config, steps), "adamw": _adamw(config, steps)}
+        kinds: dict[Any, Any] = {"muon": _muon(config, steps), "adamw": _adamw(config, steps)}
         return optax.chain(
             optax.clip_by_global_norm(config.clip), optax.partition(kinds, _kind_of_each)
         )

@@ -12,6 +12,7 @@ from instella_jax.training.step import init_state, make_step
 from tests.toy_stage import Points, ToyStage
 
 OPTIMIZER = dict(
+    kind="adamw",
     learning_rate=0.1, warmup_steps=0, schedule="constant", final_fraction=0.1, b1=0.8, b2=0.9,
     eps=1e-3, weight_decay=0.05, clip=1.0,
 )  # fmt: skip
