@@ -1,4 +1,5 @@
 import hashlib
+import itertools
 import os
 import pickle
 import subprocess
@@ -16,7 +17,7 @@ from instella_jax.data.scenes.combinations import (
     heldout_relation,
 )
 from instella_jax.data.scenes.scene import Placed, Scene
-from instella_jax.data.scenes.source import EmojiScenes, heldout_prompts
+from instella_jax.data.scenes.source import EmojiScenes, draw, heldout_prompts
 from instella_jax.errors import UserError
 from tests.paths import ROOT
 
@@ -82,10 +83,11 @@ def _ink(source: EmojiScenes, scene: Scene, image: np.ndarray) -> None:
         assert 0 <= left <= size - side
         box = np.s_[top : top + side, left : left + side]
         inside[box] += 1
-        distance = np.linalg.norm(image[box].astype(float) - ground, axis=-1)
-        solid = sprites.sprite(placed.name, scene.style, side)[..., 3] > 0.9
-        assert solid.mean() > 0.05
-        assert (distance[solid] > 40).mean() > 0.5, placed
+        seen = np.linalg.norm(image[box].astype(float) - ground, axis=-1) > 40
+        # Thin lines have no solid pixel when they are small: all that is painted counts.
+        painted = sprites.sprite(placed.name, scene.style, side)[..., 3]
+        assert seen.mean() > 0.05, (placed, scene)
+        assert seen.sum() > 0.5 * painted.sum(), (placed, scene)
     assert inside.max() <= 1, "objects overlap"
     assert not changed[inside == 0].any()
 
@@ -106,9 +108,10 @@ def test_pixels_show_the_facts(size: int, places: str, styles: tuple[str, ...]):
 def test_all_concepts_can_be_drawn():
     source = EmojiScenes(concepts="all", styles=STYLES)
     assert len(source.world.concepts) > 700
-    for index in range(100):
-        element = source[index]
-        _ink(source, element["facts"], element["image"])
+    for name, style in itertools.product(source.world.concepts, STYLES):
+        for background in sprites.visible_backgrounds(name, style):
+            scene = Scene(background, style, (Placed(name, 0.25, 0.5, 3 / 8),))
+            _ink(source, scene, draw(scene, 64))
 
 
 def test_snapped_scenes_lie_on_the_grid():
