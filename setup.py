@@ -40,6 +40,8 @@ EXTRAS = {
     "rocm": ["jax[rocm7-local]!=0.12.0.1"],
     "tpu": ["jax[tpu]"],
     "app": ["gradio>=6,<7"],
+    # Pictures in HEIC and HEIF files, as telephones write them.
+    "heif": ["pillow-heif>=1"],
     "torch": ["torch>=2.10"],
     "test": [
         "pyright[nodejs]>=1.1.400",

@@ -20,7 +20,7 @@ from typing import Any
 import numpy as np
 
 from instella_jax.data.captions import decode_text
-from instella_jax.data.images import FORMATS, SUFFIXES, is_picture, read_picture, shown_size
+from instella_jax.data.images import SUFFIXES, is_picture, read_picture, read_size
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
 
@@ -118,13 +118,10 @@ class FolderSource:
         """
 
         def size(entry: tuple[str, Any]) -> tuple[int, int]:
-            from PIL import Image
-
             try:
-                with Image.open(self._root / entry[0], formats=FORMATS) as image:
-                    return shown_size(image)
-            except Exception as error:  # Pillow's parsers raise all kinds on broken files
-                logger.warning("no bucket for %s: %s", entry[0], error or type(error).__name__)
+                return read_size(self._root / entry[0], entry[0])
+            except BadSample as error:
+                logger.warning("no bucket: %s", error)
                 return 0, 0
 
         with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
+import functools
 import io
 import logging
 import math
@@ -19,8 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any
 
-from instella_jax.data.images import FORMATS, decode_picture, shown_size
-from instella_jax.data.samples import BadSample
+from instella_jax.data.images import TOO_LARGE, BadPicture, decode_picture, log_flaw, read_size
 from instella_jax.errors import UserError
 from instella_jax.preparing import readers
 from instella_jax.preparing.items import Item, Problem
@@ -75,8 +75,12 @@ class _Left(Exception):
     """Raised with the reason why a picture is left out."""
 
 
-def check(item: Item, filters: Filters) -> tuple[bytes, tuple[int, int]]:
+def check(
+    item: Item, filters: Filters, on_flaw: Callable[[str], None] = log_flaw
+) -> tuple[bytes, tuple[int, int]]:
     """Return the file and the size, width and height as shown, of a picture that is kept.
+
+    `on_flaw` is given what is wrong with it all the same.
 
     Raises:
       _Left: with the reason why it is not.
@@ -91,26 +95,22 @@ def check(item: Item, filters: Filters) -> tuple[bytes, tuple[int, int]]:
         raise _Left("watermark")
     if len(item.image) > readers.MAX_BYTES:
         raise _Left("file too large")
-    limit = Image.MAX_IMAGE_PIXELS or math.inf
     try:
-        with Image.open(io.BytesIO(item.image), formats=FORMATS) as picture:
-            width, height = shown_size(picture)
-    except (Image.DecompressionBombError, Image.DecompressionBombWarning):
-        raise _Left("too many pixels") from None
-    except Exception:  # Pillow's parsers raise all kinds on broken files
-        raise _Left("broken picture") from None
+        width, height = read_size(io.BytesIO(item.image), item.name)
+    except BadPicture as error:
+        raise _Left(error.reason) from None
     # By its header first: what is filtered out need not be decoded.
-    if width * height > limit:
-        raise _Left("too many pixels")
+    if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
+        raise _Left(TOO_LARGE)
     if min(width, height) < filters.min_side:
         raise _Left("too small")
     if filters.max_aspect and max(width, height) > filters.max_aspect * min(width, height):
         raise _Left("aspect ratio")
     try:
         # Damage shows at a fraction of the size too.
-        decode_picture(io.BytesIO(item.image), item.name, decode_side=256)
-    except BadSample:
-        raise _Left("broken picture") from None
+        decode_picture(io.BytesIO(item.image), item.name, decode_side=256, on_flaw=on_flaw)
+    except BadPicture as error:
+        raise _Left(error.reason) from None
     return item.image, (width, height)
 
 
@@ -133,9 +133,10 @@ def import_unit(
     dropped: dict[str, int] = {}
     examples: dict[str, list[str]] = {}
     damaged: list[str] = []
+    flaws: dict[str, int] = {}
 
-    def leave_out(name: str, reason: str) -> None:
-        dropped[reason] = dropped.get(reason, 0) + 1
+    def count(counts: dict[str, int], name: str, reason: str) -> None:
+        counts[reason] = counts.get(reason, 0) + 1
         if len(names := examples.setdefault(reason, [])) < _EXAMPLES:
             names.append(name)
 
@@ -146,17 +147,18 @@ def import_unit(
                 continue
             tick()
             if isinstance(item, Problem):
-                leave_out(item.name, item.reason)
+                count(dropped, item.name, item.reason)
                 continue
             try:
-                image, size = check(item, filters)
+                image, size = check(item, filters, functools.partial(count, flaws, item.name))
             except _Left as reason:
-                leave_out(item.name, str(reason))
+                count(dropped, item.name, str(reason))
                 continue
             writer.write({"key": item.name, "texts": item.texts, "size": size}, image)
             kept += 1
             captions += len(item.texts)
-    result = {"kept": kept, "captions": captions, "dropped": dropped, "examples": examples}
+    result = {"kept": kept, "captions": captions, "dropped": dropped, "flaws": flaws}
+    result["examples"] = examples
     job.finish(number, kept, {**result, "damaged": damaged[:_EXAMPLES]})
 
 
@@ -234,11 +236,13 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
     """Add up the results of units."""
     dropped: dict[str, int] = {}
     examples: dict[str, list[str]] = {}
+    flaws: dict[str, int] = {}
     for result in results:
-        for reason, number in result["dropped"].items():
-            dropped[reason] = dropped.get(reason, 0) + number
-            names = examples.setdefault(reason, [])
-            names += result["examples"][reason][: _EXAMPLES - len(names)]
+        for counts, own in ((dropped, result["dropped"]), (flaws, result.get("flaws", {}))):
+            for reason, number in own.items():
+                counts[reason] = counts.get(reason, 0) + number
+                names = examples.setdefault(reason, [])
+                names += result["examples"][reason][: _EXAMPLES - len(names)]
     kept = sum(result["kept"] for result in results)
     return {
         "read": kept + sum(dropped.values()),
@@ -247,6 +251,7 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         "bytes": sum(result["shard"]["bytes"] for result in results if result["shard"]),
         "shards": sum(result["shard"] is not None for result in results),
         "dropped": dict(sorted(dropped.items(), key=lambda entry: -entry[1])),
+        "flaws": flaws,
         "examples": examples,
         # Nobody knows how many pictures were in what could not be read of them.
         "damaged_files": sum(bool(result["damaged"]) for result in results),
@@ -260,10 +265,11 @@ def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
         f"kept {report['kept']} of {report['read']} pictures with {report['captions']} captions "
         f"in {report['shards']} shard(s), {report['bytes'] / 2**20:.1f} MiB"
     )
-    for reason, number in report["dropped"].items():
-        examples = report["examples"][reason]
-        more = ", ..." if number > len(examples) else ""
-        yield f"  left out, {reason}: {number} ({', '.join(examples)}{more})"
+    for what, counts in (("left out", report["dropped"]), ("kept as it is", report["flaws"])):
+        for reason, number in counts.items():
+            examples = report["examples"][reason]
+            more = ", ..." if number > len(examples) else ""
+            yield f"  {what}, {reason}: {number} ({', '.join(examples)}{more})"
     if report["damaged_files"]:
         places = ", ".join(report["damage"])
         yield f"  damaged files, read in part: {report['damaged_files']} ({places})"

@@ -206,7 +206,6 @@ def broken_files(folder):
     return {path.name for path in folder.iterdir()} - {"folder.png"}
 
 
-@pytest.mark.filterwarnings("ignore::PIL.Image.DecompressionBombWarning")  # Pillow's own, for 90 M
 def test_broken_files_are_skipped_and_named(tmp_path, caplog):
     bad = broken_files(tmp_path)
     assert len(bad) == 12
