@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
         type=Path,
         required=True,
         metavar="OLMO",
-        help="with config.json, model.safetensors or shards, tokenizer.json",
+        help="with config.json, model.safetensors or shards, a text tokenizer",
     )
     take.add_argument(
         "--out", type=Path, required=True, metavar="MODEL", help="the model folder to make"

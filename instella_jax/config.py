@@ -125,7 +125,7 @@ def generator(variant: str) -> dict:
         # Model folder of the image tokenizer; "demo" is the shipped one.
         tokenizer="" if variant else "demo",
         text=dict(
-            # Folder with tokenizer.json and, unless it is trained here, the weights.
+            # Folder with a text tokenizer and, unless it is trained here, the weights.
             encoder="" if variant else "demo",
             trainable=not variant,
             max_length=128 if variant else 28,

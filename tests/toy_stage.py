@@ -40,7 +40,7 @@ class ToyStage:
     def init(self, key):
         return {"line": {"w": jax.random.normal(key, (WIDTH,)), "b": jnp.zeros(())}}
 
-    text_tokenizer_file = None
+    text_folder = None
 
     def frozen(self):
         return {}

@@ -241,7 +241,7 @@ class InstellaPipeline:
             text=stage.text_network,
             tokenizer=tokenizer,
             params=params,
-            text_tokenizer=TextTokenizer.from_folder(stage.text_folder),
+            text_tokenizer=stage.text_tokenizer,
             max_length=stage.config.text.max_length,
             image_size=stage.config.data.image_size,
             target=stage.config.loss.get("target", "epsilon"),

@@ -24,8 +24,8 @@ class Stage(Protocol):
         ...
 
     @property
-    def text_tokenizer_file(self) -> Path | None:
-        """The `tokenizer.json` that a model folder of this stage takes along, if it reads text."""
+    def text_folder(self) -> Path | None:
+        """Folder of the text tokenizer that a model folder of this stage takes along, if any."""
         ...
 
     def frozen(self) -> Params:

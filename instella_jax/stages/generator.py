@@ -5,6 +5,7 @@ Axes: B batch, N latent tokens, K bits, L text length.
 
 import abc
 import dataclasses
+import functools
 from pathlib import Path
 from typing import Any
 
@@ -60,13 +61,23 @@ class GeneratorStage(abc.ABC):
 
     @property
     def text_folder(self) -> Path:
-        """Folder with `tokenizer.json`, and the weights of the text encoder if it is frozen."""
+        """Folder of the text tokenizer, and of the text encoder's weights if it is frozen."""
         return model_folder.find(self.config.text.encoder, "text.encoder")
 
-    @property
-    def text_tokenizer_file(self) -> Path:
-        """The `tokenizer.json` that belongs to the text encoder."""
-        return self.text_folder / "tokenizer.json"
+    @functools.cached_property
+    def text_tokenizer(self) -> TextTokenizer:
+        """What cuts captions into ids; one for all loaders, so that warnings come once.
+
+        Raises:
+          UserError: it cannot be read, or has more tokens than the text encoder.
+        """
+        tokenizer = TextTokenizer.from_folder(self.text_folder)
+        if tokenizer.vocab_size > self.text_sizes.vocab_size:
+            raise UserError(
+                f"the text tokenizer of {self.text_folder} has {tokenizer.vocab_size} tokens, "
+                f"text.model only {self.text_sizes.vocab_size}"
+            )
+        return tokenizer
 
     def tokenizer_network(self) -> BinaryTokenizer:
         """Return the image tokenizer that the codes come from.
@@ -134,17 +145,11 @@ class GeneratorStage(abc.ABC):
         """Return batches with "image" or packed "code", "text", "ids" and "mask"."""
         if self.config.data.kind == "codes":
             self.check_codes()
-        tokenizer = TextTokenizer.from_folder(self.text_folder)
-        if tokenizer.vocab_size > self.text_sizes.vocab_size:
-            raise UserError(
-                f"{self.text_tokenizer_file} has {tokenizer.vocab_size} tokens, text.model only "
-                f"{self.text_sizes.vocab_size}"
-            )
         return make_split(
             self.config.data,
             split,
             captions=True,
-            text_tokenizer=tokenizer,
+            text_tokenizer=self.text_tokenizer,
             max_length=self.config.text.max_length,
             **options,
         )

@@ -72,7 +72,7 @@ class TokenizerStage:
         return {}
 
     @property
-    def text_tokenizer_file(self) -> None:
+    def text_folder(self) -> None:
         """None: it reads no text."""
         return None
 

@@ -256,8 +256,8 @@ class _Run:
             return
         folder = self.workdir / "model"
         description = {**self.stage.describe(), "step": step}
-        text = self.stage.text_tokenizer_file
-        model_folder.save(folder, description, average, dtype="bfloat16", text_tokenizer=text)
+        text = self.stage.text_folder
+        model_folder.save(folder, description, average, dtype="bfloat16", text_folder=text)
         self.progress.message(f"model: {folder}")
 
 

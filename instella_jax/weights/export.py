@@ -11,6 +11,7 @@ import numpy as np
 from instella_jax.errors import UserError
 from instella_jax.models.functional import Network
 from instella_jax.models.layers import Execution
+from instella_jax.models.text import tokenizer_files
 from instella_jax.runtime.files import fresh_folder, write_json
 from instella_jax.weights import convert, model_folder, model_parts, published, reference_names
 from instella_jax.weights.tensor_files import Tensors, open_safetensors, write_safetensors
@@ -80,8 +81,8 @@ def export_model(source: Path, form: str, out: Path) -> None:
         if form == "reference":
             return
         shutil.copyfile(source / "config.json", folder / "config.json")
-        beside = [model_folder.unused_file(source, part) for part in parts]
-        for path in [source / "tokenizer.json", *beside]:
+        _copy_tokenizer(source, folder)
+        for path in [model_folder.unused_file(source, part) for part in parts]:
             if path.exists():
                 shutil.copyfile(path, folder / path.name)
 
@@ -141,8 +142,14 @@ def _write_reference(
     if part == "text":
         config = origin.get("text_config") or _olmo_json(description["text"])
         write_json(path.parent / "config.json", config)
-        if (source / "tokenizer.json").exists():
-            shutil.copyfile(source / "tokenizer.json", path.parent / "tokenizer.json")
+        _copy_tokenizer(source, path.parent)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """Copy the files of a model folder's text tokenizer, where it has one."""
+    if (source / "tokenizer.json").exists():
+        for name, content in tokenizer_files(source).items():
+            (folder / name).write_bytes(content)
 
 
 def _olmo_json(text: Mapping[str, Any]) -> dict[str, Any]:

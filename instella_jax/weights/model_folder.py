@@ -1,9 +1,10 @@
 """Model folders: what is shipped, imported, exported and trained on top of.
 
-A folder holds `config.json` (sizes of each part), the weights of each part and `tokenizer.json` of
-the text encoder where there is one. Parts are "tokenizer", "text" and generators: one "generator"
-where it was trained here, "diffusion" and "ar" where both may be there; their sizes name their
-`kind`. Weights are in `<part>.safetensors`, or in the orbax checkpoint `<part>/`.
+A folder holds `config.json` (sizes of each part), the weights of each part and, where there is a
+text encoder, `tokenizer.json` and the settings beside it. Parts are "tokenizer", "text" and
+generators: one "generator" where it was trained here, "diffusion" and "ar" where both may be there;
+their sizes name their `kind`. Weights are in `<part>.safetensors`, or in the orbax checkpoint
+`<part>/`.
 """
 
 import contextlib
@@ -21,6 +22,7 @@ from flax.traverse_util import flatten_dict, unflatten_dict
 from instella_jax.errors import UserError
 from instella_jax.models.functional import Network, abstract_params
 from instella_jax.models.layers import REMAT_POLICIES, Execution
+from instella_jax.models.text import tokenizer_files
 from instella_jax.models.tokenizer import TokenizerConfig
 from instella_jax.runtime import sharding
 from instella_jax.runtime.files import replacing, write_bytes, write_json
@@ -115,7 +117,7 @@ def save(
     parts: Mapping[str, Any],
     *,
     dtype: Any = None,
-    text_tokenizer: Path | None = None,
+    text_folder: Path | None = None,
 ) -> None:
     """Write a model folder; `config.json` comes last, so that a cut-off folder is no model.
 
@@ -124,7 +126,7 @@ def save(
       description: sizes of the parts, written to `config.json`.
       parts: parameters by the name of the part.
       dtype: type to store in, None for the parameters' own.
-      text_tokenizer: a `tokenizer.json` to take along.
+      text_folder: of a text tokenizer to take along.
     """
     from safetensors.numpy import save_file
 
@@ -138,8 +140,9 @@ def save(
         with replacing(folder / f"{part}.safetensors") as scratch:
             save_file(arrays, scratch)
             scratch.chmod(0o644)  # safetensors makes private files
-    if text_tokenizer is not None:
-        write_bytes(folder / "tokenizer.json", text_tokenizer.read_bytes())
+    if text_folder is not None:
+        for name, content in tokenizer_files(text_folder).items():
+            write_bytes(folder / name, content)
     write_json(folder / "config.json", dict(description))
 
 

@@ -1,14 +1,13 @@
 """The published checkpoints -> a model folder.
 
 A published model is a folder with `bae/model.safetensors` and one or both of `diffusion.pt` and
-`ar.pt`, beside an OLMo folder with `config.json`, `model.safetensors` (or shards) and
-`tokenizer.json`. Where there is no torch to read `.pt` with, safetensors files of the same tensors
+`ar.pt`, beside an OLMo folder with `config.json`, `model.safetensors` (or shards) and a text
+tokenizer. Where there is no torch to read `.pt` with, safetensors files of the same tensors
 (`diffusion.safetensors`) can take their place.
 """
 
 import contextlib
 import dataclasses
-import shutil
 from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Any
@@ -18,7 +17,7 @@ import numpy as np
 from instella_jax.errors import UserError
 from instella_jax.models.functional import Network
 from instella_jax.models.olmo import Olmo
-from instella_jax.models.text import TextTokenizer
+from instella_jax.models.text import TextTokenizer, tokenizer_files
 from instella_jax.models.tokenizer import BinaryTokenizer
 from instella_jax.runtime.files import fresh_folder, write_json
 from instella_jax.weights import (
@@ -86,7 +85,8 @@ def import_model(
             print(f"{name}: {part.path}", flush=True)
             with open_any(part.path) as tensors:
                 _write_part(folder, name, part, tensors)
-        shutil.copyfile(text_encoder / "tokenizer.json", folder / "tokenizer.json")
+        for name, content in tokenizer_files(text_encoder).items():
+            (folder / name).write_bytes(content)
         write_json(folder / "config.json", description)
 
 
@@ -114,7 +114,7 @@ def inspect(
     olmo = reference_sizes.measure_olmo(
         language, sizes.get("text", {}), str(text_encoder / "config.json")
     )
-    _check_vocabulary(text_encoder, olmo.vocab_size)
+    pad_id = _pad_id(text_encoder, olmo.vocab_size)
     path = source / TOKENIZER_FILE
     with open_any(path) as tensors:
         config = reference_sizes.measure_tokenizer(tensors.shapes, sizes.get("bae", {}), str(path))
@@ -153,9 +153,7 @@ def inspect(
                 f"{olmo.num_hidden_layers} layers"
             )
         parts["text"] = _account(text_encoder, Olmo(olmo), tensors)
-    text = {**dataclasses.asdict(olmo), "max_length": MAX_LENGTH}
-    if isinstance(language.get("pad_token_id"), int):
-        text["pad_token_id"] = language["pad_token_id"]
+    text = {**dataclasses.asdict(olmo), "max_length": MAX_LENGTH, "pad_token_id": pad_id}
     return parts, {
         "tokenizer": dataclasses.asdict(config),
         **generators,
@@ -176,13 +174,15 @@ def _account(path: Path, network: Network, tensors: Tensors) -> Part:
     return Part(path, network, tuple(sorted(known & tensors.specs.keys())))
 
 
-def _check_vocabulary(folder: Path, vocab_size: int) -> None:
+def _pad_id(folder: Path, vocab_size: int) -> int:
+    """Return the pad id of a text tokenizer, whose ids the embedding must hold."""
     tokenizer = TextTokenizer.from_folder(folder)
     if tokenizer.vocab_size > vocab_size:
         raise UserError(
-            f"{folder / 'tokenizer.json'} has {tokenizer.vocab_size} tokens, its config.json a "
+            f"the text tokenizer of {folder} has {tokenizer.vocab_size} tokens, its config.json a "
             f"vocab_size of {vocab_size}"
         )
+    return tokenizer.pad_id
 
 
 def _write_part(folder: Path, name: str, part: Part, tensors: Tensors) -> None:

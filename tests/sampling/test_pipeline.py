@@ -32,7 +32,7 @@ def folder(request, tiny_diffusion_config, tiny_ar_config, tiny_tokenizer_folder
     params = jax.tree.map(
         lambda x: x + 0.4 * jax.random.normal(jax.random.key(x.size), x.shape), params
     )
-    model_folder.save(tmp_path, stage.describe(), params, text_tokenizer=stage.text_tokenizer_file)
+    model_folder.save(tmp_path, stage.describe(), params, text_folder=stage.text_folder)
     return tmp_path, tiny_tokenizer_folder
 
 

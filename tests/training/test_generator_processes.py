@@ -28,7 +28,7 @@ def model(request, tmp_path):
         lambda x: x + 0.4 * jax.random.normal(jax.random.key(x.size), x.shape), params
     )
     folder = tmp_path / "model"
-    model_folder.save(folder, stage.describe(), params, text_tokenizer=stage.text_tokenizer_file)
+    model_folder.save(folder, stage.describe(), params, text_folder=stage.text_folder)
     return folder
 
 

@@ -139,6 +139,7 @@ def test_there_and_back_is_identical(source, tmp_path, head):
     if not head:
         change(source / OLMO, "lm_head.weight", lambda x: None)
         change(source / "model/ar.safetensors", "time_embed.linear_1.bias", lambda x: None)
+    (source / "olmo/tokenizer_config.json").write_text('{"pad_token": "a"}')
     published = {}
     for kind in ("diffusion", "ar"):
         path = source / f"model/{kind}.safetensors"
@@ -152,12 +153,24 @@ def test_there_and_back_is_identical(source, tmp_path, head):
             same(dict(tensors), theirs)
     same(load_file(tmp_path / "back/bae/model.safetensors"), load_file(source / BAE))
     same(load_file(tmp_path / "back/text_encoder/model.safetensors"), load_file(source / OLMO))
-    for name in ("config.json", "tokenizer.json"):
+    for name in ("config.json", "tokenizer.json", "tokenizer_config.json"):
         back, theirs = (
             json.loads((folder / name).read_text())
             for folder in (tmp_path / "back/text_encoder", source / "olmo")
         )
         assert back == theirs
+
+
+def test_settings_of_the_text_tokenizer_come_along(source, tmp_path):
+    settings = source / "olmo/tokenizer_config.json"
+    settings.write_text(json.dumps({"pad_token": "a", "padding_side": "right"}))
+    import_model(source / "model", source / "olmo", tmp_path / "model", META)
+    export_model(tmp_path / "model", "orbax", tmp_path / "orbax")
+    for folder in (tmp_path / "model", tmp_path / "orbax"):
+        assert (folder / settings.name).read_bytes() == settings.read_bytes()
+        assert TextTokenizer.from_folder(folder).pad_id == 2
+    description = json.loads((tmp_path / "model/config.json").read_text())
+    assert description["text"]["pad_token_id"] == 2
 
 
 def test_orbax_and_safetensors_are_model_folders_too(model, tmp_path):
