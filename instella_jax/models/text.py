@@ -50,7 +50,7 @@ class TextTokenizer:
         if pad_id is None:
             ids = (tokenizer.token_to_id(token) for token in _PAD_TOKENS)
             pad_id = next((number for number in ids if number is not None), 0)
-        self.pad_id = pad_id
+        self.pad_id: int = pad_id
         self.vocab_size = 1 + max(pad_id, *tokenizer.get_vocab().values())
         # Only a closed vocabulary of whole words can tell that it does not know a word.
         model = json.loads(tokenizer.to_str())["model"]
@@ -261,8 +261,8 @@ def _configured_pad_ids(path: Path) -> tuple[int | None, int | None]:
         raise UserError(f"{path} is not JSON: {error}") from None
     text = config.get("text")
     ours = text.get("pad_token_id") if isinstance(text, dict) else None
-    # Some language models say -1 for none.
-    return tuple(
-        number if isinstance(number, int) and number >= 0 else None
-        for number in (ours, config.get("pad_token_id"))
-    )
+
+    def checked(number: Any) -> int | None:
+        return number if isinstance(number, int) and number >= 0 else None  # -1 is none for some
+
+    return checked(ours), checked(config.get("pad_token_id"))
