@@ -50,7 +50,8 @@ class TextTokenizer:
         if pad_id is None:
             ids = (tokenizer.token_to_id(token) for token in _PAD_TOKENS)
             pad_id = next((number for number in ids if number is not None), 0)
-        self.pad_id: int = pad_id
+        assert pad_id is not None
+        self.pad_id = pad_id
         self.vocab_size = 1 + max(pad_id, *tokenizer.get_vocab().values())
         # Only a closed vocabulary of whole words can tell that it does not know a word.
         model = json.loads(tokenizer.to_str())["model"]
