@@ -88,8 +88,8 @@ def test_a_workdir_of_another_run_is_left_alone(tmp_path):
     status, _, err = run(TINY, f"--workdir={workdir}")
     assert status == 0, err
     before = contents(tmp_path)
-    sentence = mistake(TINY, f"--workdir={workdir}", "--config.optimizer.learning_rate=0.5")
-    assert "belongs to a run with optimizer.learning_rate=0.002, this one has 0.5" in sentence
+    sentence = mistake(TINY, f"--workdir={workdir}", "--config.model.bits=16")
+    assert "belongs to a run with model.bits=8, this one has 16" in sentence
     assert "choose another --workdir" in sentence
     assert "belongs to a run with" in mistake(
         "--config=configs/t2i_diffusion.py", f"--workdir={workdir}"

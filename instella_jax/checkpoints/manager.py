@@ -21,7 +21,7 @@ import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
 
 from instella_jax.checkpoints.integrity import restore_newest, write_manifest
-from instella_jax.checkpoints.positions import share_state
+from instella_jax.checkpoints.positions import rows_of, share_state
 from instella_jax.errors import UserError
 
 logger = logging.getLogger(__name__)
@@ -136,7 +136,7 @@ class Checkpoints:
         import grain
 
         items: dict[str, Any] = dict(state=ocp.args.StandardRestore(like))
-        position = self._position_of_other_processes(step)
+        position = self._position_of_other_rows(step, rows_of(data.get_state()))
         if position is None:
             items["data"] = grain.checkpoint.CheckpointRestore(data)
         restored = self._manager.restore(step, args=ocp.args.Composite(**items))
@@ -160,18 +160,26 @@ class Checkpoints:
         multihost_utils.sync_global_devices("damaged checkpoints are set aside")
         self._manager.reload()
 
-    def _position_of_other_processes(self, step: int) -> Any:
-        """Return the loader's position where as many processes as now did not save it."""
+    def _position_of_other_rows(self, step: int, rows: int | None) -> Any:
+        """Return the loader's position where other processes, or another batch size, made it.
+
+        Args:
+          step: of the checkpoint.
+          rows: of a batch that this process reads now.
+        """
         index, now = jax.process_index(), jax.process_count()
         folder = self._folder / str(step) / "data"
         saved = sorted(folder.glob("process_0-of-*.json"))
-        if not saved or (folder / f"process_{index}-of-{now}.json").exists():
+        if not saved:
             return None
         before = int(saved[0].stem.rpartition("-")[2])
-        logger.warning("checkpoint %d was saved by %d process(es), %d go on", step, before, now)
         names = [f"process_{number}-of-{before}.json" for number in range(before)]
         states = [json.loads((folder / name).read_text(encoding="utf-8")) for name in names]
-        return share_state(states, index, now)
+        if before == now and rows == rows_of(states[0]):
+            return None
+        if before != now:
+            logger.warning("checkpoint %d was saved by %d process(es), %d go on", step, before, now)
+        return share_state(states, index, now, rows)
 
     def wait(self) -> None:
         """Wait until everything is on disk.

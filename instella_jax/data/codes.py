@@ -5,7 +5,6 @@ Axes: B batch, N latent tokens, K bits, V variants of a picture (crops, mirrored
 
 from __future__ import annotations
 
-import hashlib
 import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
@@ -16,6 +15,7 @@ from instella_jax.data.samples import BadSample
 from instella_jax.data.shards import Records, read_dataset_file
 from instella_jax.data.transforms import with_text
 from instella_jax.errors import UserError
+from instella_jax.runtime.digest import digest
 
 if TYPE_CHECKING:
     import jax
@@ -50,8 +50,7 @@ def fingerprint(tokenizer: Path) -> str:
     """
     path = tokenizer / "tokenizer.safetensors"
     try:
-        with path.open("rb") as file:
-            return hashlib.file_digest(file, "sha256").hexdigest()[:32]
+        return digest(path)
     except OSError as error:
         raise UserError(f"no image tokenizer at {tokenizer} ({error.strerror})") from None
 

@@ -48,11 +48,13 @@ class MetricsWriter:
         """
         self._file: TextIO | None = None
         self._events: EventFile | None = None
+        self._known: set[tuple[int, str]] = set()
         if not enabled:
             return
         path = Path(workdir) / "metrics.jsonl"
         path.parent.mkdir(parents=True, exist_ok=True)
-        _drop_after(path, start_step)
+        rows = _drop_after(path, start_step)
+        self._known = {(row["step"], name) for row in rows for name in row}
         self._file = path.open("a", encoding="utf-8")
         if tensorboard:
             self._events = EventFile(
@@ -69,6 +71,18 @@ class MetricsWriter:
         self._file.flush()
         if self._events is not None:
             self._events.scalars(int(step), named)
+
+    def changes(self, step: int, changed: Mapping[str, tuple[Any, Any]]) -> None:
+        """Write what is other from a step on, a pair [old, new] for each name."""
+        if self._file is None or not changed:
+            return
+        pairs = {name: list(pair) for name, pair in changed.items()}
+        self._file.write(json.dumps({"step": int(step), "changed": pairs}) + "\n")
+        self._file.flush()
+
+    def has(self, step: int, name: str) -> bool:
+        """Return whether `metrics.jsonl` had a value of this name and step as it was opened."""
+        return (int(step), name) in self._known
 
     def image(self, step: int, name: str, picture: np.ndarray) -> None:
         """Write a picture, uint8 [H, W, 3], to TensorBoard."""
@@ -107,11 +121,12 @@ def read_metrics(workdir: str | os.PathLike[str]) -> list[dict[str, Any]]:
     return rows
 
 
-def _drop_after(path: Path, step: int) -> None:
-    """Keep only the whole lines of steps up to `step`."""
+def _drop_after(path: Path, step: int) -> list[dict[str, Any]]:
+    """Keep only the whole lines of steps up to `step`, and return them."""
     if not path.exists():
-        return
-    rows = read_metrics(path.parent)
-    kept = "".join(json.dumps(row) + "\n" for row in rows if row["step"] <= step)
+        return []
+    rows = [row for row in read_metrics(path.parent) if row["step"] <= step]
+    kept = "".join(json.dumps(row) + "\n" for row in rows)
     if kept != path.read_text(encoding="utf-8"):
         write_bytes(path, kept.encode())
+    return rows

@@ -10,6 +10,8 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import numpy as np
+from jax.experimental import multihost_utils
 
 from instella_jax.checkpoints.manager import Checkpoints
 from instella_jax.config import Config
@@ -27,7 +29,7 @@ from instella_jax.stages import make_stage
 from instella_jax.stages.base import Stage
 from instella_jax.stages.parameters import load_frozen, load_trained
 from instella_jax.training import flops
-from instella_jax.training.optimizer import make_optimizer
+from instella_jax.training.optimizer import learning_rate, make_optimizer
 from instella_jax.training.profiling import StepTrace
 from instella_jax.training.setup import (
     check_sizes,
@@ -36,7 +38,13 @@ from instella_jax.training.setup import (
 )
 from instella_jax.training.shutdown import StopRequest
 from instella_jax.training.step import TrainState, jit_step
-from instella_jax.training.workdir import claim_workdir, note_config, only_run
+from instella_jax.training.workdir import (
+    changes,
+    claim_workdir,
+    only_run,
+    read_config,
+    record_config,
+)
 from instella_jax.weights import model_folder
 
 
@@ -119,9 +127,16 @@ class _Run:
     def go(self) -> dict[str, float]:
         """Restore, train, evaluate."""
         self.state = self.first_state()
+        start, train = int(self.state.step), self.config.train
+        if start % train.steps_per_call:
+            raise UserError(
+                f"{self.workdir} goes on from step {start}, which is no multiple of "
+                f"train.steps_per_call={train.steps_per_call}: set that to a number that divides it"
+            )
+        changed = self.changes() if start and self.first else {}
         if self.first:
-            note_config(self.workdir, self.config)
-        start = int(self.state.step)
+            record_config(self.workdir, self.config)
+        ended_before = 0 < start >= train.steps
         stop = StopRequest()
         with (
             # A run from the beginning keeps no line of one before it.
@@ -131,8 +146,8 @@ class _Run:
         ):
             try:
                 if start:
-                    self.progress.message(f"continuing from step {start}")
-                elif self.config.train.steps:
+                    self.tell_changes(start, changed)
+                elif train.steps:
                     self.report(0)
                 finished = self.loop(start, stop)
                 step = int(self.state.step)
@@ -141,12 +156,40 @@ class _Run:
                     self.progress.message(f"stopped at step {step}; run again to continue")
                     return {}
                 result = self.report(step)
-                self.draw(step)
-                self.write_model(step)
+                # What a finished run has made stays as it is.
+                if not (ended_before and self.found(self.picture(step).exists())):
+                    self.draw(step)
+                if not (ended_before and self.found(self.has_model(step))):
+                    self.write_model(step)
                 return result
             finally:
                 self.progress.close()
                 self.checkpoints.close()
+
+    def changes(self) -> dict[str, tuple[Any, Any]]:
+        """Return what is other than as the run was last started, and the learning rates then."""
+        changed = changes(self.workdir, self.config)
+        if any(key.partition(".")[0] in ("optimizer", "train") for key in changed):
+            rates = [
+                float(learning_rate(c.optimizer, c.train.steps, self.state.opt_state))
+                for c in (read_config(self.workdir), self.config)
+            ]
+            if not math.isclose(*rates, rel_tol=1e-6):
+                changed["learning rate"] = (rates[0], rates[1])
+        return changed
+
+    def tell_changes(self, start: int, changed: dict[str, tuple[Any, Any]]) -> None:
+        """Say where a run goes on, and what is other from there on."""
+        self.progress.message(f"continuing from step {start}")
+        for name, (old, new) in changed.items():
+            if name == "learning rate":
+                self.progress.message(
+                    f"CHANGED at step {start}: learning rate {old:.6g} -> {new:.6g}, that of the "
+                    "new schedule as if it had been so from step 0"
+                )
+            else:
+                self.progress.message(f"CHANGED {name}: {old!r} -> {new!r}")
+        self.writer.changes(start, changed)
 
     def loop(self, start: int, stop: StopRequest) -> bool:
         """Run steps until the end (True) or a request to stop (False)."""
@@ -229,7 +272,8 @@ class _Run:
         """Evaluate the average on held-out data, print and write the result."""
         self.rate.pause()
         metrics = evaluate(self.stage, self.state.ema, self.frozen, self.config, self.mesh)
-        self.writer.scalars(step, metrics, prefix="heldout")
+        if not self.writer.has(step, "heldout/loss"):
+            self.writer.scalars(step, metrics, prefix="heldout")
         text = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in metrics.items())
         self.progress.message(f"held out at step {step}: {text}")
         self.rate.resume()
@@ -243,11 +287,26 @@ class _Run:
         self.rate.pause()
         shown = preview(self.stage, self.state.ema, self.frozen, count)
         if self.first:
-            path = self.workdir / "samples" / f"{step:08d}.png"
+            path = self.picture(step)
             grid = save_grid(path, *shown)
             self.writer.image(step, "samples", grid)
             self.progress.message(f"pictures at step {step}: {path}")
         self.rate.resume()
+
+    def picture(self, step: int) -> Path:
+        """Return the path of the grid of a step."""
+        return self.workdir / "samples" / f"{step:08d}.png"
+
+    def has_model(self, step: int) -> bool:
+        """Return whether the model folder is that of a step."""
+        folder = self.workdir / "model"
+        return (folder / "config.json").exists() and (
+            model_folder.read_description(folder).get("step") == step
+        )
+
+    def found(self, here: bool) -> bool:
+        """Return what the first process found, in every process."""
+        return bool(multihost_utils.broadcast_one_to_all(np.bool_(here)))
 
     def write_model(self, step: int) -> None:
         """Write the average as a model folder."""

@@ -32,6 +32,15 @@ def make_schedule(config: Config, steps: int) -> optax.Schedule:
     raise UserError(f"optimizer.schedule is {config.schedule!r}: expected 'constant' or 'cosine'")
 
 
+def learning_rate(config: Config, steps: int, opt_state: Any) -> jax.Array:
+    """Return the learning rate of the next update, by the state of the optimizer.
+
+    The schedule goes by the updates: a step that is skipped is none.
+    """
+    (_, updates), *_ = optax.tree.get_all_with_path(opt_state, "count")
+    return jax.numpy.asarray(make_schedule(config, steps)(updates), jax.numpy.float32)
+
+
 def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
     """Return the optimizer that `optimizer.kind` names, after a clip of the global gradient norm.
 

@@ -15,6 +15,7 @@ from instella_jax.config import Config
 from instella_jax.data.counters import Counter, make_counter
 from instella_jax.models.functional import Params
 from instella_jax.stages.base import Stage
+from instella_jax.training.optimizer import learning_rate
 
 Metrics = dict[str, Any]
 
@@ -106,6 +107,7 @@ def make_step(
             stage, train.accumulate, state.params, frozen, batch, key, state.step
         )
         norm = optax.tree.norm(grads)
+        rate = learning_rate(config.optimizer, train.steps, state.opt_state)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (norm <= limit)
         updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
         params = optax.apply_updates(state.params, updates)
@@ -123,7 +125,7 @@ def make_step(
             ema=ema,
             opt_state=opt_state,
         )
-        return state, {**metrics, "grad_norm": norm}, ~good
+        return state, {**metrics, "grad_norm": norm, "learning_rate": rate}, ~good
 
     def step(state: TrainState, frozen: Params, batches: Any) -> tuple[TrainState, Metrics]:
         def scanned(state: TrainState, batch: Any) -> tuple[TrainState, Any]:

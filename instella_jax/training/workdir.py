@@ -4,23 +4,31 @@ import contextlib
 import errno
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator
 from pathlib import Path
+from typing import Any
 
 import jax
 import numpy as np
 from flax import traverse_util
+from ml_collections import ConfigDict
 
 from instella_jax.config import Config
 from instella_jax.errors import UserError
+from instella_jax.runtime.digest import digest
 from instella_jax.runtime.files import Locked, locked, write_json
+from instella_jax.weights import model_folder
 
 LOCK = ".lock"
 
-# What may change between the runs of one workdir: how long, how often, where, what is drawn.
-_FREE = ("train.steps", "train.log_every", "train.eval_every", "train.save_every",
-         "train.image_every", "train.keep", "train.max_skipped", "mesh", "sample", "eval", "run",
-         "data.workers", "plan", "profile", "init_from", "shipped")  # fmt: skip
+# What may change between the runs of one workdir: how fast, how long and on what it learns, where
+# data are, what is generated. Sizes, and what the numbers mean, may not.
+_FREE = ("train", "optimizer", "mesh", "sample", "eval", "run", "data.workers", "data.folder.path",
+         "data.shards.path", "data.codes.path", "plan", "profile", "init_from",
+         "shipped")  # fmt: skip
+_FIXED = ("optimizer.kind",)  # which decides what the optimizer's state is
+# Of model folders that a run only reads the bytes count, not the place.
+_MODELS = ("tokenizer", "text.encoder")
 
 
 def claim_workdir(workdir: str | os.PathLike[str], config: Config) -> None:
@@ -42,38 +50,123 @@ def claim_workdir(workdir: str | os.PathLike[str], config: Config) -> None:
         check_config(workdir, config)
 
 
-def note_config(workdir: str | os.PathLike[str], config: Config) -> None:
-    """Write the config of the run that begins into its workdir."""
+def record_config(workdir: str | os.PathLike[str], config: Config) -> None:
+    """Write the config of the run that begins into its workdir, and digests of what it only reads.
+
+    `config.json` is the config; `models.json` has the digests of each model folder's files.
+    """
+    write_json(Path(workdir) / "models.json", model_digests(config))
     write_json(Path(workdir) / "config.json", json.loads(config.to_json()))
 
 
-def check_config(workdir: str | os.PathLike[str], config: Config) -> None:
-    """Check that a workdir is of a run with this config.
+def read_config(workdir: str | os.PathLike[str]) -> Config:
+    """Read the config of the run that a workdir is of.
 
     Raises:
-      UserError: it is of another one, or of none.
+      UserError: it is of none.
     """
     path = Path(workdir) / "config.json"
     try:
-        theirs = json.loads(path.read_text(encoding="utf-8"))
+        config = json.loads(path.read_text(encoding="utf-8"))
     except OSError as error:
         raise UserError(
             f"{workdir} is not the workdir of a run: cannot read {path.name} ({error.strerror})"
         ) from None
     except ValueError:
-        raise UserError(
-            f"{path} is not valid JSON; choose another --workdir or remove that file"
-        ) from None
-    ours = json.loads(config.to_json())
-    old, new = (traverse_util.flatten_dict(c, sep=".") for c in (theirs, ours))
-    # A key that the run's config lacks is newer than the run.
-    for key in sorted(old):
-        free = any(key == name or key.startswith(name + ".") for name in _FREE)
-        if not free and old.get(key) != new.get(key):
+        config = None
+    if not isinstance(config, dict):
+        raise UserError(f"{path} is not valid JSON; choose another --workdir or remove that file")
+    return ConfigDict(config)
+
+
+def changes(workdir: str | os.PathLike[str], config: Config) -> dict[str, tuple[Any, Any]]:
+    """Return the keys in which a config differs from that of a workdir's run: old and new values.
+
+    A key that the run's config lacks is newer than the run, and no change.
+    """
+    old, new = (
+        traverse_util.flatten_dict(json.loads(c.to_json()), sep=".")
+        for c in (read_config(workdir), config)
+    )
+    return {key: (old[key], new.get(key)) for key in sorted(old) if old[key] != new.get(key)}
+
+
+def check_config(
+    workdir: str | os.PathLike[str], config: Config, free: Collection[str] = ()
+) -> None:
+    """Check that a workdir is of a run with this config.
+
+    Args:
+      workdir: of the run.
+      config: what goes on with it, or uses what it has learned.
+      free: keys that may differ beside those that always may.
+
+    Raises:
+      UserError: it is of another one, or of none.
+    """
+    known = _recorded_digests(workdir)
+    for key, (old, new) in changes(workdir, config).items():
+        if key in known and new:
+            continue
+        if _is_below(key, _FIXED) or not _is_below(key, (*_FREE, *free)):
             raise UserError(
-                f"workdir {workdir} belongs to a run with {key}={old.get(key)!r}, this one has "
-                f"{new.get(key)!r}; choose another --workdir"
+                f"workdir {workdir} belongs to a run with {key}={old!r}, this one has {new!r}; "
+                f"give --workdir={workdir} without --config, which takes the run's own config, "
+                "or choose another --workdir"
             )
+    if not known:
+        return
+    found = model_digests(config)
+    for key, files in known.items():
+        for name, value in files.items():
+            if found.get(key, {}).get(name) != value:
+                folder = model_folder.find(_value(config, key), key)
+                fault = "has other bytes" if (folder / name).exists() else "is missing"
+                raise UserError(
+                    f"workdir {workdir} belongs to a run with another config.{key}: {name} {fault} "
+                    f"in {folder}; give the folder that the run began with as "
+                    f"--config.{key}=FOLDER, or choose another --workdir"
+                )
+
+
+def model_digests(config: Config) -> dict[str, dict[str, str]]:
+    """Return the digests of files that a run reads of model folders, by config key and file.
+
+    What is not there is left out.
+    """
+    digests: dict[str, dict[str, str]] = {}
+    for key in _MODELS:
+        value = _value(config, key)
+        if not value:
+            continue
+        folder = model_folder.find(value, key)
+        if key == "tokenizer":
+            paths = [model_folder.weights_path(folder, "tokenizer")]
+        else:
+            paths = [folder / "tokenizer.json"]
+            if not config.text.trainable:
+                paths.append(model_folder.weights_path(folder, "text"))
+        digests[key] = {path.name: digest(path) for path in paths if path.exists()}
+    return digests
+
+
+def _recorded_digests(workdir: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
+    """Read `models.json`, {} where the run is from before there was one."""
+    try:
+        return json.loads((Path(workdir) / "models.json").read_text(encoding="utf-8"))
+    except (OSError, ValueError):
+        return {}
+
+
+def _value(config: Config, key: str) -> str:
+    """Return the value of a key such as "text.encoder", "" where the config has none."""
+    for name in key.split("."):
+        config = config.get(name, "") if config else ""
+    return config
+
+
+def _is_below(key: str, names: Collection[str]) -> bool:
+    return any(key == name or key.startswith(name + ".") for name in names)
 
 
 @contextlib.contextmanager

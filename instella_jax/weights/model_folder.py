@@ -190,7 +190,13 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
 
 def has_weights(folder: str | os.PathLike[str], part: str) -> bool:
     """Tell whether a model folder holds the weights of a part."""
-    return (Path(folder) / f"{part}.safetensors").is_file() or (Path(folder) / part).is_dir()
+    return weights_path(folder, part).exists()
+
+
+def weights_path(folder: str | os.PathLike[str], part: str) -> Path:
+    """Return the file, or the folder, that holds the weights of a part in a model folder."""
+    file = Path(folder) / f"{part}.safetensors"
+    return file if file.is_file() else Path(folder) / part
 
 
 def unused_file(folder: Path, part: str) -> Path:

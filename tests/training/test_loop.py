@@ -2,6 +2,8 @@
 
 import contextlib
 import errno
+import json
+import math
 import os
 import signal
 
@@ -16,6 +18,7 @@ from instella_jax.errors import UserError
 from instella_jax.evaluation.heldout import evaluate
 from instella_jax.reporting.metrics import read_metrics
 from instella_jax.runtime import sharding
+from instella_jax.sampling.previews import Preview
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import init_stage
 from instella_jax.training import loop, setup
@@ -287,8 +290,10 @@ def test_sizes_that_do_not_fit_are_named(config, key, value, message):
 def test_another_config_is_refused_where_a_run_has_saved(toy, config, tmp_path):
     loop.train(config, tmp_path)
     before = (tmp_path / "config.json").read_bytes(), lines(tmp_path)
-    config.optimizer.learning_rate = 0.5
-    with pytest.raises(UserError, match="optimizer.learning_rate=0.002, this one has 0.5"):
+    config.model.bits = 16
+    with pytest.raises(
+        UserError, match="model.bits=8, this one has 16.*takes the run's own config"
+    ):
         loop.train(config, tmp_path)
     assert ((tmp_path / "config.json").read_bytes(), lines(tmp_path)) == before
 
@@ -301,6 +306,105 @@ def test_a_run_that_never_saved_leaves_the_workdir_free(toy, config, tmp_path):
     loop.train(config, tmp_path)
     assert steps(tmp_path) == list(range(1, 9))
     assert [row["step"] for row in lines(tmp_path) if "heldout/loss" in row] == [0, 8]
+
+
+def rates(workdir):
+    """Learning rate of each step."""
+    rows = [row for row in lines(workdir) if "train/loss" in row]
+    return {row["step"]: row["train/learning_rate"] for row in rows}
+
+
+def test_what_a_run_learns_by_may_change_and_is_said(toy, config, tmp_path, capsys):
+    loop.train(config, tmp_path)
+    capsys.readouterr()
+    config.optimizer.learning_rate = 0.5
+    config.train.update(steps=12, batch_size=16)
+    loop.train(config, tmp_path)
+    said = [line for line in capsys.readouterr().out.splitlines() if "CHANGED" in line]
+    assert said[:3] == [
+        "CHANGED optimizer.learning_rate: 0.002 -> 0.5",
+        "CHANGED train.batch_size: 8 -> 16",
+        "CHANGED train.steps: 8 -> 12",
+    ]
+    assert said[3].startswith("CHANGED at step 8: learning rate 0.002 -> 0.5") and len(said) == 4
+    (row,) = [row for row in lines(tmp_path) if "changed" in row]
+    assert row["step"] == 8 and row["changed"]["train.steps"] == [8, 12]
+    assert row["changed"]["learning rate"] == pytest.approx([0.002, 0.5])
+    warm = {1: 0.0, 2: 0.001}
+    assert rates(tmp_path) == pytest.approx(
+        {step: warm.get(step, 0.002 if step <= 8 else 0.5) for step in range(1, 13)}
+    )
+    # And once is enough.
+    loop.train(config, tmp_path)
+    assert "CHANGED" not in capsys.readouterr().out
+
+
+def cosine(step, peak, warmup, steps, floor):
+    """The rate of an update, counted from 0."""
+    if step < warmup:
+        return peak * step / warmup
+    part = min(1.0, (step - warmup) / (steps - warmup))
+    return peak * (floor + (1 - floor) * (1 + math.cos(math.pi * part)) / 2)
+
+
+def test_a_cosine_that_is_made_longer_says_where_its_rate_goes(toy, config, tmp_path, capsys):
+    config.optimizer.update(schedule="cosine", final_fraction=0.02, warmup_steps=2)
+    loop.train(config, tmp_path)
+    capsys.readouterr()
+    config.train.steps = 16
+    loop.train(config, tmp_path)
+    wanted = {n + 1: cosine(n, 0.002, 2, 8 if n < 8 else 16, 0.02) for n in range(16)}
+    assert rates(tmp_path) == pytest.approx(wanted, rel=1e-5)
+    ends, begins = cosine(8, 0.002, 2, 8, 0.02), wanted[9]
+    said = f"CHANGED at step 8: learning rate {ends:.6g} -> {begins:.6g}"
+    assert said in capsys.readouterr().out
+
+
+def test_a_skipped_step_leaves_the_learning_rate_where_it_was(toy, config, tmp_path):
+    toy.source = Points(broken=[0, 1])
+    config.optimizer.update(schedule="cosine", warmup_steps=2)
+    loop.train(config, tmp_path)
+    rows = [row for row in lines(tmp_path) if "train/loss" in row]
+    updates = np.cumsum([0] + [1 - row["train/skipped"] for row in rows[:-1]])
+    assert updates[-1] < 7
+    assert list(rates(tmp_path).values()) == pytest.approx(
+        [cosine(n, 0.002, 2, 8, 0.02) for n in updates], rel=1e-5
+    )
+
+
+def test_a_finished_run_leaves_everything_as_it_is(toy, config, tmp_path, monkeypatch):
+    written = []
+
+    def save(folder, description, *_, **__):
+        written.append(folder)
+        folder.mkdir(exist_ok=True)
+        (folder / "config.json").write_text(json.dumps({"tokenizer": {}, **description}))
+
+    grid = Preview(np.zeros((1, 8, 8, 3), np.uint8), ["black"])
+    monkeypatch.setattr(model_folder, "save", save)
+    monkeypatch.setattr(loop, "preview", lambda *_: grid)
+    config.eval.pictures = 1
+    first = loop.train(config, tmp_path)
+    (picture,) = (tmp_path / "samples").iterdir()
+    picture.write_bytes(b"what the user made of it")
+    before = (tmp_path / "metrics.jsonl").read_bytes()
+    assert loop.train(config, tmp_path) == first
+    assert (tmp_path / "metrics.jsonl").read_bytes() == before
+    assert picture.read_bytes() == b"what the user made of it" and len(written) == 1
+    # A run that was killed before it had written everything does so.
+    picture.unlink()
+    (tmp_path / "model" / "config.json").unlink()
+    loop.train(config, tmp_path)
+    assert picture.exists() and len(written) == 2
+
+
+def test_calls_of_steps_begin_where_the_checkpoint_is(toy, config, tmp_path):
+    toy.at(3, terminate)
+    loop.train(config, tmp_path)
+    assert steps(tmp_path)[-1] == 4
+    config.train.update(steps=18, steps_per_call=3, log_every=3, save_every=3)
+    with pytest.raises(UserError, match="from step 4, which is no multiple of .*steps_per_call=3"):
+        loop.train(config, tmp_path)
 
 
 def damage_files(folder):

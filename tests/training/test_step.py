@@ -19,7 +19,7 @@ OPTIMIZER = dict(
 
 
 def make_config(optimizer=(), **train):
-    defaults = dict(accumulate=1, ema_decay=0.99, spike_norm=0.0)
+    defaults = dict(steps=100, accumulate=1, ema_decay=0.99, spike_norm=0.0)
     return ConfigDict(dict(optimizer={**OPTIMIZER, **dict(optimizer)}, train={**defaults, **train}))
 
 
