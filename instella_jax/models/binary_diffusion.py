@@ -94,7 +94,7 @@ def flip_logits(output: jax.Array, z: jax.Array, target: Target = "epsilon") -> 
 
 def loss(logits: jax.Array, bits: jax.Array) -> jax.Array:
     """Return mean binary cross-entropy of logits [B, N, K] with bits [B, N, K], in nats per bit."""
-    return optax.sigmoid_binary_cross_entropy(logits, bits).mean()
+    return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), bits).mean()
 
 
 def bit_accuracy(logits: jax.Array, bits: jax.Array) -> jax.Array:

@@ -28,9 +28,10 @@ class Execution:
     """How a network is computed, apart from what it computes.
 
     Attributes:
-      param_dtype: type in which parameters are initialised and kept.
+      param_dtype: type in which parameters are initialised and kept; their average and the
+        moments of the optimizer are float32 in any case.
       dtype: type of the computation (norms and softmax stay in float32).
-      output_dtype: type of the network's result.
+      output_dtype: type of the network's result; losses are computed in float32 of it.
       unroll: whether the depth is unrolled instead of scanned; the parameters are the same.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
       attention: `jax.nn.dot_product_attention` implementation: "xla", "cudnn" or None (its own

@@ -14,7 +14,8 @@ def to_float(images: jax.Array) -> jax.Array:
 
 def to_uint8(images: jax.Array) -> jax.Array:
     """Map pictures in [-1, 1], clipped, to uint8."""
-    return jnp.round((jnp.clip(images, -1.0, 1.0) + 1.0) * 127.5).astype(jnp.uint8)
+    clipped = jnp.clip(images.astype(jnp.float32), -1.0, 1.0)
+    return jnp.round((clipped + 1.0) * 127.5).astype(jnp.uint8)
 
 
 def psnr(a: jax.Array, b: jax.Array) -> jax.Array:

@@ -192,12 +192,12 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> tuple[Memory, Any, Any]:
         analysis = step.lower(state, frozen, batch).compile().memory_analysis()
     if analysis is None:
         raise UserError("this version of jax tells nothing of the memory of compiled programs")
-    params, parts = local_size(state.params), config.train.accumulate
-    # See `train_state.gradients`: they are as large as the parameters, and divided like them.
-    gradients = min(params * (1 if parts == 1 else 2), analysis.temp_size_in_bytes)
+    average, parts = local_size(state.ema), config.train.accumulate
+    # See `step.gradients`: they are as large as the average, and divided like it.
+    gradients = min(average * (1 if parts == 1 else 2), analysis.temp_size_in_bytes)
     memory = Memory(
-        params,
-        local_size(state.ema),
+        local_size(state.params),
+        average,
         local_size(state.opt_state),
         local_size(frozen),
         local_size(batch),
@@ -245,7 +245,7 @@ def enough_parts(rows: int, parts: int, memory: Memory, limit: float) -> int:
       The value for `train.accumulate`; 0 where not even parts of one row would do.
     """
     # Activations shrink with the rows of a part, gradients do not.
-    fixed = memory.kept + memory.batch + 2 * memory.params
+    fixed = memory.kept + memory.batch + 2 * memory.average
     shares = [2**n for n in range(1, 21) if rows // parts % 2**n == 0]
     return next((parts * n for n in shares if fixed + memory.working / n <= limit), 0)
 
@@ -307,8 +307,10 @@ def make_plan(config: Config) -> Plan:
             f"plan.memory_gb is {wanted.memory_gb}: expected the memory of a device in GB, or 0 "
             "for the chip's own"
         )
-    if config.run.attention == "cudnn":  # which no CPU can compile
-        config = changed(config, {"run.attention": "xla"})
+    # What no CPU can compile, by what takes as much memory.
+    stand_in = {"cudnn": "xla", "float16": "bfloat16"}
+    run = {f"run.{key}": stand_in[v] for key, v in config.run.items() if v in stand_in}
+    config = changed(config, run)
     memory_gb = wanted.memory_gb or flops.CHIPS[wanted.chip].memory_gb
     limit = USABLE * memory_gb * 1e9
     devices = jax.devices()[: wanted.devices]

@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 
 from instella_jax.config import Config
 from instella_jax.data import codes
@@ -186,7 +187,7 @@ class GeneratorStage(abc.ABC):
         """Return codes [B, N, K] of pictures uint8 [B, h, w, 3], without gradients."""
         network, pictures = self.tokenizer_network(), to_float(images)
         logits = apply(network, frozen["tokenizer"], pictures, method="encode")
-        return jax.lax.stop_gradient(hard_code(logits))
+        return jax.lax.stop_gradient(hard_code(logits.astype(jnp.float32)))
 
     def loss(
         self, params: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array

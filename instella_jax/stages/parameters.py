@@ -3,6 +3,7 @@
 import os
 
 import jax
+import jax.numpy as jnp
 
 from instella_jax.checkpoints.params import restore_average
 from instella_jax.config import Config
@@ -15,7 +16,7 @@ from instella_jax.weights import model_folder, model_parts
 def load_average(
     stage: Stage, mesh: jax.sharding.Mesh, workdir: str | os.PathLike[str]
 ) -> tuple[int, Params]:
-    """Read the averaged parameters of a run's newest whole checkpoint.
+    """Read the averaged parameters of a run's newest whole checkpoint, float32 as it keeps them.
 
     Returns:
       The step, and the parameters by part.
@@ -24,7 +25,8 @@ def load_average(
       UserError: the workdir has no whole checkpoint, or one of another model.
     """
     boxed = jax.eval_shape(lambda key: init_stage(stage, key), jax.random.key(0))
-    return restore_average(workdir, sharding.placed(boxed, mesh))
+    like = jax.tree.map(lambda x: x.update(dtype=jnp.float32), sharding.placed(boxed, mesh))
+    return restore_average(workdir, like)
 
 
 def load_frozen(stage: Stage, mesh: jax.sharding.Mesh) -> Params:

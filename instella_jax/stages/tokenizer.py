@@ -27,7 +27,7 @@ def reconstruct(
 ) -> tuple[jax.Array, jax.Array]:
     """Send pictures uint8 [B, h, w, 3] through their codes: pictures alike, and PSNR [B] in dB."""
     x = to_float(images)
-    decoded = apply(network, params, x)
+    decoded = apply(network, params, x).astype(jnp.float32)
     return to_uint8(decoded), psnr(jnp.clip(decoded, -1.0, 1.0), x)
 
 
@@ -91,10 +91,12 @@ class TokenizerStage:
 
     def _decode(self, params: Params, code: jax.Array, like: jax.Array) -> jax.Array:
         size = like.shape[1:3]
-        return apply(self.network, params["tokenizer"], code, *size, method="decode")
+        decoded = apply(self.network, params["tokenizer"], code, *size, method="decode")
+        return decoded.astype(jnp.float32)
 
     def _encode(self, params: Params, images: jax.Array) -> jax.Array:
-        return apply(self.network, params["tokenizer"], images, method="encode")
+        logits = apply(self.network, params["tokenizer"], images, method="encode")
+        return logits.astype(jnp.float32)
 
     def loss(
         self, params: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array

@@ -9,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import jax
-import jax.numpy as jnp
 import numpy as np
 from jax.experimental import multihost_utils
 
@@ -37,7 +36,7 @@ from instella_jax.training.setup import (
     state_shapes,
 )
 from instella_jax.training.shutdown import StopRequest
-from instella_jax.training.step import TrainState, jit_step
+from instella_jax.training.step import TrainState, as_float32, jit_step
 from instella_jax.training.workdir import (
     changes,
     claim_workdir,
@@ -120,7 +119,7 @@ class _Run:
         state, _ = initial_state(self.stage, self.config, self.mesh)
         if self.config.init_from:
             params = load_trained(self.stage, self.config, self.mesh)
-            state = state.replace(params=params, ema=jax.tree.map(jnp.copy, params))
+            state = state.replace(params=params, ema=as_float32(params))
             self.progress.message(f"weights of {self.config.init_from}")
         return state
 

@@ -19,6 +19,9 @@ from instella_jax.training.optimizer import learning_rate
 
 Metrics = dict[str, Any]
 
+# Keeps the key of the rounding apart from those of the loss.
+ROUNDING = 0x7FFFFFFF
+
 
 class TrainState(flax.struct.PyTreeNode):
     """Everything that a checkpoint of the device side holds.
@@ -26,9 +29,9 @@ class TrainState(flax.struct.PyTreeNode):
     Attributes:
       step: int32, optimizer steps tried so far, the skipped ones included.
       skipped: int32, steps skipped in a row up to now because something was not finite.
-      params: trainable parameters.
-      ema: their exponential moving average.
-      opt_state: of the optimizer.
+      params: trainable parameters, in the type `run.param_dtype`.
+      ema: their exponential moving average, float32.
+      opt_state: of the optimizer, its moments in float32.
       key: random key of the run; step s draws from fold_in(key, s).
     """
 
@@ -49,23 +52,55 @@ def init_state(
         step=jnp.zeros((), jnp.int32),
         skipped=jnp.zeros((), jnp.int32),
         params=params,
-        ema=jax.tree.map(jnp.copy, params),
-        opt_state=optimizer.init(params),
+        ema=as_float32(params),
+        opt_state=optimizer.init(as_float32(params)),
         key=key,
     )
+
+
+def as_float32(tree: Any) -> Any:
+    """Return a copy of a tree of arrays in float32."""
+    return jax.tree.map(lambda x: jnp.array(x, jnp.float32), tree)
+
+
+def apply_updates(params: Params, updates: Params, key: jax.Array) -> Params:
+    """Add float32 updates to parameters.
+
+    Bfloat16 parameters are rounded at random, up or down with probabilities that keep the mean:
+    rounded to the nearest, a parameter of 0.1 would never take a step below 0.0002.
+    """
+    leaves, structure = jax.tree.flatten(params)
+    moved = [
+        round_at_random(p.astype(jnp.float32) + u, jax.random.fold_in(key, number))
+        if p.dtype == jnp.bfloat16
+        else (p + u).astype(p.dtype)
+        for number, (p, u) in enumerate(zip(leaves, jax.tree.leaves(updates), strict=True))
+    ]
+    return jax.tree.unflatten(structure, moved)
+
+
+def round_at_random(x: jax.Array, key: jax.Array) -> jax.Array:
+    """Round finite float32 numbers to a bfloat16 beside them, whose mean is the number."""
+    bits = jax.lax.bitcast_convert_type(x, jnp.uint32)
+    # A bfloat16 is the upper half of a float32.
+    carried = bits + (jax.random.bits(key, x.shape, jnp.uint32) >> 16)
+    return jax.lax.bitcast_convert_type((carried >> 16).astype(jnp.uint16), jnp.bfloat16)
 
 
 def gradients(
     stage: Stage, accumulate: int, params: Params, frozen: Params, batch: Any, key: jax.Array, step
 ) -> tuple[Params, Metrics]:
     """Return mean gradients and metrics over `accumulate` parts of a batch [B, ...], one at a
-    time."""
+    time; gradients in float32."""
 
     def part(params: Params, batch: Any, key: jax.Array) -> tuple[jax.Array, Metrics]:
         loss, metrics = stage.loss(params, frozen, batch, key, step)
         return loss, {"loss": loss, **metrics}
 
-    grad = jax.grad(part, has_aux=True)
+    def grad(*args: Any) -> tuple[Params, Metrics]:
+        grads, metrics = jax.grad(part, has_aux=True)(*args)
+        return as_float32(grads), metrics
+
     if accumulate == 1:
         return grad(params, batch, key)
     # Strided parts keep each device's rows on that device.
@@ -109,8 +144,8 @@ def make_step(
         norm = optax.tree.norm(grads)
         rate = learning_rate(config.optimizer, train.steps, state.opt_state)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (norm <= limit)
-        updates, opt_state = optimizer.update(grads, state.opt_state, state.params)
-        params = optax.apply_updates(state.params, updates)
+        updates, opt_state = optimizer.update(grads, state.opt_state, as_float32(state.params))
+        params = apply_updates(state.params, updates, jax.random.fold_in(key, ROUNDING))
         # A short warm-up of the average keeps the initial values out of it.
         decay = jnp.minimum(train.ema_decay, (1 + state.step) / (10 + state.step))
         # Written so that the average of what does not change is that, bit for bit.

@@ -46,6 +46,12 @@ def execution(config: Mapping[str, Any]) -> Execution:
     for key, names in known.items():
         if config[key] not in names:
             raise UserError(f"run.{key} is {config[key]!r}: expected one of {list(names)}")
+    half = [key for key in ("param_dtype", "dtype") if config[key] == "float16"]
+    if half and jax.default_backend() == "cpu":
+        raise UserError(
+            f"run.{half[0]} is 'float16', in which jax does not compute on a CPU: use 'bfloat16' "
+            "or 'float32'"
+        )
     if config["attention"] == "cudnn":
         if config["dtype"] == "float32":
             raise UserError(
