@@ -163,9 +163,12 @@ def generator(variant: str) -> dict:
             out="",
         ),
     )
+    # A mirrored picture belies a caption that says left or right.
+    sections: dict[str, Any] = dict(folder=dict(flip=0.0), shards=dict(flip=0.0))
+    shared["data"] = sections
     if not variant:
         # As many places as captions can tell apart: with more, a prompt leaves too much open.
-        shared["data"] = dict(scenes=dict(places="thirds"))
+        sections["scenes"] = dict(places="thirds")
         shared["train"] = dict(
             steps=1_500, batch_size=64, steps_per_call=10, ema_decay=0.998, keep=2,
             log_every=50, eval_every=500, save_every=250, image_every=500,

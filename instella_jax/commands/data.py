@@ -266,6 +266,11 @@ def _encode_part(options: argparse.Namespace, part: tuple[int, int] | None) -> N
         size = int(model_folder.read_description(folder).get("image_size", 0))
         if not size:
             raise UserError(f"{folder} does not say its picture size; give --image-size=PIXELS")
+    if options.flip and jax.process_index() == 0:
+        print(
+            "--flip: mirror images keep the captions of their pictures, and those that say left or "
+            "right become wrong; leave it out where there are such"
+        )
     count = jax.process_count()
     progress = Progress(enabled=jax.process_index() == 0)
     whose = f"process 0 of {count}: " if count > 1 else ""

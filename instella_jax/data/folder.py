@@ -117,15 +117,21 @@ class FolderSource:
         They are 0 for a picture that cannot be read.
         """
 
+        unknown: list[str] = []
+
         def size(entry: tuple[str, Any]) -> tuple[int, int]:
             try:
                 return read_size(self._root / entry[0], entry[0])
             except BadSample as error:
-                logger.warning("no bucket: %s", error)
+                unknown.append(str(error))
                 return 0, 0
 
         with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-            return np.array(list(pool.map(size, self._entries)), np.int32).reshape(-1, 2)
+            found = np.array(list(pool.map(size, self._entries)), np.int32).reshape(-1, 2)
+        if unknown:
+            first = min(unknown)
+            logger.warning("%d pictures have no size, and no bucket: %s", len(unknown), first)
+        return found
 
     def __getitem__(self, index: int) -> dict[str, Any]:
         """Read one picture and its captions.

@@ -76,6 +76,7 @@ class _SkipBad:
     """Counts and names the samples that are skipped; gives up when nothing else is left."""
 
     _PATIENCE = 10_000
+    _MOST_NAMED = 100
 
     def __init__(self, source_length: int, named: set[str]):
         self._limit = min(2 * source_length + 64, self._PATIENCE)
@@ -104,7 +105,10 @@ class _SkipBad:
             self._in_a_row += 1
             if reason not in self._named:
                 self._named.add(reason)
-                logger.warning("skipped (%d so far): %s", len(self._named), reason)
+                if len(self._named) <= self._MOST_NAMED:
+                    logger.warning("skipped (%d so far): %s", len(self._named), reason)
+                if len(self._named) == self._MOST_NAMED:
+                    logger.warning("what is skipped from here on is only counted")
             if self._in_a_row >= self._limit:
                 raise UserError(
                     f"{self._in_a_row} samples in a row could not be used, the last because "

@@ -1,5 +1,6 @@
 """From the `data` section of a config to the loader of a split."""
 
+import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -11,6 +12,8 @@ from instella_jax.data import buckets
 from instella_jax.data.loader import Buckets, Mixture, make_loader
 from instella_jax.data.scenes.source import EmojiScenes
 from instella_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("scenes", "folder", "shards", "codes")
 
@@ -46,6 +49,13 @@ def make_split(
         return make_loader(source, threads=0, transform=_drop_facts, **shared, **options)
     if config.kind in buckets.KINDS:
         parts, section = _pictures(config, split, captions), config[config.kind]
+        if train and captions and section.flip and options.get("process_index", 0) == 0:
+            logger.warning(
+                "data.%s.flip is %g: mirrored pictures keep their captions, and those that say "
+                "left or right become wrong; 0 mirrors none",
+                config.kind,
+                section.flip,
+            )
         if train and config.buckets:
             batch = options["batch_size"] * options.get("process_count", 1)
             source = _in_buckets(config, parts, batch, options.get("process_index", 0) == 0)

@@ -1,10 +1,12 @@
 """The user's own pictures: real files of every awkward kind, written here with Pillow."""
 
+import importlib
 import io
 import json
 import logging
 import struct
 import zlib
+from contextlib import closing
 
 import numpy as np
 import pytest
@@ -14,8 +16,10 @@ from instella_jax.data.folder import FolderSource
 from instella_jax.data.images import read_picture
 from instella_jax.data.loader import make_loader
 from instella_jax.data.samples import BadSample
+from instella_jax.data.sources import make_split
 from instella_jax.data.transforms import EvalTransform, TrainTransform
 from instella_jax.errors import UserError
+from instella_jax.preparing.importing import import_dataset
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 
@@ -321,6 +325,48 @@ def test_folders_that_cannot_be_used(tmp_path):
     with pytest.raises(UserError, match="unknown split"):
         FolderSource(tmp_path, split="test", captions=False)
     assert FolderSource(tmp_path, captions=False)[0]["texts"] == ("",)
+
+
+@pytest.mark.parametrize("name", ["tokenizer", "t2i_diffusion", "t2i_ar"])
+@pytest.mark.parametrize("variant", ["", "instella_512"])
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+def test_pictures_with_captions_are_not_mirrored(tmp_path, caplog, name, variant, kind):
+    """Unless a user asks for it, who is told what it does."""
+    (tmp_path / "in").mkdir()
+    ramp = np.arange(0, 240, 5, dtype=np.uint8)[None, :, None].repeat(48, 0).repeat(3, 2)
+    for index in range(4):
+        Image.fromarray(ramp).save(tmp_path / "in" / f"{index}.png")
+        (tmp_path / "in" / f"{index}.txt").write_text("dark to the left")
+    import_dataset(tmp_path / "in", tmp_path / "shards")
+    captions = name != "tokenizer"
+    data = importlib.import_module(f"configs.{name}").get_config(variant).data
+    data.update(kind=kind, workers=0, image_size=16)
+    data[kind].update(path=str(tmp_path / ("in" if kind == "folder" else "shards")), heldout=0.25)
+
+    def mirrored():
+        caplog.clear()
+        with closing(make_split(data, "train", captions=captions, batch_size=40)) as loader:
+            image = next(loader)["image"].astype(int)
+        told = any("left or right become wrong" in r.getMessage() for r in caplog.records)
+        return int((image[:, 8, 0, 0] > image[:, 8, -1, 0]).sum()), told
+
+    number, told = mirrored()
+    assert (number == 0 if captions else 8 < number < 32) and not told
+    data[kind].flip = 1.0
+    assert mirrored() == (40, captions)
+
+
+def test_of_many_broken_pictures_the_first_hundred_are_named(tmp_path, caplog):
+    for index in range(130):
+        (tmp_path / f"{index}.png").write_bytes(b"broken")
+    with pytest.raises(UserError, match="324 samples in a row"):
+        next(make_loader(FolderSource(tmp_path, captions=False), batch_size=1, seed=0))
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 101 and told[-1] == "what is skipped from here on is only counted"
+    caplog.clear()
+    assert not FolderSource(tmp_path, captions=False).sizes().any()
+    told = [record.getMessage() for record in caplog.records]
+    assert len(told) == 1 and "130 pictures have no size" in told[0]
 
 
 def test_splits_are_disjoint_complete_and_by_picture(tmp_path):
