@@ -1,6 +1,5 @@
 """Import and export of the published layout, from the published system's own tensor names."""
 
-import importlib.util
 import json
 import pickle
 import shutil
@@ -30,6 +29,7 @@ from instella_jax.weights import convert, model_folder, model_parts, reference_s
 from instella_jax.weights.export import export_model
 from instella_jax.weights.published import import_model, inspect, open_any
 from instella_jax.weights.tensor_files import write_safetensors
+from tests.needs_torch import HAS_TORCH, needs_torch
 from tests.paths import ROOT
 from tools import make_random_published
 
@@ -37,8 +37,6 @@ VECTORS = ROOT / "tests/data/parity"
 META = json.loads((VECTORS / "meta.json").read_text())
 BAE = "model/bae/model.safetensors"
 OLMO = "olmo/model.safetensors"
-HAS_TORCH = importlib.util.find_spec("torch") is not None
-needs_torch = pytest.mark.skipif(not HAS_TORCH, reason="torch is not installed")
 
 
 def weights(name):
@@ -409,6 +407,7 @@ def torch_archive(path, content, compression=zipfile.ZIP_STORED):
         archive.writestr("archive/byteorder", "little")
 
 
+@pytest.mark.torch  # and without: both answers are tested
 def test_a_hostile_pickle_is_never_run(source, tmp_path):
     mark = tmp_path / "run"
     torch_archive(source / "model/diffusion.pt", {"module": Evil(mark)})
