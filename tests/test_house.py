@@ -1,5 +1,6 @@
 """Rules of the house that no other test would notice: imports, metadata, licences."""
 
+import ast
 import json
 import re
 import subprocess
@@ -75,6 +76,47 @@ def test_the_installed_metadata_is_that_of_the_sources():
     assert extras >= {"cuda", "rocm", "tpu", "app", "torch", "test"}
     scripts = {entry.name: entry.value for entry in installed.entry_points}
     assert scripts["instella-jax"] == "instella_jax.cli:main"
+
+
+def distribution(name):
+    """`name` as indices spell it, without version and extras."""
+    return re.sub(r"[-_.]+", "-", re.split(r"[\[<>=!~ ]", name)[0]).lower()
+
+
+def requirements(name):
+    """What setup.py assigns to a name: a list, or a dict of lists."""
+    for node in ast.parse((ROOT / "setup.py").read_text()).body:
+        if isinstance(node, ast.Assign) and ast.unparse(node.targets[0]) == name:
+            return ast.literal_eval(node.value)
+    raise AssertionError(f"setup.py has no {name}")
+
+
+def imported_packages():
+    """Top-level names that the package imports, without its own and the standard library's."""
+    modules = set()
+    for path in (ROOT / "instella_jax").rglob("*.py"):
+        for node in ast.walk(ast.parse(path.read_text())):
+            if isinstance(node, ast.Import):
+                modules |= {alias.name for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                modules.add(node.module)
+    return {name.split(".")[0] for name in modules} - sys.stdlib_module_names - {"instella_jax"}
+
+
+def test_what_is_required_is_imported_and_what_is_imported_is_required():
+    required = {distribution(name) for name in requirements("REQUIRES")}
+    optional = {distribution(name) for names in requirements("EXTRAS").values() for name in names}
+    # Packages of extras need not be installed here, and are called as they are imported.
+    installed = metadata.packages_distributions()
+    providers = {
+        name: {distribution(provider) for provider in installed.get(name, [name])}
+        for name in imported_packages()
+    }
+    assert len(providers) > 10
+    unknown = [name for name, found in providers.items() if not found & (required | optional)]
+    assert not unknown, "imported, but setup.py does not require it"
+    unused = required - set().union(*providers.values())
+    assert not unused, "required by setup.py, but imported nowhere"
 
 
 def test_the_changelog_knows_the_version():
