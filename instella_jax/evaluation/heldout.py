@@ -6,6 +6,7 @@ from collections.abc import Callable
 
 import jax
 import numpy as np
+from clu.metrics import Average
 
 from instella_jax.config import Config
 from instella_jax.errors import UserError
@@ -37,7 +38,22 @@ def evaluate(stage: Stage, params: Params, frozen: Params, config: Config, mesh)
             totals.append(function(params, frozen, sharding.place_copy(rows, mesh), key))
     if not totals:
         raise UserError("there are no held-out data to evaluate on")
-    fetched = jax.device_get(totals)
+    means = [
+        {name: mean_of_rows(value, count) for name, value in values.items()}
+        for values, count in zip(jax.device_get(totals), counts, strict=True)
+    ]
     return {
-        name: float(np.average([t[name] for t in fetched], weights=counts)) for name in fetched[0]
+        name: float(functools.reduce(Average.merge, (mean[name] for mean in means)).compute())
+        for name in means[0]
     }
+
+
+def mean_of_rows(mean: np.ndarray, rows: int) -> Average:
+    """Return the mean of a batch as one to merge with those of others, where each row counts alike.
+
+    Args:
+      mean: over the batch; a batch lies on all devices and processes, so that it is theirs too.
+      rows: of the batch.
+    """
+    # In float64: merged in float32, many batches would round.
+    return Average(total=np.float64(mean) * rows, count=np.int64(rows))  # pyright: ignore

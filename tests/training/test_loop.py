@@ -2,6 +2,7 @@
 
 import contextlib
 import errno
+import functools
 import json
 import math
 import os
@@ -15,7 +16,7 @@ import pytest
 from instella_jax.checkpoints import manager
 from instella_jax.checkpoints.manager import Checkpoints
 from instella_jax.errors import UserError
-from instella_jax.evaluation.heldout import evaluate
+from instella_jax.evaluation.heldout import evaluate, mean_of_rows
 from instella_jax.reporting.metrics import read_metrics
 from instella_jax.runtime import sharding
 from instella_jax.sampling.previews import Preview
@@ -249,6 +250,15 @@ def test_each_held_out_row_counts_alike(toy, config):
     points = toy.heldout
     wanted = np.mean((points.x @ np.arange(4.0) + 1 - points.y) ** 2)
     assert result["loss"] == pytest.approx(wanted, rel=1e-5)
+
+
+def test_means_of_batches_merge_without_rounding():
+    rng = np.random.default_rng(0)
+    values = (1e4 + rng.normal(size=3000)).astype(np.float32)
+    rows = rng.integers(1, 65, len(values))
+    merged = functools.reduce(lambda a, b: a.merge(b), map(mean_of_rows, values, rows))
+    wanted = math.fsum(float(v) * int(n) for v, n in zip(values, rows, strict=True)) / rows.sum()
+    assert float(merged.compute()) == pytest.approx(wanted, rel=1e-13)
 
 
 def test_evaluation_compiles_once_per_shape(toy, config, tmp_path):
