@@ -40,7 +40,13 @@ def _add_import(kinds: Any) -> None:
         choices=("auto", "webdataset", "parquet", "tfds", "folder"),
         help="what IN is (default: found out by its files)",
     )
-    take.add_argument("--split", default="train", help="of a TFDS data set (default: %(default)s)")
+    take.add_argument(
+        "--split",
+        default="train",
+        help="of a TFDS data set, or of parquet files that are named by their splits, as "
+        "train-00000-of-00005.parquet or test/0000.parquet; all: every one of these "
+        "(default: %(default)s)",
+    )
     take.add_argument(
         "--min-side", type=int, default=0, metavar="PIXELS", help="leave out smaller pictures"
     )

@@ -30,7 +30,8 @@ from instella_jax.runtime.files import write_json
 
 logger = logging.getLogger(__name__)
 
-_EXAMPLES = 5
+_EXAMPLES, _NAMES = 5, 30
+_NO_CAPTION = "no caption"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -90,7 +91,7 @@ def check(
     if item.image is None:
         raise _Left("no picture")
     if filters.captions and not item.texts:
-        raise _Left("no caption")
+        raise _Left(_NO_CAPTION)
     if _watermark(item.meta) > filters.max_watermark:
         raise _Left("watermark")
     if len(item.image) > readers.MAX_BYTES:
@@ -135,8 +136,10 @@ def import_unit(
     damaged: list[str] = []
     flaws: dict[str, int] = {}
 
-    def count(counts: dict[str, int], name: str, reason: str) -> None:
-        counts[reason] = counts.get(reason, 0) + 1
+    seen: dict[str, None] = {}
+
+    def count(counts: dict[str, int], name: str, reason: str, number: int = 1) -> None:
+        counts[reason] = counts.get(reason, 0) + number
         if len(names := examples.setdefault(reason, [])) < _EXAMPLES:
             names.append(name)
 
@@ -147,19 +150,21 @@ def import_unit(
                 continue
             tick()
             if isinstance(item, Problem):
-                count(dropped, item.name, item.reason)
+                count(dropped, item.name, item.reason, item.count)
                 continue
             try:
                 image, size = check(item, filters, functools.partial(count, flaws, item.name))
             except _Left as reason:
                 count(dropped, item.name, str(reason))
+                if str(reason) == _NO_CAPTION and len(seen) < _NAMES:
+                    seen |= dict.fromkeys(item.seen)
                 continue
             writer.write({"key": item.name, "texts": item.texts, "size": size}, image)
             kept += 1
             captions += len(item.texts)
     result = {"kept": kept, "captions": captions, "dropped": dropped, "flaws": flaws}
-    result["examples"] = examples
-    job.finish(number, kept, {**result, "damaged": damaged[:_EXAMPLES]})
+    result |= {"examples": examples, "damaged": damaged[:_EXAMPLES], "seen": list(seen)[:_NAMES]}
+    job.finish(number, kept, result)
 
 
 def import_dataset(
@@ -224,9 +229,10 @@ def import_dataset(
             reasons = [f"no pictures in {len(units)} file(s)"]
         if report["damaged_files"]:
             reasons.append(f"damaged files {report['damaged_files']}")
+        hint = _caption_hint(report)
         raise UserError(
-            f"nothing of {source} was kept ({', '.join(reasons)}); see {out}/report.json, and run "
-            "the command again with other input or options"
+            f"nothing of {source} was kept ({', '.join(reasons)}){f'; {hint}' if hint else ''}; "
+            f"see {out}/report.json, and run the command again with other input or options"
         )
     job.complete("images", results, {"source": plan["source"]})
     return report
@@ -256,6 +262,8 @@ def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
         # Nobody knows how many pictures were in what could not be read of them.
         "damaged_files": sum(bool(result["damaged"]) for result in results),
         "damage": [place for result in results for place in result["damaged"]][:_EXAMPLES],
+        # Columns, keys and files beside the pictures without a caption.
+        "seen": list(dict.fromkeys(name for r in results for name in r.get("seen", ())))[:_NAMES],
     }
 
 
@@ -270,9 +278,21 @@ def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
             examples = report["examples"][reason]
             more = ", ..." if number > len(examples) else ""
             yield f"  {what}, {reason}: {number} ({', '.join(examples)}{more})"
+    if hint := _caption_hint(report):
+        yield f"  {hint}"
     if report["damaged_files"]:
         places = ", ".join(report["damage"])
         yield f"  damaged files, read in part: {report['damaged_files']} ({places})"
+
+
+def _caption_hint(report: Mapping[str, Any]) -> str:
+    """Say where captions could have been; "" where none was missed."""
+    if not report["seen"]:
+        return ""
+    return (
+        f"pictures without a caption have {', '.join(report['seen'])}: name what their captions "
+        "are in by --caption-keys, or keep them by --no-captions"
+    )
 
 
 class _Progress:

@@ -4,16 +4,22 @@ from __future__ import annotations
 
 import dataclasses
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
 from instella_jax.data.captions import check_text, decode_text
 from instella_jax.data.samples import BadSample
 
-IMAGE_KEYS = ("image", "jpg", "jpeg", "png", "webp", "img")
-
-
-CAPTION_KEYS = ("text", "texts", "caption", "captions", "top_caption", "all_captions", "prompt")
+# The usual names of columns, keys and features, in whatever case.
+IMAGE_KEYS = (
+    "image", "jpg", "jpeg", "png", "webp", "img", "picture", "photo", "image_bytes", "img_bytes",
+    "image_data", "image_file", "gif", "bmp", "tif", "tiff", "avif", "bytes",
+)  # fmt: skip
+CAPTION_KEYS = (
+    "text", "texts", "txt", "caption", "captions", "top_caption", "all_captions", "prompt",
+    "re_caption", "recaption", "re_captions", "recaptions", "short_caption", "long_caption",
+    "alt_text",
+)  # fmt: skip
 
 
 MAX_CAPTIONS, MAX_CAPTION = 100, 10_000
@@ -29,12 +35,16 @@ BROKEN_CAPTION, BROKEN_JSON = "broken caption", "broken JSON"
 
 @dataclasses.dataclass(frozen=True)
 class Item:
-    """A picture as it is in the input: its name, its file's bytes, captions and other columns."""
+    """A picture as it is in the input: its name, its file's bytes, captions and other columns.
+
+    `seen` names all columns, keys or files that there are, those without a use too.
+    """
 
     name: str
     image: bytes | None
     texts: tuple[str, ...]
     meta: Mapping[str, Any]
+    seen: tuple[str, ...] = ()
 
 
 @dataclasses.dataclass(frozen=True)
@@ -46,11 +56,26 @@ class Problem:
       reason: why, in a few words that are counted.
       of_file: whether it is a damaged file, of which nobody knows how many pictures it held, and
         not one picture.
+      count: how many pictures it stands for.
     """
 
     name: str
     reason: str
     of_file: bool = False
+    count: int = 1
+
+
+def named(names: Iterable[str], keys: Sequence[str]) -> list[str]:
+    """Return which of some names are the given keys, in the order of the keys.
+
+    Case matters only where names differ in nothing else.
+    """
+    there = list(names)
+    found = []
+    for key in keys:
+        alike = [name for name in there if name.casefold() == key.casefold()]
+        found += [key] if key in alike else alike if len(alike) == 1 else []
+    return list(dict.fromkeys(found))
 
 
 def captions(values: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
@@ -73,8 +98,8 @@ def captions(values: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:
             if text and len(found) < MAX_CAPTIONS:
                 found[text] = None
         elif isinstance(value, Mapping):
-            for key in keys:
-                add(value.get(key))
+            for name in named(map(str, value), keys):
+                add(value.get(name))
         elif isinstance(value, list | tuple):
             for entry in value:
                 add(entry)

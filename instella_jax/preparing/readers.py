@@ -7,7 +7,9 @@ disk, and nothing of a file is trusted: what cannot be read is yielded as a `Pro
 from __future__ import annotations
 
 import dataclasses
+import logging
 import os
+import re
 import zlib
 from collections.abc import Iterator, Sequence
 from pathlib import Path
@@ -16,6 +18,8 @@ from typing import Any
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
 from instella_jax.preparing.items import CAPTION_KEYS, MAX_BYTES, Item, Problem, captions, read_json
+
+logger = logging.getLogger(__name__)
 
 KINDS = ("webdataset", "parquet", "tfds", "folder")
 
@@ -31,6 +35,8 @@ class Unit:
       rows: its part of that: (start, stop) of a TFDS split, or (picture, captions or caption file).
       split: of a TFDS data set.
       pictures: how many it has, 0 where that is not known before it is read.
+      root: folder of the data set that a file belongs to.
+      left_out: why the whole of it is left out; "" if it is read.
     """
 
     name: str
@@ -39,6 +45,8 @@ class Unit:
     rows: tuple[Any, ...] = ()
     split: str = ""
     pictures: int = 0
+    root: str = ""
+    left_out: str = ""
 
 
 def find_units(
@@ -49,7 +57,8 @@ def find_units(
     Args:
       path: a file, or a folder that is searched with its subfolders.
       kind: one of `KINDS`, or "auto".
-      split: which part of a TFDS data set.
+      split: which part of a TFDS data set, or of parquet files that are named by their splits;
+        "all" is every one of the latter.
       size: pictures in a unit.
 
     Raises:
@@ -64,10 +73,16 @@ def find_units(
         if not files:
             raise UserError(f"{root} has no {kind} files ({', '.join(_SUFFIXES[kind])})")
         base = root if root.is_dir() else root.parent
-        return [
-            Unit(f"{file.relative_to(base)} ({file.stat().st_size} bytes)", kind, str(file))
-            for file in files
-        ]
+        others: dict[Path, str] = {}
+        if kind == "parquet" and root.is_dir():
+            others = _of_other_splits(root, files, split)
+        units = []
+        for file in files:
+            name = f"{file.relative_to(base)} ({file.stat().st_size} bytes)"
+            left_out = f"of split {others[file]}" if file in others else ""
+            name += f", {left_out}" if left_out else ""
+            units.append(Unit(name, kind, str(file), root=str(base), left_out=left_out))
+        return units
     if kind == "tfds":
         from instella_jax.preparing.tfds_reader import count
 
@@ -99,6 +114,61 @@ def _files(root: Path, kind: str) -> list[Path]:
         return [root]
     found = (p for p in root.rglob("*") if p.name.endswith(_SUFFIXES[kind]) and p.is_file())
     return sorted(p for p in found if not p.name.startswith("."))
+
+
+_SPLITS = {
+    "train": "train", "training": "train",
+    "test": "test", "testing": "test", "eval": "test", "evaluation": "test",
+    "validation": "validation", "valid": "validation", "val": "validation", "dev": "validation",
+}  # fmt: skip
+
+
+def _split_of(file: Path) -> str:
+    """Return the split that a file is named by, as `train-00000-of-00005.parquet` or
+    `test/0000.parquet` are; "" for none."""
+    for part in (file.name, *reversed(file.parts[:-1])):
+        word = re.match(r"[A-Za-z]*", part)
+        whole = word and re.match(r"[-_.]|$", part[word.end() :])
+        if word and whole and (split := _SPLITS.get(word[0].lower())):
+            return split
+    return ""
+
+
+def _of_other_splits(root: Path, files: Sequence[Path], wanted: str) -> dict[Path, str]:
+    """Return the files that are not of a split, with their own splits.
+
+    Raises:
+      UserError: there is no file of it.
+    """
+    splits = {file: _split_of(file.relative_to(root)) for file in files}
+    known = sorted({split for split in splits.values() if split})
+    wanted = _SPLITS.get(wanted, wanted)
+    if wanted == "all" or (not known and wanted == "train"):
+        return {}
+    if wanted not in known:
+        there = f"only {', '.join(known)}" if known else "its files are not named by splits"
+        raise UserError(
+            f"{root} has no split {wanted!r}, {there}; choose one by --split, or all of them by "
+            "--split=all"
+        )
+    others = {file: split or "none" for file, split in splits.items() if split != wanted}
+    if others:
+        logger.warning(
+            "of %s only the split %s is read (%d of %d files); --split chooses another, or all",
+            root, wanted, len(files) - len(others), len(files),
+        )  # fmt: skip
+    return others
+
+
+def _left_out(unit: Unit) -> Iterator[Problem]:
+    """Count the rows of a parquet file that is not read."""
+    from instella_jax.preparing.parquet_reader import count_rows
+
+    rows = count_rows(unit.path)
+    if rows is None:
+        yield Problem(unit.path, "damaged parquet file", of_file=True)
+    elif rows:
+        yield Problem(unit.path, unit.left_out, count=rows)
 
 
 def _guess(root: Path) -> str:
@@ -136,7 +206,9 @@ def read_unit(
     if unit.kind == "parquet":
         from instella_jax.preparing.parquet_reader import read_parquet
 
-        return read_parquet(unit.path, keys, image_key)
+        if unit.left_out:
+            return _left_out(unit)
+        return read_parquet(unit.path, keys, image_key, unit.root)
     if unit.kind == "tfds":
         from instella_jax.preparing.tfds_reader import read_tfds
 

@@ -9,7 +9,7 @@ from typing import Any
 
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
-from instella_jax.preparing.items import IMAGE_KEYS, Item, Problem, captions, label_caption
+from instella_jax.preparing.items import IMAGE_KEYS, Item, Problem, captions, label_caption, named
 from instella_jax.runtime.absl_flags import allow_unparsed_flags
 
 
@@ -69,16 +69,16 @@ def read_tfds(
     builder = _builder(path, split)
     features = builder.info.features
     wanted = (image_key,) if image_key else IMAGE_KEYS
-    column = next((name for name in wanted if name in features), None)
-    if column is None:
+    columns = named(features, wanted)
+    if not columns:
         raise UserError(
             f"{path} has no feature {' or '.join(wanted)}, only {', '.join(features)}; name the "
             "one with the pictures by --image-key"
         )
     # The file as it was prepared, if it is one: nothing is lost by compressing again.
-    skip = {column: tfds.decode.SkipDecoding()}
-    encoded = isinstance(features[column], tfds.features.Image)
-    source = builder.as_data_source(split=split, decoders=skip if encoded else None)
+    encoded = [name for name in columns if isinstance(features[name], tfds.features.Image)]
+    skip = {name: tfds.decode.SkipDecoding() for name in encoded}
+    source = builder.as_data_source(split=split, decoders=skip or None)
     labels = [n for n, f in features.items() if isinstance(f, tfds.features.ClassLabel)]
     for index in range(start, stop):
         name = f"{split} {index}"
@@ -89,20 +89,26 @@ def read_tfds(
             continue
         try:
             texts = captions(example, keys) or tuple(
-                label_caption(features[n].int2str(int(example[n]))) for n in labels
+                label_caption(features[n].int2str(int(example[n])))
+                for n in labels
+                if 0 <= int(example[n]) < features[n].num_classes  # -1: not known
             )
         except BadSample as reason:
             yield Problem(name, str(reason))
             continue
-        image = example.pop(column)
-        yield Item(name, image if isinstance(image, bytes) else _png(image), texts, example)
+        images = [_file(example.pop(column)) for column in columns]
+        image = next((image for image in images if image), None)
+        yield Item(name, image, texts, example, tuple(features))
 
 
-def _png(image: Any) -> bytes | None:
-    """Compress uint8 [h, w] or [h, w, 1 or 3] without loss; None if it is something else."""
+def _file(image: Any) -> bytes | None:
+    """Return a picture's file: as it is, or made without loss of uint8 [h, w] or [h, w, 1 or 3];
+    None if it is something else."""
     from PIL import Image
 
-    if str(image.dtype) != "uint8" or image.ndim not in (2, 3):
+    if isinstance(image, bytes):
+        return image
+    if str(getattr(image, "dtype", None)) != "uint8" or image.ndim not in (2, 3):
         return None
     if image.ndim == 3 and image.shape[2] not in (1, 3):
         return None

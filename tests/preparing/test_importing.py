@@ -170,7 +170,7 @@ def test_parquet(tmp_path):
     assert report["dropped"] == {
         "no caption": 2, "watermark": 1, "no picture": 1,
     }  # fmt: skip
-    assert report["read"] == 7 and report["damage"] == [f"{tmp_path / 'c.parquet'} from row 0"]
+    assert report["read"] == 7 and report["damage"] == [f"{tmp_path / 'c.parquet'}"]
     parquet.write_table(pa.table({"url": ["http://x"]}), tmp_path / "d.parquet")
     with pytest.raises(UserError, match="has no column image or .*only url.*not fetched"):
         import_dataset(tmp_path / "d.parquet", tmp_path / "none")
@@ -223,6 +223,31 @@ def test_tfds(tmp_path):
     )
     import_dataset(several, tmp_path / "several")
     assert [texts for texts, _ in contents(tmp_path / "several").values()] == [["one", "ein"]]
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_tfds_examples_are_kept_or_counted(tmp_path):
+    import tensorflow_datasets as tfds
+
+    folder = make_tfds(
+        tmp_path / "a",
+        {
+            "IMG": tfds.features.Image(),
+            "TEXT": tfds.features.Text(),
+            "label": tfds.features.ClassLabel(names=["red_fox"]),
+        },
+        [
+            {"IMG": io.BytesIO(picture(10 * i + 10)), "TEXT": text, "label": label}
+            for i, (text, label) in enumerate([("ten", -1), (b"\xff", 0), ("", 0), ("", -1)])
+        ],
+    )
+    report = import_dataset(folder, tmp_path / "out")
+    found = sorted(texts for texts, _ in contents(tmp_path / "out").values())
+    assert found == [["A photo of red fox"], ["ten"]]
+    assert report["dropped"] == {"broken caption": 1, "no caption": 1}
+    examples = tfds.builder_from_directory(str(folder)).info.splits["train"].num_examples
+    assert report["read"] == report["kept"] + 2 == examples
+    assert set(report["seen"]) == {"IMG", "TEXT", "label"}
 
 
 def test_folder(tmp_path):
