@@ -2,6 +2,7 @@
 
 python -m instella_jax.main --config=configs/t2i_diffusion.py --config.train.steps=1000
 python -m instella_jax.main --config=configs/t2i_diffusion.py --mode=eval
+python -m instella_jax.main --workdir=runs/t2i_diffusion --mode=eval
 python -m instella_jax.main --config=configs/t2i_diffusion.py --mode=sample \\
     --config.sample.prompt="two red hearts on a blue background"
 
@@ -26,7 +27,9 @@ _CONFIG = config_flags.DEFINE_config_file(
     "config",
     None,
     "Config file, with a variant after a colon where wanted "
-    "(configs/t2i_diffusion.py:instella_512). --config.KEY=VALUE changes a key.",
+    "(configs/t2i_diffusion.py:instella_512). --config.KEY=VALUE changes a key. With the --workdir "
+    "of a run it may be left out: the run's own config is taken, always so to evaluate and to "
+    "sample.",
     lock_config=True,
 )
 _WORKDIR = flags.DEFINE_string(

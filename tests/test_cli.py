@@ -1,12 +1,15 @@
 """What the command line says of mistakes: one sentence, a status, nothing touched."""
 
+import json
 import os
+import shutil
 import subprocess
 import sys
 
 import numpy as np
 import pytest
 
+from instella_jax.reporting.metrics import read_metrics
 from tests.paths import ROOT
 
 TINY = "--config=tests/tiny_tokenizer.py"
@@ -161,6 +164,70 @@ def test_prompts_that_are_not_there(tmp_path):
     assert sentence.startswith(f"prompt file {tmp_path / 'no.txt'} cannot be read")
     assert mistake(TINY, "--mode=sample").startswith("a tokenizer does not draw prompts")
     assert not (tmp_path / "out").exists()
+
+
+@pytest.fixture(scope="module")
+def tiny_run(tiny_tokenizer_folder, tmp_path_factory):
+    """A run of other sizes than its config file, and its tokenizer, each moved since."""
+    root = tmp_path_factory.mktemp("runs")
+    shutil.copytree(tiny_tokenizer_folder, root / "tokenizer-then")
+    status, _, err = run(
+        TINY_T2I, f"--workdir={root / 'run-then'}", f"--config.tokenizer={root / 'tokenizer-then'}",
+        "--config.model.num_heads=4", "--config.model.head_dim=4", "--config.train.steps=4",
+        "--config.sample.steps=3", "--config.run.cpu_devices=1",
+        "--config.data.scenes.max_objects=2",
+    )  # fmt: skip
+    assert status == 0, err
+    (root / "run-then").rename(root / "run")
+    (root / "tokenizer-then").rename(root / "tokenizer")
+    return root / "run", f"--config.tokenizer={root / 'tokenizer'}"
+
+
+@pytest.mark.slow
+def test_a_run_is_used_by_its_workdir_alone(tiny_run, tmp_path):
+    workdir, tokenizer = tiny_run
+    for config in ([], [TINY_T2I]):
+        out = tmp_path / str(len(config))
+        status, text, err = run(
+            *config, f"--workdir={workdir}", "--mode=sample", tokenizer,
+            "--config.sample.prompt=two red hearts", f"--config.sample.out={out}",
+        )  # fmt: skip
+        assert status == 0 and f"step 4 of {workdir}" in text, err
+        (row,) = map(json.loads, (out / "metadata.jsonl").read_text().splitlines())
+        assert row["steps"] == 3 and row["text"] == "two red hearts"
+    status, text, err = run(f"--workdir={workdir}", "--mode", "eval", tokenizer)
+    assert status == 0, err
+    last = [row for row in read_metrics(workdir) if "heldout/loss" in row][-1]
+    assert f"loss {last['heldout/loss']:.4f}" in text
+
+
+@pytest.mark.slow
+def test_a_run_goes_on_where_it_was_moved_to(tiny_run, tmp_path):
+    workdir, tokenizer = tiny_run
+    moved = shutil.copytree(workdir, tmp_path / "moved")
+    status, text, err = run(f"--workdir={moved}", tokenizer, "--config.train.steps=6")
+    assert status == 0, err
+    assert "continuing from step 4" in text and "CHANGED train.steps: 4 -> 6" in text
+    assert "CHANGED tokenizer: " in text
+    assert [row["step"] for row in read_metrics(moved) if "train/loss" in row] == [*range(1, 7)]
+
+
+@pytest.mark.slow
+def test_what_does_not_fit_a_run_is_one_sentence(tiny_run):
+    workdir, tokenizer = tiny_run
+    sample = (f"--workdir={workdir}", "--mode=sample", "--config.sample.prompt=a heart")
+    sentence = mistake("--config=tests/tiny_ar.py", *sample, tokenizer)
+    assert "is of stage 'ar', the run of" in sentence and "leave --config out" in sentence
+    sentence = mistake(*sample, tokenizer, "--config.model.num_heads=2")
+    assert "belongs to a run with model.num_heads=4, this one has 2" in sentence
+    assert mistake(*sample, "--config.sample.stepz=3").startswith("unknown key 'stepz'")
+    # Where the tokenizer was at the time.
+    assert "--config.tokenizer=FOLDER" in mistake(*sample)
+
+
+def test_a_workdir_without_a_run_needs_a_config(tmp_path):
+    sentence = mistake(f"--workdir={tmp_path}", "--config.train.steps=3")
+    assert sentence.startswith(f"--config is missing, and {tmp_path} is not the workdir of a run")
 
 
 @pytest.mark.slow

@@ -1,6 +1,7 @@
 """Parsing of the command line: any mistake in it becomes one sentence."""
 
 import itertools
+import json
 import re
 import sys
 from pathlib import Path
@@ -13,21 +14,58 @@ EXAMPLE = "configs/t2i_diffusion.py"
 NO_CONFIG = f"--config is missing: for example --config={EXAMPLE}"
 
 
+def given(argv: list[str], flag: str) -> str | None:
+    """Return the value that a flag has on a command line, None where it is not there."""
+    value = None
+    for item, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
+        if match := re.fullmatch(rf"--?{flag}(?:=(.*))?", item, re.DOTALL):
+            value = following if match[1] is None else match[1]
+    return value
+
+
+def with_own_config(argv: list[str]) -> list[str]:
+    """Put the config of the workdir's run in the place of `--config` where that is to be used.
+
+    Evaluation, sampling and planning with a workdir take the run's own config; so does training
+    where no other is named.
+
+    Raises:
+      UserError: no config is named, and the workdir is of no run.
+    """
+    workdir, config = given(argv, "workdir"), given(argv, "config")
+    training = (given(argv, "mode") or "train") == "train"
+    if workdir is None or (training and config is not None):
+        return argv
+    if not (Path(workdir) / "config.json").is_file():
+        if config is None:
+            raise UserError(
+                f"--config is missing, and {workdir} is not the workdir of a run, whose config "
+                f"would be taken: give --config=FILE, for example {EXAMPLE}"
+            )
+        return argv
+    if config is not None:
+        check_config_file(argv[1:])
+    rest, left_out = [], False
+    for item in argv[1:]:
+        if not left_out and not re.fullmatch(r"--?config(=.*)?", item, re.DOTALL):
+            rest.append(item)
+        left_out = item in ("--config", "-config")
+    own = json.dumps({"workdir": workdir, "config": config})
+    return [argv[0], f"--config={Path(__file__).with_name('own_config.py')}:{own}", *rest]
+
+
 def check_config_file(argv: list[str]) -> None:
     """Check that --config names a file; the library's own error comes late and is long.
 
     Raises:
       UserError: it does not, or keys are changed without it.
     """
-    given = None
-    for item, following in itertools.zip_longest(argv, argv[1:], fillvalue=""):
-        if match := re.fullmatch(r"--?config(?:=(.*))?", item, re.DOTALL):
-            given = following if match[1] is None else match[1]
-    if given is None:
+    config = given(argv, "config")
+    if config is None:
         if any(re.match(r"--?(no)?config\.", item) for item in argv):
             raise UserError(NO_CONFIG)
         return
-    name = given.partition(":")[0]
+    name = config.partition(":")[0]
     if not name.endswith(".py") or not Path(name).is_file():
         raise UserError(
             f"config file {name!r} does not exist: expected a Python file, for example {EXAMPLE}"
@@ -68,6 +106,9 @@ def parse(argv: list[str], *, text: str) -> list[str]:
     if {"--help", "-help", "-h"} & set(argv):
         print(usage(text))
         sys.exit(0)
+    argv = with_own_config(argv)
+    # Where the config's flags look for changed keys.
+    sys.argv[:] = argv
     check_config_file(argv[1:])
     try:
         rest = flags.FLAGS(argv)

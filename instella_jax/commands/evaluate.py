@@ -20,7 +20,7 @@ from instella_jax.stages.base import Stage
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.stages.parameters import load_average, load_frozen, load_trained
 from instella_jax.stages.tokenizer import TokenizerStage
-from instella_jax.training.workdir import check_config
+from instella_jax.training.workdir import USED, check_config
 from instella_jax.weights import model_folder
 
 GRID = 32
@@ -41,7 +41,7 @@ def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> d
     check_tensor({**stage.frozen_networks, **stage.networks}, mesh)
     with sharding.use(mesh):
         if workdir is not None:
-            check_config(workdir, config)
+            check_config(workdir, config, free=USED)
             step, params = load_average(stage, mesh, workdir)
             frozen = load_frozen(stage, mesh)
             source = f"step {step} of {workdir}"

@@ -13,7 +13,7 @@ from instella_jax.reporting.progress import Progress, Throughput, progress_line
 from instella_jax.sampling.album import Album
 from instella_jax.sampling.load import load_pipeline
 from instella_jax.sampling.pipeline import options_from_config
-from instella_jax.training.workdir import check_config
+from instella_jax.training.workdir import USED, check_config
 
 MAX_PROMPTS = 100_000
 
@@ -72,7 +72,7 @@ def generate(config: Config, workdir: str | os.PathLike[str] | None) -> Path | N
     out = Path(config.sample.out or (Path(workdir) / "drawn" if workdir else "drawn"))
     first = jax.process_index() == 0
     if workdir is not None:
-        check_config(workdir, config)
+        check_config(workdir, config, free=USED)
     pipeline, source = load_pipeline(config, workdir)
     batches = pipeline.batches(prompts, options)
     captions = [p for p in prompts for _ in range(options.images_per_prompt)]

@@ -231,7 +231,7 @@ class InstellaPipeline:
         The image tokenizer's are read from its folder where they are not given: training on codes
         has no use for them.
         """
-        tokenizer = stage.tokenizer_network()
+        tokenizer = stage.tokenizer_network
         if "tokenizer" not in params:
             dtype = stage.run.param_dtype
             loaded = model_folder.load(stage.tokenizer_folder, "tokenizer", tokenizer, dtype, mesh)
@@ -280,7 +280,7 @@ class InstellaPipeline:
         rows = np.repeat(np.arange(len(prompts)), options.images_per_prompt)
         seeds = options.seed + np.tile(np.arange(options.images_per_prompt), len(prompts))
         negative = options.negative_prompt
-        length = self.padded_length([*prompts, negative])
+        tokens = self.tokenise([*prompts, negative])
         parts = sharding.batch_parts(self.mesh) if self.mesh else 1
         size = -(-min(options.batch_size, len(rows)) // parts) * parts
         for start in range(0, len(rows), size):
@@ -288,35 +288,42 @@ class InstellaPipeline:
             chosen = np.minimum(np.arange(start, start + size), len(rows) - 1)
             texts = [*(prompts[row] for row in rows[chosen]), *[negative] * size]
             with sharding.use(self.mesh) if self.mesh else contextlib.nullcontext():
-                features, mask = self.describe(texts, length)
+                features, mask = self.describe(texts, tokens)
                 code = self.codes(features, mask, seeds[chosen], options)
                 drawn = decode(self.tokenizer, self.params["tokenizer"], code, height, width)
             yield sharding.fetch(drawn)[: len(rows) - start]
 
-    def padded_length(self, prompts: Sequence[str]) -> int:
-        """Return the length L of the longest prompt in tokens, with padding, so that few are
-        compiled."""
-        _, mask = self.text_tokenizer.encode(prompts, max_length=self.max_length)
-        return min(-(-mask.shape[1] // TEXT_BLOCK) * TEXT_BLOCK, self.max_length)
+    def tokenise(self, prompts: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Return ids int32 [L] and mask bool [L] of each prompt.
 
-    def describe(self, prompts: Sequence[str], length: int) -> tuple[jax.Array, np.ndarray]:
+        L is that of the longest prompt with padding, so that few lengths are compiled.
+        """
+        unique = list(dict.fromkeys(prompts))
+        ids, mask = self.text_tokenizer.encode(unique, max_length=self.max_length)
+        length = min(-(-mask.shape[1] // TEXT_BLOCK) * TEXT_BLOCK, self.max_length)
+        padding = ((0, 0), (length - mask.shape[1], 0))
+        ids = np.pad(ids, padding, constant_values=self.text_tokenizer.pad_id)
+        return dict(zip(unique, zip(ids, np.pad(mask, padding), strict=True), strict=True))
+
+    def describe(
+        self, prompts: Sequence[str], tokens: Mapping[str, tuple[np.ndarray, np.ndarray]]
+    ) -> tuple[jax.Array, np.ndarray]:
         """Encode prompts, each different one once and the empty one once ever.
 
         Args:
           prompts: 2B texts.
-          length: L, see `padded_length`.
+          tokens: of all of them, see `tokenise`.
 
         Returns:
           features [layers, 2B, L, Dt] and mask bool [2B, L].
         """
         unique = list(dict.fromkeys(prompt for prompt in prompts if prompt))
+        length = len(next(iter(tokens.values()))[1])
         # Nothing sees the states of the empty prompt, so that any padding does for them.
         features = jnp.pad(self._empty, ((0, 0), (0, 0), (length - 1, 0), (0, 0)))
         mask = np.zeros((1, length), bool)
         if unique:
-            ids, seen = self.text_tokenizer.encode(
-                unique, max_length=self.max_length, pad_to=length
-            )
+            ids, seen = map(np.stack, zip(*(tokens[prompt] for prompt in unique), strict=True))
             described = text_features(self.text, self.params["text"], ids, seen)
             features = jnp.concatenate([features, described], axis=1)
             mask = np.concatenate([mask, seen])

@@ -80,6 +80,7 @@ class GeneratorStage(abc.ABC):
             )
         return tokenizer
 
+    @functools.cached_property
     def tokenizer_network(self) -> BinaryTokenizer:
         """Return the image tokenizer that the codes come from.
 
@@ -121,7 +122,7 @@ class GeneratorStage(abc.ABC):
         """The image tokenizer, unless codes are given, and the text encoder, unless trained."""
         networks: dict[str, Network] = {}
         if self.config.data.kind != "codes":
-            networks["tokenizer"] = self.tokenizer_network()
+            networks["tokenizer"] = self.tokenizer_network
         if not self.config.text.trainable:
             networks["text"] = self.text_network
         return networks
@@ -164,7 +165,7 @@ class GeneratorStage(abc.ABC):
         config = self.config
         folder = None
         if config.eval.pictures or config.tokenizer:
-            self.tokenizer_network()
+            _ = self.tokenizer_network  # which checks the shape of its code
             folder = self.tokenizer_folder
         for path in part_paths(config.data):
             codes.check(
@@ -185,7 +186,7 @@ class GeneratorStage(abc.ABC):
 
     def encode(self, frozen: Params, images: jax.Array) -> jax.Array:
         """Return codes [B, N, K] of pictures uint8 [B, h, w, 3], without gradients."""
-        network, pictures = self.tokenizer_network(), to_float(images)
+        network, pictures = self.tokenizer_network, to_float(images)
         logits = apply(network, frozen["tokenizer"], pictures, method="encode")
         return jax.lax.stop_gradient(hard_code(logits.astype(jnp.float32)))
 

@@ -26,7 +26,10 @@ LOCK = ".lock"
 _FREE = ("train", "optimizer", "mesh", "sample", "eval", "run", "data.workers", "data.folder.path",
          "data.shards.path", "data.codes.path", "plan", "profile", "init_from",
          "shipped")  # fmt: skip
-_FIXED = ("optimizer.kind",)  # which decides what the optimizer's state is
+# What the optimizer's state is, and what the network was trained to tell.
+_FIXED = ("optimizer.kind", "loss.target")
+# What may be other beside these where a run's weights are used, and nothing is trained.
+USED = ("data", "loss")
 # Of model folders that a run only reads the bytes count, not the place.
 _MODELS = ("tokenizer", "text.encoder")
 
@@ -76,7 +79,7 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not valid JSON; choose another --workdir or remove that file")
-    return ConfigDict(config)
+    return ConfigDict(_with_tuples(config))
 
 
 def changes(workdir: str | os.PathLike[str], config: Config) -> dict[str, tuple[Any, Any]]:
@@ -111,8 +114,8 @@ def check_config(
         if _is_below(key, _FIXED) or not _is_below(key, (*_FREE, *free)):
             raise UserError(
                 f"workdir {workdir} belongs to a run with {key}={old!r}, this one has {new!r}; "
-                f"give --workdir={workdir} without --config, which takes the run's own config, "
-                "or choose another --workdir"
+                f"leave that key and --config out, which takes the run's own config, or choose "
+                "another --workdir"
             )
     if not known:
         return
@@ -156,6 +159,13 @@ def _recorded_digests(workdir: str | os.PathLike[str]) -> dict[str, dict[str, st
         return json.loads((Path(workdir) / "models.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
+
+
+def _with_tuples(value: Any) -> Any:
+    """Return JSON with tuples for its lists, as config files have them."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(inner) for key, inner in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _value(config: Config, key: str) -> str:

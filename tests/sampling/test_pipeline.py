@@ -89,10 +89,25 @@ def test_repeated_prompts_are_encoded_once(pipeline, monkeypatch):
     assert rows == [1, 2, 1, 2]
 
 
+def test_prompts_are_tokenised_once(pipeline, monkeypatch):
+    texts, encode = [], pipeline.text_tokenizer.encode
+
+    def watched(prompts, **options):
+        texts.extend(prompts)
+        return encode(prompts, **options)
+
+    monkeypatch.setattr(pipeline.text_tokenizer, "encode", watched)
+    pipeline([*PROMPTS, PROMPTS[0]], dataclasses.replace(OPTIONS, batch_size=2))
+    assert sorted(texts) == sorted([*PROMPTS, "", ""])  # "" as a prompt, and for its features
+
+
 def test_the_empty_prompt_is_what_the_encoder_makes_of_it(pipeline):
-    ids, mask = pipeline.text_tokenizer.encode(["", PROMPTS[0]], pad_to=32)
+    texts = ["", PROMPTS[0]]
+    tokens = pipeline.tokenise(texts)
+    length = len(tokens[""][1])
+    ids, mask = pipeline.text_tokenizer.encode(texts, pad_to=length)
     whole = pipeline_module.text_features(pipeline.text, pipeline.params["text"], ids, mask)
-    features, seen = pipeline.describe(["", PROMPTS[0]], 32)
+    features, seen = pipeline.describe(texts, tokens)
     np.testing.assert_array_equal(seen, mask)
     # Another number of rows is another order of sums, which shows in what is near 0 among numbers
     # of 6 on average.
