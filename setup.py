@@ -21,6 +21,7 @@ REQUIRES = [
     "flax>=0.12.8,<0.13",
     "grain>=0.2.18,<0.3",
     "jax>=0.10.2,<0.13",
+    "jaxtyping>=0.3.7",
     "ml-collections>=1.1",
     "numpy>=2.0",
     "optax>=0.2.8,<0.3",
@@ -44,6 +45,7 @@ EXTRAS = {
     "heif": ["pillow-heif>=1"],
     "torch": ["torch>=2.10"],
     "test": [
+        "beartype>=0.22",
         "pyright[nodejs]>=1.1.400",
         "pytest>=8.4",
         "pytest-timeout>=2.3",

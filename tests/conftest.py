@@ -8,8 +8,24 @@ from pathlib import Path
 from unittest import mock
 
 import jax
+import jaxtyping
 import pytest
 
+# Shapes and types in the signatures of what computes on arrays are checked at every call. Before
+# anything of these modules is imported.
+CHECKED = (
+    "instella_jax.kernels",
+    "instella_jax.models",
+    "instella_jax.sampling.loops",
+    "instella_jax.sampling.pipeline",
+    "instella_jax.stages.autoregressive",
+    "instella_jax.stages.diffusion",
+    "instella_jax.stages.generator",
+    "instella_jax.stages.tokenizer",
+)
+jaxtyping.install_import_hook(CHECKED, "beartype.beartype")
+
+# ruff: noqa: E402
 from instella_jax.runtime import devices, sharding
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import init_stage

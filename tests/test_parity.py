@@ -96,7 +96,7 @@ def test_tokenizer(number, case):
 def test_diffusion():
     network, values = generator(DiffusionTransformer), tensors("diffusion")
     variables = load(network, "diffusion")
-    z, target = values["z_t"], values["target"]
+    z, target = jnp.asarray(values["z_t"]), jnp.asarray(values["target"])
     apply = jax.jit(network.apply)
     flip = apply(variables, z, values["t"], numbered(values, "text"), values["text_mask"])
     close(flip, values["flip_logits"])
@@ -118,7 +118,7 @@ def test_olmo():
 def test_ar():
     network, values = generator(ArTransformer), tensors("ar")
     variables = load(network, "ar")
-    text, z = numbered(values, "text"), values["z"]
+    text, z = numbered(values, "text"), jnp.asarray(values["z"])
     apply = jax.jit(network.apply)
     logits = apply(variables, z[:, :-1], text, values["text_mask"])
     close(logits, values["logits"])
@@ -173,12 +173,14 @@ def test_diffusion_sample_probabilities(case):
     apply = jax.jit(network.apply)
     for i, z in enumerate(own["z"]):
         np.testing.assert_array_equal(z, own["uniforms"][i] < own["probs"][i])
-        t, t_next = (binary_diffusion.time(j, case["steps"], case["rho"]) for j in (i, i + 1))
+        t, t_next = (
+            binary_diffusion.time_of_step(j, case["steps"], case["rho"]) for j in (i, i + 1)
+        )
         both = np.concatenate([z, z])
         flip = apply(variables, both, jnp.full(len(both), t), text, mask)
         flip = binary_diffusion.guided(*jnp.split(flip, 2), case["guidance"], case["temp"])
         clean, following = binary_diffusion.step_probability(
-            flip, z, t, t_next, PROTOCOLS[case["protocol"]]
+            flip, jnp.asarray(z), t, t_next, PROTOCOLS[case["protocol"]]
         )
         if i + 1 < case["steps"]:
             close(following, own["probs"][i + 1])

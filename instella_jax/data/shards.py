@@ -273,7 +273,7 @@ class Records:
         self._records = ArrayRecordDataSource(pieces)
 
     def __len__(self) -> int:
-        """The number of records, broken ones included."""
+        """Return the number of records, broken ones included."""
         heldout = -(-self._total // self._period)
         return {"all": self._total, "heldout": heldout, "train": self._total - heldout}[self._split]
 

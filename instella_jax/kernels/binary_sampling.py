@@ -1,4 +1,4 @@
-"""Bits from logits in one pass over memory: guidance, temperature, sigmoid, process step, draw.
+"""Bits from logits in one pass over memory: guidance, temperature, sigmoid, process step, sample.
 
 Two operations, `diffusion_step` and `autoregressive_bits`, each with three implementations behind
 one signature: the XLA reference, a Pallas kernel for TPU and one for GPU (Triton: CUDA and ROCm).
@@ -19,6 +19,7 @@ import jax.numpy as jnp
 from jax.experimental import pallas as pl
 from jax.sharding import AxisType
 from jax.sharding import PartitionSpec as P
+from jaxtyping import Array, Bool, Float, Float32, Int, Key, UInt32
 
 from instella_jax.errors import UserError
 from instella_jax.models import binary_diffusion
@@ -43,6 +44,7 @@ TPU_BLOCK = 256 * 128
 ROTATIONS = ((13, 15, 26, 6), (17, 29, 16, 24))
 
 Rule = Callable[..., jax.Array]
+Index = Int[Array, ""] | int
 
 
 @functools.cache
@@ -70,49 +72,52 @@ def resolve(name: str, platform: str) -> Implementation:
     return chosen
 
 
-def draw(keys: jax.Array, index: jax.Array | int, shape: tuple[int, ...]) -> jax.Array:
-    """Return uniforms [B, *shape] of draw number `index`, each image's from its own key [B]."""
+def random_uniforms(
+    keys: Key[Array, " B"], index: Index, shape: tuple[int, ...]
+) -> Float32[Array, " B *axes"]:
+    """Return uniform numbers of the given shape, number `index` of each image's own key."""
     return jax.vmap(lambda key: jax.random.uniform(jax.random.fold_in(key, index), shape))(keys)
 
 
 def diffusion_step(
-    logits: jax.Array,
-    z: jax.Array,
-    keys: jax.Array,
-    index: jax.Array | int,
+    logits: Float[Array, "2 B N K"],
+    z: Float[Array, "B N K"],
+    keys: Key[Array, " B"],
+    index: Index,
     t: Scalar,
     t_next: Scalar,
     guidance: Scalar,
     temperature: Scalar,
-    is_last: jax.Array | bool,
+    is_last: Bool[Array, ""] | bool,
     *,
     protocol: int = 1,
     implementation: Implementation = "xla",
     block: int | None = None,
     interpret: bool = False,
-) -> jax.Array:
-    """Take one step back: `binary_diffusion.sampling_step` with the uniforms of `draw`.
+) -> Float[Array, "B N K"]:
+    """Take one step back: `binary_diffusion.sampling_step` with `random_uniforms`.
 
     With a mesh set (`sharding.use`), the kernels run on each device's own images.
 
     Args:
-      logits: flip logits [2, B, N, K], conditional and unconditional; bfloat16 or float32.
-      z: bits at time t [B, N, K].
-      keys: [B] random keys, one per image; threefry for the kernels.
-      index: number of the draw, from 0; the draw depends on key, index and place in the image.
+      logits: flip logits, conditional and unconditional; bfloat16 or float32.
+      z: bits at time t.
+      keys: random keys, one per image; threefry for the kernels.
+      index: of the uniform numbers, from 0; they depend on key, index and place in the image.
       t: where the step starts.
       t_next: where it ends, below t.
       guidance: see `binary_diffusion.guided`.
-      temperature: likewise; at 0 every draw becomes the threshold of the guided logits.
-      is_last: the last step draws nothing: its bits are those more likely than not.
+      temperature: likewise; at 0 every sample becomes the threshold of the guided logits.
+      is_last: whether this is the last step, which samples nothing: its bits are those more
+        likely than not.
       protocol: 1 or 2, see `binary_diffusion.step_probability`.
       implementation: as `resolve` says.
-      block: elements that a GPU program draws (a power of 2), rows that a TPU program draws (a
+      block: elements that a GPU program samples (a power of 2), rows that a TPU program samples (a
         multiple of 8, 16 with bfloat16, or N or more); by default chosen for the shape.
       interpret: run a kernel in Pallas' interpreter, on any platform.
 
     Returns:
-      bits [B, N, K] in the type of z.
+      bits in the type of z.
 
     Raises:
       UserError: a kernel got keys that are not threefry's.
@@ -124,30 +129,30 @@ def diffusion_step(
 
 
 def autoregressive_bits(
-    logits: jax.Array,
-    keys: jax.Array,
-    index: jax.Array | int,
+    logits: Float[Array, "2 B K"],
+    keys: Key[Array, " B"],
+    index: Index,
     guidance: Scalar,
     temperature: Scalar,
     *,
     implementation: Implementation = "xla",
     block: int | None = None,
     interpret: bool = False,
-) -> jax.Array:
-    """Draw the bits of one token: `binary_diffusion.draw_bits` with the uniforms of `draw`.
+) -> Float32[Array, "B K"]:
+    """Sample the bits of one token: `binary_diffusion.sample_bits` with `random_uniforms`.
 
     Args:
-      logits: of the bits [2, B, K], conditional and unconditional; bfloat16 or float32.
-      keys: [B] random keys, one per image; threefry for the kernels.
-      index: number of the token, which is that of the draw.
+      logits: of the bits, conditional and unconditional; bfloat16 or float32.
+      keys: random keys, one per image; threefry for the kernels.
+      index: number of the token, which is that of its uniform numbers.
       guidance: see `binary_diffusion.guided`.
-      temperature: likewise; at 0 every draw becomes the threshold of the guided logits.
+      temperature: likewise; at 0 every sample becomes the threshold of the guided logits.
       implementation: as `resolve` says.
       block: see `diffusion_step`, with one row per image.
       interpret: run a kernel in Pallas' interpreter, on any platform.
 
     Returns:
-      bits [B, K], float32 of 0 and 1.
+      bits of 0 and 1.
 
     Raises:
       UserError: a kernel got keys that are not threefry's.
@@ -160,17 +165,17 @@ def autoregressive_bits(
 
 
 def _step_rule(
-    conditional: jax.Array,
-    unconditional: jax.Array,
-    z: jax.Array,
-    uniforms: jax.Array,
-    t: jax.Array,
-    t_next: jax.Array,
-    guidance: jax.Array,
-    temperature: jax.Array,
-    is_last: jax.Array,
+    conditional: Float[Array, "*axes"],
+    unconditional: Float[Array, "*axes"],
+    z: Float[Array, "*axes"],
+    uniforms: Float32[Array, "*axes"],
+    t: Float32[Array, ""],
+    t_next: Float32[Array, ""],
+    guidance: Float32[Array, ""],
+    temperature: Float32[Array, ""],
+    is_last: Float32[Array, ""],
     protocol: int,
-) -> jax.Array:
+) -> Float[Array, "*axes"]:
     return binary_diffusion.sampling_step(
         conditional,
         unconditional,
@@ -186,34 +191,34 @@ def _step_rule(
 
 
 def _bits_rule(
-    conditional: jax.Array,
-    unconditional: jax.Array,
-    uniforms: jax.Array,
-    guidance: jax.Array,
-    temperature: jax.Array,
-) -> jax.Array:
-    return binary_diffusion.draw_bits(conditional, unconditional, guidance, temperature, uniforms)
+    conditional: Float[Array, "*axes"],
+    unconditional: Float[Array, "*axes"],
+    uniforms: Float32[Array, "*axes"],
+    guidance: Float32[Array, ""],
+    temperature: Float32[Array, ""],
+) -> Float32[Array, "*axes"]:
+    return binary_diffusion.sample_bits(conditional, unconditional, guidance, temperature, uniforms)
 
 
 def _apply(
     rule: Rule,
-    logits: jax.Array,
-    state: tuple[jax.Array, ...],
-    keys: jax.Array,
-    index: jax.Array | int,
+    logits: Float[Array, "2 B N K"],
+    state: tuple[Float[Array, "B N K"], ...],
+    keys: Key[Array, " B"],
+    index: Index,
     scalars: tuple[Any, ...],
     implementation: Implementation,
     block: int | None,
     interpret: bool,
-) -> jax.Array:
-    """Return bits [B, N, K] by `rule(*logits [2, B, N, K], *state, uniforms, *scalars)`."""
+) -> Float[Array, "B N K"]:
+    """Return the bits `rule(*logits, *state, uniforms, *scalars)`."""
     numbers = jnp.stack([jnp.asarray(s, jnp.float32) for s in scalars])
     if implementation == "xla":
-        return rule(*logits, *state, draw(keys, index, logits.shape[2:]), *numbers)
+        return rule(*logits, *state, random_uniforms(keys, index, logits.shape[2:]), *numbers)
     words = jax.random.key_data(keys)
     if words.shape[1:] != (2,) or words.dtype != jnp.uint32:
         raise UserError(
-            f"the Pallas sampling kernels draw from threefry keys, not {keys.dtype}: unset "
+            f"the Pallas sampling kernels sample with threefry keys, not {keys.dtype}: unset "
             "JAX_DEFAULT_PRNG_IMPL, or set sample.kernel to 'xla'"
         )
     call = functools.partial(
@@ -233,15 +238,15 @@ def _apply(
 
 def _pallas(
     rule: Rule,
-    words: jax.Array,
-    index: jax.Array,
-    numbers: jax.Array,
-    logits: jax.Array,
-    *state: jax.Array,
+    words: UInt32[Array, "B 2"],
+    index: UInt32[Array, "1"],
+    numbers: Float32[Array, " scalars"],
+    logits: Float[Array, "2 B N K"],
+    *state: Float[Array, "B N K"],
     gpu: bool,
     block: int | None,
     interpret: bool,
-) -> jax.Array:
+) -> Float[Array, "B N K"]:
     """Run the kernel over a grid of (images, blocks of rows)."""
     batch, *shape = logits.shape[1:]
     dtype = state[0].dtype if state else jnp.float32
@@ -280,7 +285,9 @@ def _pallas(
     return bits.reshape(batch, -1)[:, : shape[0] * shape[1]].reshape(batch, *shape)
 
 
-def _view(x: jax.Array, leading: int, gpu: bool, block: int | None) -> jax.Array:
+def _view(
+    x: Float[Array, "*images N K"], leading: int, gpu: bool, block: int | None
+) -> Float[Array, "*images R C"]:
     """Return the rows and columns of each image; flat and padded to whole blocks on a GPU.
 
     Triton loads powers of 2 and masks nothing. A TPU's tiles would have to be moved to be flat.
@@ -295,7 +302,7 @@ def _view(x: jax.Array, leading: int, gpu: bool, block: int | None) -> jax.Array
 
 
 def _kernel(rule: Rule, count: int, words: Any, index: Any, numbers: Any, *refs: Any) -> None:
-    """Draw one block of one image's bits."""
+    """Sample one block of one image's bits."""
     *inputs, out = refs
     image, rows = pl.program_id(0), pl.program_id(1) * out.shape[0]
     key = threefry((words[2 * image], words[2 * image + 1]), jnp.uint32(0), index[0])
@@ -309,17 +316,19 @@ def _kernel(rule: Rule, count: int, words: Any, index: Any, numbers: Any, *refs:
 
 
 def threefry(
-    key: tuple[jax.Array, jax.Array], high: jax.Array, low: jax.Array
-) -> tuple[jax.Array, jax.Array]:
+    key: tuple[UInt32[Array, ""], UInt32[Array, ""]],
+    high: UInt32[Array, "*#axes"],
+    low: UInt32[Array, "*#axes"],
+) -> tuple[UInt32[Array, "*axes"], UInt32[Array, "*axes"]]:
     """Return two words of Threefry-2x32 (20 rounds) at the counter (high, low).
 
-    Draw i of `jax.random.bits` is the exclusive or of the words at (0, i), and `fold_in(key, d)`
+    Word i of `jax.random.bits` is the exclusive or of the words at (0, i), and `fold_in(key, d)`
     is the words at (0, d).
 
     Args:
-      key: two uint32 words.
-      high: uint32, any shape.
-      low: uint32, the same shape.
+      key: two words.
+      high: the counter's first word.
+      low: the counter's second word.
     """
     schedule = (*key, key[0] ^ key[1] ^ jnp.uint32(0x1BD11BDA))
     high, low = high + schedule[0], low + schedule[1]

@@ -2,14 +2,23 @@
 
 The mathematics: "Autoregressive generator" in docs/model.md.
 
-Axes: B batch, N latent tokens, K bits, L text length, H heads, Dh head width, D = H * Dh.
+Axes: B batch, N latent tokens, T of them, K bits, L text length, S = L + N, Dt width of text
+features, H heads, Dh head width, D = H * Dh.
 """
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Shaped
 
-from instella_jax.models.joint_attention import JointAttention, KeysValues
+from instella_jax.models.joint_attention import (
+    Cache,
+    JointAttention,
+    KeysValues,
+    LayerCache,
+    OneKeysValues,
+    TextKeysValues,
+)
 from instella_jax.models.layers import Execution, GeluMLP, linear, partitioned, repeat, rms_norm
 from instella_jax.runtime.sharding import constrain
 
@@ -24,7 +33,6 @@ class Block(nn.Module):
     run: Execution
 
     def setup(self):
-        """Build the parts."""
         width = self.num_heads * self.head_dim
         self.attention_norm, self.mlp_norm = rms_norm(self.run), rms_norm(self.run)
         self.attention = JointAttention(self.num_heads, self.head_dim, self.text_width, self.run)
@@ -38,14 +46,17 @@ class Block(nn.Module):
         self.mlp = GeluMLP(self.run)
 
     def __call__(
-        self, x: jax.Array, text: jax.Array | KeysValues, visible: jax.Array
-    ) -> tuple[jax.Array, None]:
-        """Map x [B, T, D], all positions at once.
+        self,
+        x: Float[Array, "B T D"],
+        text: Float[Array, "B S Dt"] | KeysValues,
+        visible: Bool[Array, "B 1 T S+T"],
+    ) -> tuple[Float[Array, "B T D"], None]:
+        """Apply the block to all positions at once.
 
         Args:
-          x: [B, T, D].
-          text: this layer's features [B, L, Dt], or keys and values made of them.
-          visible: bool [B, 1, T, L + T].
+          x: the image.
+          text: this layer's features, or keys and values made of them.
+          visible: what of [text ; image] each position sees.
         """
         if not isinstance(text, tuple):
             text = self.attention.text_keys_values(text)
@@ -55,26 +66,30 @@ class Block(nn.Module):
         return x + self.mlp(self.mlp_norm(x)), None
 
     def step(
-        self, x: jax.Array, cache: KeysValues, index: jax.Array, visible: jax.Array
-    ) -> tuple[jax.Array, KeysValues]:
-        """Map x [B, D] at position `index`, the positions before it being in the cache.
+        self,
+        x: Float[Array, "B D"],
+        cache: LayerCache,
+        index: Int[Array, ""],
+        visible: Bool[Array, "B S"],
+    ) -> tuple[Float[Array, "B D"], OneKeysValues]:
+        """Apply the block to one position, those before it being in the cache.
 
         Args:
-          x: [B, D].
-          cache: this layer's keys and values of [text ; image], [B, H, L + N, Dh] each.
-          index: scalar position.
-          visible: bool [B, L + N], what is before this position.
+          x: the image at this position.
+          cache: this layer's keys and values of [text ; image].
+          index: the position.
+          visible: what of the cache is before this position.
 
         Returns:
-          x [B, D], and the keys and values [B, H, Dh] of this position.
+          x, and the keys and values of this position.
         """
         h = self.attention_norm(x) + self.pos_emb[index].astype(x.dtype)
         mixed, new = self.attention.recall(h, cache, visible)
         x += mixed
         return x + self.mlp(self.mlp_norm(x)), new
 
-    def text_kv(self, carry: None, features: jax.Array) -> tuple[None, KeysValues]:
-        """Return keys and values of one layer's text features [B, L, Dt]."""
+    def text_kv(self, carry: None, features: Float[Array, "B S Dt"]) -> tuple[None, KeysValues]:
+        """Return keys and values of one layer's text features."""
         return carry, self.attention.text_keys_values(features)
 
 
@@ -100,7 +115,6 @@ class ArTransformer(nn.Module):
     run: Execution = Execution()
 
     def setup(self):
-        """Build the parts."""
         width, run = self.num_heads * self.head_dim, self.run
         self.bits_in = linear(width, self.bits, (None, "embed"), run, use_bias=True)
         self.split_token = self.param(
@@ -124,18 +138,21 @@ class ArTransformer(nn.Module):
         self.bits_out = linear(self.bits, width, ("embed", None), run, use_bias=True)
 
     def __call__(
-        self, z: jax.Array, text: jax.Array | KeysValues, text_mask: jax.Array
-    ) -> jax.Array:
+        self,
+        z: Float[Array, "B T K"],
+        text: Float[Array, "layers B L Dt"] | TextKeysValues,
+        text_mask: Shaped[Array, "B L"],
+    ) -> Float[Array, "B T+1 K"]:
         """Predict all tokens, each from those before it.
 
         Args:
-          z: bits of the first T - 1 tokens, [B, T - 1, K] of 0 and 1; N - 1 of them in training.
-          text: features [layers, B, L, Dt], or the keys and values that `text_kv` made of them.
-          text_mask: [B, L], non-zero at real tokens. Where a row has none (the empty prompt),
+          z: bits of the first T tokens, 0 and 1; N - 1 of them in training.
+          text: features, or the keys and values that `text_kv` made of them.
+          text_mask: non-zero at real tokens. Where a row has none (the empty prompt),
             that image attends to itself alone.
 
         Returns:
-          logits [B, T, K] of the bits of the first T tokens.
+          logits of the bits of the first T + 1 tokens.
         """
         batch, length = z.shape[0], z.shape[1] + 1
         split = self.split_token.astype(self.run.dtype)
@@ -149,47 +166,41 @@ class ArTransformer(nn.Module):
         x, _ = self.blocks(x, text, jnp.concatenate([of_text, causal], axis=-1))
         return self._logits(x)
 
-    def _logits(self, x: jax.Array) -> jax.Array:
+    def _logits(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes K"]:
         return self.bits_out(self.out_norm(x)).astype(self.run.output_dtype)
 
-    def text_kv(self, features: jax.Array) -> KeysValues:
-        """Return keys and values of a prompt for all layers.
-
-        Args:
-          features: [layers, B, L, Dt].
-
-        Returns:
-          k, v: [layers, B, L, H, Dh] each.
-        """
+    def text_kv(self, features: Float[Array, "layers B L Dt"]) -> TextKeysValues:
+        """Return keys and values of a prompt for all layers."""
         _, keys_values = self.blocks.text_kv(None, features)
         return keys_values
 
-    def start_cache(self, text: jax.Array | KeysValues) -> KeysValues:
+    def start_cache(self, text: Float[Array, "layers B L Dt"] | TextKeysValues) -> Cache:
         """Make the cache of a decoding: the prompt's keys and values, then room for N tokens.
 
         Args:
-          text: features [layers, B, L, Dt], or the keys and values that `text_kv` made of them.
-
-        Returns:
-          k, v: [layers, B, H, L + N, Dh] each.
+          text: features, or the keys and values that `text_kv` made of them.
         """
         k, v = text if isinstance(text, tuple) else self.text_kv(text)
         room = ((0, 0), (0, 0), (0, 0), (0, self.num_tokens), (0, 0))
         return jnp.pad(k.swapaxes(2, 3), room), jnp.pad(v.swapaxes(2, 3), room)
 
     def step(
-        self, previous: jax.Array, index: jax.Array, cache: KeysValues, text_mask: jax.Array
-    ) -> tuple[jax.Array, KeysValues]:
+        self,
+        previous: Float[Array, "B K"],
+        index: Int[Array, ""],
+        cache: Cache,
+        text_mask: Shaped[Array, "B L"],
+    ) -> tuple[Float[Array, "B K"], Cache]:
         """Predict one token from the cache of those before it.
 
         Args:
-          previous: bits of token `index` - 1, [B, K]; not looked at where `index` is 0.
-          index: scalar, which token.
+          previous: bits of token `index` - 1; not looked at where `index` is 0.
+          index: which token.
           cache: from `start_cache` or the previous step.
-          text_mask: [B, L].
+          text_mask: non-zero at real tokens.
 
         Returns:
-          logits [B, K] of the bits of token `index`, and the cache for the next one.
+          logits of the bits of token `index`, and the cache for the next one.
         """
         batch, length = text_mask.shape
         embedded = self.bits_in(previous.astype(self.run.dtype))

@@ -2,23 +2,26 @@
 
 The mathematics: "Diffusion generator" in docs/model.md.
 
-Axes: B batch, N latent tokens, K bits, L text length, H heads, Dh head width, D = H * Dh.
+Axes: B batch, N latent tokens, K bits, L text length, Dt width of text features, H heads, Dh head
+width, D = H * Dh.
 """
 
 import dataclasses
 from typing import Any
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Shaped
 
-from instella_jax.models.joint_attention import JointAttention, KeysValues
+from instella_jax.models.joint_attention import JointAttention, KeysValues, TextKeysValues
 from instella_jax.models.layers import Execution, GeluMLP, layer_norm, linear, partitioned, repeat
 from instella_jax.runtime.sharding import constrain
 
 
-def modulate(x: jax.Array, scale: jax.Array, shift: jax.Array) -> jax.Array:
-    """Norm x [B, N, D] without parameters, then scale and shift it by [B, D] each."""
+def modulate(
+    x: Float[Array, "B N D"], scale: Float[Array, "B D"], shift: Float[Array, "B D"]
+) -> Float[Array, "B N D"]:
+    """Norm `x` without parameters, then scale and shift it."""
     return layer_norm(x) * (1.0 + scale[:, None]) + shift[:, None]
 
 
@@ -32,7 +35,6 @@ class Block(nn.Module):
     run: Execution
 
     def setup(self):
-        """Build the parts."""
         width = self.num_heads * self.head_dim
         self.attention = JointAttention(
             self.num_heads, self.head_dim, self.text_width, self.run, xavier=True
@@ -49,15 +51,19 @@ class Block(nn.Module):
         self.mlp = GeluMLP(self.run, xavier=True)
 
     def __call__(
-        self, x: jax.Array, text: jax.Array | KeysValues, condition: jax.Array, visible: jax.Array
-    ) -> tuple[jax.Array, None]:
-        """Map x [B, N, D].
+        self,
+        x: Float[Array, "B N D"],
+        text: Float[Array, "B S Dt"] | KeysValues,
+        condition: Float[Array, "B D"],
+        visible: Bool[Array, "B 1 1 S+N"],
+    ) -> tuple[Float[Array, "B N D"], None]:
+        """Apply the block.
 
         Args:
-          x: [B, N, D].
-          text: this layer's features [B, L, Dt], or keys and values made of them.
-          condition: SiLU of the time embedding, [B, D].
-          visible: bool [B, 1, 1, L + N].
+          x: the image.
+          text: this layer's features, or keys and values made of them.
+          condition: SiLU of the time embedding.
+          visible: what of [text ; image] is seen.
         """
         if not isinstance(text, tuple):
             text = self.attention.text_keys_values(text)
@@ -70,8 +76,8 @@ class Block(nn.Module):
         x += gate2[:, None] * self.mlp(modulate(x, scale2, shift2))
         return x, None
 
-    def text_kv(self, carry: None, features: jax.Array) -> tuple[None, KeysValues]:
-        """Return keys and values of one layer's text features [B, L, Dt]."""
+    def text_kv(self, carry: None, features: Float[Array, "B S Dt"]) -> tuple[None, KeysValues]:
+        """Return keys and values of one layer's text features."""
         return carry, self.attention.text_keys_values(features)
 
 
@@ -97,7 +103,6 @@ class DiffusionTransformer(nn.Module):
     run: Execution = Execution()
 
     def setup(self):
-        """Build the parts."""
         width, run = self.num_heads * self.head_dim, self.run
         # One number per image, embedded once: bfloat16 would blur neighbouring times.
         exact = dataclasses.replace(run, dtype="float32")
@@ -119,19 +124,23 @@ class DiffusionTransformer(nn.Module):
         self.bits_out = linear(self.bits, width, ("embed", None), run, **options)
 
     def __call__(
-        self, z: jax.Array, t: jax.Array, text: jax.Array | KeysValues, text_mask: jax.Array
-    ) -> jax.Array:
+        self,
+        z: Float[Array, "B N K"],
+        t: Float[Array, " B"],
+        text: Float[Array, "layers B L Dt"] | TextKeysValues,
+        text_mask: Shaped[Array, "B L"],
+    ) -> Float[Array, "B N K"]:
         """Predict flip logits.
 
         Args:
-          z: noisy bits, [B, N, K] of 0 and 1.
-          t: times in [0, 1], [B]; 0 is clean.
-          text: features [layers, B, L, Dt], or the keys and values that `text_kv` made of them.
-          text_mask: [B, L], non-zero at real tokens. Where a row has none (the empty prompt),
+          z: noisy bits, 0 and 1.
+          t: times in [0, 1]; 0 is clean.
+          text: features, or the keys and values that `text_kv` made of them.
+          text_mask: non-zero at real tokens. Where a row has none (the empty prompt),
             that image attends to itself alone.
 
         Returns:
-          [B, N, K]: how much more likely than not each bit of z is flipped.
+          how much more likely than not each bit of z is flipped.
         """
         run = self.run
         embedded = self.time_out(nn.silu(self.time_in(t[:, None].astype(jnp.float32))))
@@ -143,14 +152,7 @@ class DiffusionTransformer(nn.Module):
         scale, shift = jnp.split(self.modulation(condition), 2, axis=-1)
         return self.bits_out(modulate(x, scale, shift)).astype(run.output_dtype)
 
-    def text_kv(self, features: jax.Array) -> KeysValues:
-        """Return keys and values of a prompt for all layers; they do not depend on the time.
-
-        Args:
-          features: [layers, B, L, Dt].
-
-        Returns:
-          k, v: [layers, B, L, H, Dh] each.
-        """
+    def text_kv(self, features: Float[Array, "layers B L Dt"]) -> TextKeysValues:
+        """Return keys and values of a prompt for all layers; they do not depend on the time."""
         _, keys_values = self.blocks.text_kv(None, features)
         return keys_values

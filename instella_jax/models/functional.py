@@ -6,6 +6,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Key, Shaped
 
 from instella_jax.errors import UserError
 from instella_jax.models.ar_transformer import ArTransformer
@@ -18,7 +19,7 @@ Params = Any
 Network = BinaryTokenizer | DiffusionTransformer | ArTransformer | Olmo
 
 
-def example_inputs(network: Network) -> tuple[jax.Array, ...]:
+def example_inputs(network: Network) -> tuple[Shaped[Array, "..."], ...]:
     """Return arguments for the network's call, one row of zeros each."""
     if isinstance(network, BinaryTokenizer):
         side = network.config.multiple
@@ -33,17 +34,17 @@ def example_inputs(network: Network) -> tuple[jax.Array, ...]:
     return z, jnp.zeros(1), text, mask
 
 
-def init_params(network: Network, key: jax.Array) -> Any:
+def init_params(network: Network, key: Key[Array, ""]) -> Params:
     """Make the network's parameters, with their logical axes."""
     return network.init(key, *example_inputs(network))["params"]
 
 
-def abstract_params(network: Network) -> Any:
+def abstract_params(network: Network) -> Params:
     """Return shapes of the network's parameters, with their logical axes; nothing is allocated."""
     return jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
 
 
-def apply(network: Network, params: Any, *inputs: Any, method: str | None = None) -> Any:
+def apply(network: Network, params: Params, *inputs: Any, method: str | None = None) -> Any:
     """Call a network, or one of its methods, with given parameters."""
     return network.apply({"params": params}, *inputs, method=method)
 

@@ -1,6 +1,7 @@
 """Attention of image tokens to the prompt and to each other, shared by both generators.
 
-Axes: B batch, T image positions, L text length, H heads, Dh head width, D width = H * Dh.
+Axes: B batch, T image positions, L text length, S positions of a cache, H heads, Dh head width,
+D width = H * Dh, Dt width of text features.
 """
 
 import math
@@ -8,10 +9,17 @@ import math
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float
 
 from instella_jax.models.layers import Execution, attend, linear, rms_norm
 
-KeysValues = tuple[jax.Array, jax.Array]
+# Keys and values of one layer's positions, of all layers', of one position, and of a cache, which
+# has the heads before the positions.
+KeysValues = tuple[Float[Array, "B S H Dh"], Float[Array, "B S H Dh"]]
+TextKeysValues = tuple[Float[Array, "layers B L H Dh"], Float[Array, "layers B L H Dh"]]
+OneKeysValues = tuple[Float[Array, "B H Dh"], Float[Array, "B H Dh"]]
+LayerCache = tuple[Float[Array, "B H S Dh"], Float[Array, "B H S Dh"]]
+Cache = tuple[Float[Array, "layers B H S Dh"], Float[Array, "layers B H S Dh"]]
 
 
 class JointAttention(nn.Module):
@@ -24,7 +32,6 @@ class JointAttention(nn.Module):
     xavier: bool = False
 
     def setup(self):
-        """Build the projections."""
         width = self.num_heads * self.head_dim
 
         def project() -> nn.Dense:
@@ -37,22 +44,21 @@ class JointAttention(nn.Module):
             width, self.text_width, (None, "embed"), self.run, use_bias=True, xavier=self.xavier
         )
 
-    def _heads(self, x: jax.Array) -> jax.Array:
+    def _heads(self, x: Float[Array, "B T D"]) -> Float[Array, "B T H Dh"]:
         return x.reshape(*x.shape[:2], self.num_heads, self.head_dim)
 
-    def keys_values(self, h: jax.Array) -> KeysValues:
-        """Return keys and values [B, T, H, Dh] of positions h [B, T, D]."""
+    def keys_values(self, h: Float[Array, "B S D"]) -> KeysValues:
+        """Return keys and values of positions `h`."""
         return self.k_norm(self._heads(self.k(h))), self._heads(self.v(h))
 
-    def text_keys_values(self, features: jax.Array) -> KeysValues:
-        """Return keys and values [B, L, H, Dh] of one layer's text features [B, L, Dt]."""
+    def text_keys_values(self, features: Float[Array, "B S Dt"]) -> KeysValues:
+        """Return keys and values of one layer's text features."""
         return self.keys_values(self.text(features.astype(self.run.dtype)))
 
-    def __call__(self, h: jax.Array, text: KeysValues, visible: jax.Array) -> jax.Array:
-        """Attend from h [B, T, D] to [text ; h]: [B, T, D].
-
-        `visible` is bool, broadcastable to [B, 1, T, L + T].
-        """
+    def __call__(
+        self, h: Float[Array, "B T D"], text: KeysValues, visible: Bool[Array, "B 1 #T S+T"]
+    ) -> Float[Array, "B T D"]:
+        """Attend from `h` to [text ; h], where `visible` says so."""
         q = self.q_norm(self._heads(self.q(h)))
         k, v = (
             jnp.concatenate([of_text, of_image], axis=1)
@@ -61,20 +67,20 @@ class JointAttention(nn.Module):
         return self.o(attend(q, k, v, visible, self.run))
 
     def recall(
-        self, h: jax.Array, cache: KeysValues, visible: jax.Array
-    ) -> tuple[jax.Array, KeysValues]:
+        self, h: Float[Array, "B D"], cache: LayerCache, visible: Bool[Array, "B S"]
+    ) -> tuple[Float[Array, "B D"], OneKeysValues]:
         """Attend from one position to a cache and to itself.
 
         The cache is only read, and has the heads before the positions: on a CPU that is several
         times as fast as writing this position into it and calling `attend`.
 
         Args:
-          h: [B, D].
-          cache: keys and values [B, H, S, Dh] each.
-          visible: bool [B, S], which of them are seen.
+          h: the position.
+          cache: keys and values of others.
+          visible: which of them are seen.
 
         Returns:
-          [B, D], and this position's keys and values [B, H, Dh].
+          the result, and this position's keys and values.
         """
         q = self.q_norm(self._heads(self.q(h)[:, None]))[:, 0]
         own_k, own_v = (x[:, 0] for x in self.keys_values(h[:, None]))

@@ -13,6 +13,7 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Num
 
 NORM_EPSILON = 1e-6
 
@@ -62,12 +63,12 @@ def partitioned(init: Callable, axes: tuple[str | None, ...]) -> Callable[..., A
 
 
 def matmul(
-    lhs: jax.Array,
-    rhs: jax.Array,
+    lhs: Float[Array, "*axes D"],
+    rhs: Float[Array, "D E"],
     dimension_numbers: Any,
     precision: Any = None,
     preferred_element_type: Any = None,
-) -> jax.Array:
+) -> Float[Array, "*axes E"]:
     """Contract the last axis of `lhs` with the first of `rhs`, as one two-dimensional product.
 
     XLA's CPU matrix product is clearly faster on [B * T, D] than on [B, T, D].
@@ -130,7 +131,9 @@ def rms_norm(run: Execution, name: str | None = None) -> nn.RMSNorm:
     )
 
 
-def layer_norm(x: jax.Array, epsilon: float = NORM_EPSILON) -> jax.Array:
+def layer_norm(
+    x: Float[Array, "*axes D"], epsilon: float = NORM_EPSILON
+) -> Float[Array, "*axes D"]:
     """Normalise the last axis without parameters, in float32, and return the type of `x`."""
     x32 = x.astype(jnp.float32)
     centred = x32 - x32.mean(-1, keepdims=True)
@@ -139,8 +142,8 @@ def layer_norm(x: jax.Array, epsilon: float = NORM_EPSILON) -> jax.Array:
 
 
 def rope_tables(
-    ids: np.ndarray, dims: Sequence[int], theta: float = 10_000.0
-) -> tuple[np.ndarray, np.ndarray]:
+    ids: Num[np.ndarray, "T A"], dims: Sequence[int], theta: float = 10_000.0
+) -> tuple[Float32[np.ndarray, "T Dh"], Float32[np.ndarray, "T Dh"]]:
     """Return cosines and sines of rotary positions over several axes.
 
     Args:
@@ -160,8 +163,10 @@ def rope_tables(
     return np.cos(angle).astype(np.float32), np.sin(angle).astype(np.float32)
 
 
-def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-    """Apply rotary positions by halves to x [B, T, H, Dh]; cos and sin are [T, Dh]."""
+def rotate(
+    x: Float[Array, "B T H Dh"], cos: Float[Array, "T Dh"], sin: Float[Array, "T Dh"]
+) -> Float[Array, "B T H Dh"]:
+    """Apply rotary positions to `x`, by halves."""
     first, second = jnp.split(x, 2, axis=-1)
     turned = jnp.concatenate([-second, first], axis=-1)
     cos, sin = cos[:, None, :].astype(x.dtype), sin[:, None, :].astype(x.dtype)
@@ -169,34 +174,36 @@ def rotate(x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
 
 
 def attend(
-    q: jax.Array, k: jax.Array, v: jax.Array, mask: jax.Array | None, run: Execution
-) -> jax.Array:
+    q: Float[Array, "B T H Dh"],
+    k: Float[Array, "B S G Dh"],
+    v: Float[Array, "B S G Dh"],
+    mask: Bool[Array, "#B #H #T S"] | None,
+    run: Execution,
+) -> Float[Array, "B T D"]:
     """Return softmax attention with logits over sqrt(Dh).
 
     Args:
-      q: [B, T, H, Dh].
-      k: [B, S, H, Dh].
-      v: [B, S, H, Dh].
-      mask: bool, broadcastable to [B, H, T, S], True where a query sees a key. A query that sees
-        nothing attends to all keys alike.
+      q: queries.
+      k: keys; G heads, each for H / G heads of the queries.
+      v: values.
+      mask: True where a query sees a key. A query that sees nothing attends to all keys alike.
       run: names the implementation.
 
     Returns:
-      [B, T, H * Dh].
+      the heads side by side, D = H * Dh.
     """
     out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=run.attention)
     return out.reshape(*out.shape[:2], -1)
 
 
 class SwiGLU(nn.Module):
-    """down(silu(gate(x)) * up(x)), no biases: [B, T, D] -> [B, T, D]."""
+    """down(silu(gate(x)) * up(x)), no biases."""
 
     hidden: int
     run: Execution
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the layer."""
+    def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
         width = x.shape[-1]
         gate = linear(self.hidden, width, ("embed", "mlp"), self.run, name="gate")(x)
         up = linear(self.hidden, width, ("embed", "mlp"), self.run, name="up")(x)
@@ -206,14 +213,13 @@ class SwiGLU(nn.Module):
 
 
 class GeluMLP(nn.Module):
-    """Linear to 4D, GELU (tanh), Linear back, with biases: [B, T, D] -> [B, T, D]."""
+    """Linear to 4D, GELU (tanh), Linear back, with biases."""
 
     run: Execution
     xavier: bool = False
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Apply the layer."""
+    def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
         width = x.shape[-1]
         options: dict[str, Any] = dict(use_bias=True, xavier=self.xavier)
         x = linear(4 * width, width, ("embed", "mlp"), self.run, name="up", **options)(x)
@@ -237,7 +243,7 @@ def repeat(
     in_axes: Any = nn.broadcast,
     methods: Mapping[str, Any] | None = None,
 ) -> Callable[..., Any]:
-    """Stack `num_layers` copies of a block whose call takes and return (carry, output).
+    """Stack `num_layers` copies of a block whose call takes and returns (carry, output).
 
     Parameters get a leading "layers" axis whether the depth is scanned or unrolled, so a
     checkpoint of one serves the other.

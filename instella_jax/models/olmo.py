@@ -8,9 +8,9 @@ Axes: B batch, L text length, H heads, D width.
 import dataclasses
 
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
 from instella_jax.models.layers import (
     Execution,
@@ -53,12 +53,13 @@ class OlmoConfig:
 
     @property
     def head_dim(self) -> int:
-        """Width of a head."""
         return self.hidden_size // self.num_attention_heads
 
 
-def rotary_tables(length: int, head_dim: int, theta: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return cosines and sines of positions 0..length-1: two arrays [length, head_dim], float32.
+def rotary_tables(
+    length: int, head_dim: int, theta: float
+) -> tuple[Float32[np.ndarray, "{length} {head_dim}"], Float32[np.ndarray, "{length} {head_dim}"]]:
+    """Return cosines and sines of the positions 0 to `length` - 1.
 
     Here each half of the head carries all frequencies, unlike `layers.rope_tables`.
     """
@@ -75,14 +76,17 @@ class Block(nn.Module):
 
     @nn.compact
     def __call__(
-        self, x: jax.Array, cos: jax.Array, sin: jax.Array, visible: jax.Array
-    ) -> tuple[jax.Array, jax.Array]:
-        """Map x [B, L, D]; tables are [L, Dh], `visible` is [B, 1, L, L]."""
+        self,
+        x: Float[Array, "B L D"],
+        cos: Float[Array, "L Dh"],
+        sin: Float[Array, "L Dh"],
+        visible: Bool[Array, "B 1 L L"],
+    ) -> tuple[Float[Array, "B L D"], Float[Array, "B L D"]]:
         c, run = self.config, self.run
         x = constrain(x)
         h = layer_norm(x, NORM_EPSILON)
 
-        def heads(name: str, count: int) -> jax.Array:
+        def heads(name: str, count: int) -> Float[Array, "B L {count} Dh"]:
             axes = ("embed", "heads")
             y = linear(count * c.head_dim, c.hidden_size, axes, run, name=name)(h)
             if c.clip_qkv is not None:
@@ -104,17 +108,19 @@ class Olmo(nn.Module):
     run: Execution = Execution()
 
     @nn.compact
-    def __call__(self, ids: jax.Array, mask: jax.Array) -> jax.Array:
+    def __call__(
+        self, ids: Int[Array, "B L"], mask: Shaped[Array, "B L"]
+    ) -> Float[Array, "layers B L D"]:
         """Return the hidden states of a batch of prompts.
 
         Args:
-          ids: [B, L] token ids. Positions count from the start of the row, padding included.
-          mask: [B, L], non-zero at real tokens. A padding position that sees no real token
+          ids: token ids. Positions count from the start of the row, padding included.
+          mask: non-zero at real tokens. A padding position that sees no real token
             attends to all positions alike.
 
         Returns:
-          [layers + 1, B, L, D]: the embedding, then the state after each block, the last of
-          them after the final norm. Block i of a generator reads number i + 1.
+          the embedding, then the state after each block, the last of them after the final norm.
+          Block i of a generator reads number i + 1.
         """
         c, run = self.config, self.run
         embedding = self.param(

@@ -12,6 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from jaxtyping import Bool, Int32
 
 from instella_jax.errors import UserError
 
@@ -105,7 +106,7 @@ class TextTokenizer:
 
     def encode(
         self, prompts: Sequence[str], max_length: int = 128, pad_to: int | None = None
-    ) -> tuple[np.ndarray, np.ndarray]:
+    ) -> tuple[Int32[np.ndarray, "B L"], Bool[np.ndarray, "B L"]]:
         """Turn prompts into rows of ids, padded on the left.
 
         Args:
@@ -114,7 +115,7 @@ class TextTokenizer:
           pad_to: length L of the rows; None for the longest prompt's, at least 1.
 
         Returns:
-          ids int32 [B, L] and mask bool [B, L], true at real tokens.
+          ids, and a mask that is true at real tokens.
         """
         limit = max_length if pad_to is None else min(max_length, pad_to)
         rows = [self._tokenizer.encode(text, add_special_tokens=False).ids for text in prompts]
@@ -129,7 +130,7 @@ class TextTokenizer:
                 mask[index, -len(row) :] = True
         return ids, mask
 
-    def decode(self, ids: np.ndarray, mask: np.ndarray) -> list[str]:
+    def decode(self, ids: Int32[np.ndarray, "B L"], mask: Bool[np.ndarray, "B L"]) -> list[str]:
         """Return the texts of rows of `encode`."""
         return [
             self._tokenizer.decode(row[keep].tolist(), skip_special_tokens=False)

@@ -13,8 +13,10 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jaxtyping import Array, Float, Float32, Key
 
 from instella_jax.errors import UserError
+from instella_jax.models.binary_diffusion import Scalar
 from instella_jax.models.layers import (
     Execution,
     SwiGLU,
@@ -106,13 +108,15 @@ class TokenizerConfig:
         return height // self.patch_size, width // self.patch_size
 
 
-def position_ids(config: TokenizerConfig, rows: int, columns: int, scale: int | None) -> np.ndarray:
-    """Return ids (token, row, column) of [latent tokens ; image patches]: [N + rows * columns, 3].
+def position_ids(
+    config: TokenizerConfig, rows: int, columns: int, scale: int | None
+) -> Float32[np.ndarray, "{config.num_tokens}+{rows}*{columns} 3"]:
+    """Return ids (token, row, column) of [latent tokens ; image patches].
 
     With a scale s, rows and columns span [0, s - 1] at every resolution.
     """
 
-    def axis(count: int) -> np.ndarray:
+    def axis(count: int) -> Float32[np.ndarray, " {count}"]:
         index = np.arange(count, dtype=np.float32)
         if scale is None:
             return index
@@ -147,11 +151,13 @@ class Attention(nn.Module):
     wanted: Rows = ALL
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> jax.Array:
-        """Map x [B, T, D] with rotary tables [T, Dh] to the wanted rows of [B, T, D]."""
+    def __call__(
+        self, x: Float[Array, "B T D"], cos: Float[Array, "T Dh"], sin: Float[Array, "T Dh"]
+    ) -> Float[Array, "B S D"]:
+        """Return the wanted rows of the result."""
         width, rows = x.shape[-1], slice(*self.wanted)
 
-        def heads(name: str, x: jax.Array) -> jax.Array:
+        def heads(name: str, x: Float[Array, "B R D"]) -> Float[Array, "B R H Dh"]:
             y = linear(
                 self.num_heads * self.head_dim, width, ("embed", "heads"), self.run, name=name
             )(x)
@@ -173,8 +179,10 @@ class Block(nn.Module):
     wanted: Rows = ALL
 
     @nn.compact
-    def __call__(self, x: jax.Array, cos: jax.Array, sin: jax.Array) -> tuple[jax.Array, None]:
-        """Map x [B, T, D] to the wanted rows of [B, T, D]."""
+    def __call__(
+        self, x: Float[Array, "B T D"], cos: Float[Array, "T Dh"], sin: Float[Array, "T Dh"]
+    ) -> tuple[Float[Array, "B S D"], None]:
+        """Return the wanted rows of the result."""
         x = constrain(x)
         h = rms_norm(self.run, "attention_norm")(x)
         attention = Attention(
@@ -186,8 +194,10 @@ class Block(nn.Module):
         return x, None
 
 
-def to_patches(images: jax.Array, side: int) -> jax.Array:
-    """Cut images [B, height, width, 3] into [B, rows, columns, side * side * 3].
+def to_patches(
+    images: Float[Array, "B height width 3"], side: int
+) -> Float[Array, "B height//{side} width//{side} {side}*{side}*3"]:
+    """Cut images into patches.
 
     A patch is laid out (row, column, channel), as the decoder's output is.
     """
@@ -197,8 +207,10 @@ def to_patches(images: jax.Array, side: int) -> jax.Array:
     return patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
 
 
-def from_patches(patches: jax.Array, side: int) -> jax.Array:
-    """Put patches [B, rows, columns, side * side * 3] together again, see `to_patches`."""
+def from_patches(
+    patches: Float[Array, "B rows columns {side}*{side}*3"], side: int
+) -> Float[Array, "B rows*{side} columns*{side} 3"]:
+    """Put patches together again, see `to_patches`."""
     batch, rows, columns, _ = patches.shape
     pixels = patches.reshape(batch, rows, columns, side, side, 3)
     return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * side, columns * side, 3)
@@ -227,8 +239,9 @@ class Downsample(nn.Module):
     run: Execution
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, rows, columns, D] to [B, rows / 2, columns / 2, D]."""
+    def __call__(
+        self, x: Float[Array, "B rows columns D"]
+    ) -> Float[Array, "B rows//2 columns//2 D"]:
         width = x.shape[-1]
         conv = convolution(width, width, self.run, stride=2)(x)
         return conv + nn.avg_pool(x, (2, 2), (2, 2))
@@ -240,8 +253,7 @@ class Upsample(nn.Module):
     run: Execution
 
     @nn.compact
-    def __call__(self, x: jax.Array) -> jax.Array:
-        """Maps [B, rows, columns, D] to [B, 2 rows, 2 columns, D]."""
+    def __call__(self, x: Float[Array, "B rows columns D"]) -> Float[Array, "B rows*2 columns*2 D"]:
         batch, rows, columns, width = x.shape
         conv = convolution(4 * width, width, self.run, stride=1)(x)
         shuffled = conv.reshape(batch, rows, columns, width, 2, 2).transpose(0, 1, 4, 2, 5, 3)
@@ -266,17 +278,21 @@ class Trunk(nn.Module):
     run: Execution
 
     @nn.compact
-    def __call__(self, latent: jax.Array, image: jax.Array, scale: int | None) -> jax.Array:
+    def __call__(
+        self,
+        latent: Float[Array, "B N D"],
+        image: Float[Array, "B rows columns D"],
+        scale: int | None,
+    ) -> Float[Array, "B N D"] | Float[Array, "B rows_out columns_out D"]:
         """Run all blocks.
 
         Args:
-          latent: [B, N, D].
-          image: [B, rows, columns, D].
-          scale: span of the coordinates on the first grid, None for plain indices.
+          latent: latent tokens.
+          image: image tokens on the first grid.
+          scale: span of the coordinates on that grid, None for plain indices.
 
         Returns:
-          What is wanted of the last block's output, latent [B, N, D] or image
-          [B, rows', columns', D].
+          What is wanted of the last block's output, latent or image.
         """
         batch, tokens, width = latent.shape
         ends = [*(i + 1 for i in sorted(self.resample_after)), self.num_layers]
@@ -306,9 +322,15 @@ class Trunk(nn.Module):
         return latent if self.latent_wanted else image
 
     def _run(
-        self, name: str, count: int, wanted: Rows, x: jax.Array, cos: jax.Array, sin: jax.Array
-    ) -> jax.Array:
-        """Return the wanted rows of x [B, T, D] after `count` blocks."""
+        self,
+        name: str,
+        count: int,
+        wanted: Rows,
+        x: Float[Array, "B T D"],
+        cos: Float[Array, "T Dh"],
+        sin: Float[Array, "T Dh"],
+    ) -> Float[Array, "B S D"]:
+        """Return the wanted rows of `x` after `count` blocks."""
         sizes = (self.num_heads, self.head_dim, self.run)
         blocks = repeat(Block, count, self.run)(*sizes, name=name)
         if wanted == ALL or not self.run.unroll or self.is_initializing():
@@ -325,14 +347,13 @@ class Trunk(nn.Module):
 
 
 class Encoder(nn.Module):
-    """Image -> latent positions [B, N, D_enc]."""
+    """Image -> latent positions."""
 
     config: TokenizerConfig
     run: Execution
 
     @nn.compact
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Map images [B, height, width, 3] in [-1, 1] to [B, N, D_enc]."""
+    def __call__(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B N D"]:
         c, run = self.config, self.run
         c.grid(images.shape[1], images.shape[2], len(c.downsample_after))
         width = c.encoder_width
@@ -357,14 +378,16 @@ class Encoder(nn.Module):
 
 
 class Decoder(nn.Module):
-    """Latent vectors [B, N, D_enc] -> image of any grid."""
+    """Latent vectors -> image of any grid."""
 
     config: TokenizerConfig
     run: Execution
 
     @nn.compact
-    def __call__(self, latent: jax.Array, height: int, width: int) -> jax.Array:
-        """Maps [B, N, D_enc] to an image [B, height, width, 3], nominally in [-1, 1]."""
+    def __call__(
+        self, latent: Float[Array, "B N D"], height: int, width: int
+    ) -> Float[Array, "B {height} {width} 3"]:
+        """Return images, nominally in [-1, 1]."""
         c, run = self.config, self.run
         rows, columns = c.grid(height, width, len(c.upsample_after))
         batch, _, encoder_width = latent.shape
@@ -397,14 +420,13 @@ class BinaryTokenizer(nn.Module):
     """Encoder, quantizer and decoder.
 
     `encode` gives the logits of the bits; `sample_code` or `hard_code` makes bits of them;
-    `decode` draws the image of a code.
+    `decode` makes the image of a code.
     """
 
     config: TokenizerConfig
     run: Execution = Execution()
 
     def setup(self):
-        """Build the parts."""
         c = self.config
         self.encoder = Encoder(c, self.run)
         self.to_bits = linear(c.bits, c.encoder_width, ("embed", None), self.run, use_bias=True)
@@ -416,13 +438,15 @@ class BinaryTokenizer(nn.Module):
         )
         self.decoder = Decoder(c, self.run)
 
-    def __call__(self, images: jax.Array) -> jax.Array:
-        """Reconstruct images [B, height, width, 3] through their hard code."""
+    def __call__(
+        self, images: Float[Array, "B height width 3"]
+    ) -> Float[Array, "B height width 3"]:
+        """Reconstruct images through their hard code."""
         code = hard_code(self.encode(images))
         return self.decode(code, *images.shape[1:3])
 
-    def encode(self, images: jax.Array) -> jax.Array:
-        """Map images [B, height, width, 3] in [-1, 1] to logits of the bits [B, N, K].
+    def encode(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B N K"]:
+        """Map images in [-1, 1] to the logits of their bits.
 
         Raises:
           UserError: if the sides are not multiples of the patch size times 2^downsamplings.
@@ -430,8 +454,10 @@ class BinaryTokenizer(nn.Module):
         logits = self.to_bits(self.encoder(images.astype(self.run.dtype)))
         return logits.astype(self.run.output_dtype)
 
-    def decode(self, code: jax.Array, height: int, width: int) -> jax.Array:
-        """Map a code [B, N, K] of 0 and 1 to an image [B, height, width, 3], about [-1, 1].
+    def decode(
+        self, code: Float[Array, "B N K"], height: int, width: int
+    ) -> Float[Array, "B {height} {width} 3"]:
+        """Map codes of 0 and 1 to images, about in [-1, 1].
 
         Any size may be asked for, whatever the size of the image that was encoded.
 
@@ -442,30 +468,31 @@ class BinaryTokenizer(nn.Module):
         return self.decoder(latent, height, width).astype(self.run.output_dtype)
 
 
-def hard_code(logits: jax.Array) -> jax.Array:
-    """Return bits of the code at evaluation, 1[sigmoid(logit) > 0.5]: [B, N, K] float of 0 and
-    1."""
+def hard_code(logits: Float[Array, "B N K"]) -> Float[Array, "B N K"]:
+    """Return the bits of the code at evaluation, 1[sigmoid(logit) > 0.5], as 0 and 1."""
     return (jax.nn.sigmoid(logits) > 0.5).astype(logits.dtype)
 
 
-def sample_code(logits: jax.Array, key: jax.Array, temperature: jax.Array | float) -> jax.Array:
-    """Draw the bits of the code in training, with straight-through gradients.
+def sample_code(
+    logits: Float[Array, "B N K"], key: Key[Array, ""], temperature: Scalar
+) -> Float[Array, "B N K"]:
+    """Sample the bits of the code in training, with straight-through gradients.
 
     Args:
-      logits: [B, N, K].
+      logits: of the bits.
       key: a random key.
-      temperature: the draw is Bernoulli(sigmoid(logits / temperature)); the gradient is that of
+      temperature: bits are Bernoulli(sigmoid(logits / temperature)); the gradient is that of
         sigmoid(logits).
 
     Returns:
-      [B, N, K] of 0 and 1.
+      bits of 0 and 1.
     """
     soft = jax.nn.sigmoid(logits)
-    drawn = jax.random.bernoulli(key, jax.nn.sigmoid(logits / temperature)).astype(logits.dtype)
-    return drawn + soft - jax.lax.stop_gradient(soft)
+    sampled = jax.random.bernoulli(key, jax.nn.sigmoid(logits / temperature)).astype(logits.dtype)
+    return sampled + soft - jax.lax.stop_gradient(soft)
 
 
-def code_loss(logits: jax.Array) -> jax.Array:
+def code_loss(logits: Float[Array, "B N K"]) -> Float[Array, ""]:
     """Return mean of p(1 - p), p = sigmoid(logits): small when every bit is sure of itself."""
     p = jax.nn.sigmoid(logits)
     return jnp.mean(p * (1.0 - p))

@@ -1,7 +1,7 @@
 """The sampling loops: prompts' features -> codes, each loop one jitted call.
 
 Axes: B images, N latent tokens, K bits, S steps, L text length, Dt text width. Text inputs have
-2B rows: B conditional ones, then B unconditional ones (the empty or a negative prompt).
+rows = 2B: B conditional ones, then B unconditional ones (the empty or a negative prompt).
 """
 
 import dataclasses
@@ -12,42 +12,44 @@ from typing import Any
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Float, Float32, Int, Integer, Key, Shaped
 
 from instella_jax.kernels import binary_sampling
-from instella_jax.kernels.binary_sampling import Implementation, draw
+from instella_jax.kernels.binary_sampling import Implementation, random_uniforms
 from instella_jax.models import binary_diffusion
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.binary_diffusion import Scalar, Target
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
-from instella_jax.models.joint_attention import KeysValues
+from instella_jax.models.functional import Params
+from instella_jax.models.joint_attention import TextKeysValues
 
 
-def image_keys(seeds: jax.Array) -> jax.Array:
-    """Return keys [B] of images from their seeds [B], each seed giving always the same key."""
+def image_keys(seeds: Integer[Array, " B"]) -> Key[Array, " B"]:
+    """Return the images' keys from their seeds; a seed always gives the same key."""
     return jax.vmap(jax.random.key)(seeds)
 
 
-def _bound(network: nn.Module, params: Any) -> Callable[..., Any]:
+def _bound(network: nn.Module, params: Params) -> Callable[..., Any]:
     return functools.partial(network.apply, {"params": params})
 
 
 @functools.partial(jax.jit, static_argnames=("network", "protocol", "target", "kernel"))
 def sample_diffusion(
     network: DiffusionTransformer,
-    params: Any,
-    text: jax.Array | KeysValues,
-    text_mask: jax.Array,
-    keys: jax.Array,
+    params: Params,
+    text: Float[Array, "layers rows L Dt"] | TextKeysValues,
+    text_mask: Shaped[Array, "rows L"],
+    keys: Key[Array, " B"],
     *,
-    steps: jax.Array | int = 20,
+    steps: Int[Array, ""] | int = 20,
     guidance: Scalar = 7.5,
     temperature: Scalar = 1.0,
     rho: Scalar = 1.0,
     protocol: int = 1,
     target: Target = "epsilon",
     kernel: Implementation = "xla",
-    uniforms: jax.Array | None = None,
-) -> jax.Array:
+    uniforms: Float[Array, "S B N K"] | None = None,
+) -> Float32[Array, "B N K"]:
     """Sample codes from the diffusion generator ("Diffusion process" in docs/model.md).
 
     An image depends on the parameters, its prompt, its key and the options alone, not on the
@@ -56,21 +58,21 @@ def sample_diffusion(
     Args:
       network: the generator.
       params: its parameters.
-      text: features [layers, 2B, L, Dt], or keys and values that `network.text_kv` made of them.
-      text_mask: [2B, L], non-zero at real tokens.
-      keys: [B] random keys, one per image.
+      text: features, or keys and values that `network.text_kv` made of them.
+      text_mask: non-zero at real tokens.
+      keys: random keys, one per image.
       steps: S, at least 1.
       guidance: g, 0 for none; see `binary_diffusion.guided`.
       temperature: of the guided logits; 0 thresholds them.
       rho: exponent of the schedule of times.
       protocol: 1 or 2, see `binary_diffusion.step_probability`.
-      target: what the network was trained to tell.
-      kernel: what draws the bits, see `kernels.binary_sampling.resolve`.
-      uniforms: [S, B, N, K], draws to use in place of the keys': the first makes the initial
-        bits, number i ends step i - 1.
+      target: what the network was trained to predict.
+      kernel: what samples the bits, see `kernels.binary_sampling.resolve`.
+      uniforms: uniform numbers to use in place of the keys': the first make the initial bits,
+        number i ends step i - 1.
 
     Returns:
-      bits [B, N, K], float32 of 0 and 1.
+      bits of 0 and 1.
     """
     apply = _bound(network, params)
     if not isinstance(text, tuple):
@@ -78,8 +80,8 @@ def sample_diffusion(
     shape = (network.num_tokens, network.bits)
     steps = jnp.asarray(steps, jnp.int32)
 
-    def step(index: jax.Array, z: jax.Array) -> jax.Array:
-        t, t_next = (binary_diffusion.time(i, steps, rho) for i in (index, index + 1))
+    def step(index: Int[Array, ""], z: Float32[Array, "B N K"]) -> Float32[Array, "B N K"]:
+        t, t_next = (binary_diffusion.time_of_step(i, steps, rho) for i in (index, index + 1))
         both = jnp.concatenate([z, z])
         times = jnp.broadcast_to(t, both.shape[:1])
         output = apply(both, times, text, text_mask)
@@ -89,30 +91,30 @@ def sample_diffusion(
             return binary_sampling.diffusion_step(
                 flip, z, keys, index + 1, *settings, protocol=protocol, implementation=kernel
             )
-        # The last step asks for a draw past the end and does not use it.
+        # The last step asks for numbers past the end and does not use them.
         given = jax.lax.dynamic_index_in_dim(uniforms, index + 1, keepdims=False)
         conditional, unconditional = flip
         return binary_diffusion.sampling_step(
             conditional, unconditional, z, *settings, given, protocol
         )
 
-    first = draw(keys, 0, shape) if uniforms is None else uniforms[0]
+    first = random_uniforms(keys, 0, shape) if uniforms is None else uniforms[0]
     return jax.lax.fori_loop(0, steps, step, (first < 0.5).astype(jnp.float32))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "kernel"))
 def sample_ar(
     network: ArTransformer,
-    params: Any,
-    text: jax.Array | KeysValues,
-    text_mask: jax.Array,
-    keys: jax.Array,
+    params: Params,
+    text: Float[Array, "layers rows L Dt"] | TextKeysValues,
+    text_mask: Shaped[Array, "rows L"],
+    keys: Key[Array, " B"],
     *,
     guidance: Scalar = 9.0,
     temperature: Scalar = 0.5,
     kernel: Implementation = "xla",
-    uniforms: jax.Array | None = None,
-) -> jax.Array:
+    uniforms: Float[Array, "B N K"] | None = None,
+) -> Float32[Array, "B N K"]:
     """Sample codes from the autoregressive generator, with a cache.
 
     An image depends on the parameters, its prompt, its key and the options alone, not on the
@@ -121,16 +123,16 @@ def sample_ar(
     Args:
       network: the generator.
       params: its parameters.
-      text: features [layers, 2B, L, Dt], or keys and values that `network.text_kv` made of them.
-      text_mask: [2B, L], non-zero at real tokens.
-      keys: [B] random keys, one per image.
+      text: features, or keys and values that `network.text_kv` made of them.
+      text_mask: non-zero at real tokens.
+      keys: random keys, one per image.
       guidance: g, 0 for none; see `binary_diffusion.guided`.
       temperature: of the guided logits; 0 thresholds them.
-      kernel: what draws the bits, see `kernels.binary_sampling.resolve`.
-      uniforms: [B, N, K], draws to use in place of the keys'.
+      kernel: what samples the bits, see `kernels.binary_sampling.resolve`.
+      uniforms: uniform numbers to use in place of the keys'.
 
     Returns:
-      bits [B, N, K], float32 of 0 and 1.
+      bits of 0 and 1.
     """
     # Unrolled, XLA would copy every layer's slice of the stacked weights at once for each token.
     network = network.clone(run=dataclasses.replace(network.run, unroll=False))
@@ -138,8 +140,8 @@ def sample_ar(
     cache = apply(text, method="start_cache")
 
     def step(
-        carry: tuple[KeysValues, jax.Array], index: jax.Array
-    ) -> tuple[tuple[KeysValues, jax.Array], jax.Array]:
+        carry: tuple[Any, Float32[Array, "B K"]], index: Int[Array, ""]
+    ) -> tuple[tuple[Any, Float32[Array, "B K"]], Float32[Array, "B K"]]:
         cache, bits = carry
         logits, cache = apply(jnp.concatenate([bits, bits]), index, cache, text_mask, method="step")
         logits = logits.reshape(2, *bits.shape)
@@ -150,7 +152,7 @@ def sample_ar(
         else:
             given = jax.lax.dynamic_index_in_dim(uniforms, index, axis=1, keepdims=False)
             conditional, unconditional = logits
-            bits = binary_diffusion.draw_bits(
+            bits = binary_diffusion.sample_bits(
                 conditional, unconditional, guidance, temperature, given
             )
         return (cache, bits), bits

@@ -4,10 +4,12 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+from jaxtyping import Array, Float, Int, Key
 
 from instella_jax.models.functional import Network, Params, init_params
 
 Batch = dict[str, jax.Array]
+Metrics = dict[str, Float[Array, ""]]
 
 
 class Stage(Protocol):
@@ -38,15 +40,20 @@ class Stage(Protocol):
         ...
 
     def loss(
-        self, params: Params, frozen: Params, batch: Batch, key: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return loss and metrics of a batch, each a mean."""
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        key: Key[Array, ""],
+        step: Int[Array, ""],
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Return the loss and metrics of a batch, each a mean."""
         ...
 
     def evaluate(
-        self, params: Params, frozen: Params, batch: Batch, key: jax.Array
-    ) -> dict[str, jax.Array]:
-        """Return held-out metrics of a batch, each a mean; the same key gives the same draws."""
+        self, params: Params, frozen: Params, batch: Batch, key: Key[Array, ""]
+    ) -> Metrics:
+        """Return held-out metrics of a batch, each a mean; the same key gives the same numbers."""
         ...
 
     def describe(self) -> dict[str, Any]:
@@ -54,7 +61,7 @@ class Stage(Protocol):
         ...
 
 
-def init_stage(stage: Stage, key: jax.Array) -> Params:
+def init_stage(stage: Stage, key: Key[Array, ""]) -> Params:
     """Make the trainable parameters of a stage by part, with their logical axes."""
     return {
         part: init_params(network, jax.random.fold_in(key, number))

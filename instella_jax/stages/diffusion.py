@@ -1,16 +1,18 @@
 """Training of the binary-latent diffusion generator on a frozen tokenizer.
 
-Axes: B batch, N latent tokens, K bits, L text length.
+Axes: B batch, N latent tokens, K bits, L text length, Dt text width.
 """
 
 from typing import Any
 
 import jax
+from jaxtyping import Array, Bool, Float, Key
 
 from instella_jax.config import Config
 from instella_jax.models import binary_diffusion
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import Params, apply
+from instella_jax.stages.base import Metrics
 from instella_jax.stages.generator import GeneratorStage
 
 
@@ -26,19 +28,19 @@ class DiffusionStage(GeneratorStage):
         binary_diffusion.spread_times(1, config.loss.times)  # refuses an unknown distribution
 
     def describe_process(self) -> dict[str, Any]:
-        """Return what the network was trained to tell."""
+        """Return what the network was trained to predict."""
         return {"target": self.config.loss.target}
 
     def code_metrics(
         self,
         params: Params,
-        code: jax.Array,
-        text: jax.Array,
-        mask: jax.Array,
-        key: jax.Array,
+        code: Float[Array, "B N K"],
+        text: Float[Array, "layers B L Dt"],
+        mask: Bool[Array, "B L"],
+        key: Key[Array, ""],
         train: bool,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return loss and bit accuracy (0 to 1) of codes [B, N, K] at random times."""
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Return loss and bit accuracy (0 to 1) of codes at random times."""
         time_key, noise_key = jax.random.split(key)
         if train:
             t = binary_diffusion.sample_times(time_key, code.shape[0], self.config.loss.times)

@@ -1,6 +1,6 @@
 """What the stages of both generators share: frozen tokenizer, text encoder, caption dropout.
 
-Axes: B batch, N latent tokens, K bits, L text length.
+Axes: B batch, N latent tokens, K bits, L text length, Dt text width.
 """
 
 import abc
@@ -11,6 +11,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+from jaxtyping import Array, Bool, Float, Int, Key, UInt8
 
 from instella_jax.config import Config
 from instella_jax.data import codes
@@ -21,6 +22,7 @@ from instella_jax.models.olmo import Olmo
 from instella_jax.models.pixels import to_float
 from instella_jax.models.text import TextTokenizer
 from instella_jax.models.tokenizer import BinaryTokenizer, hard_code
+from instella_jax.stages.base import Batch, Metrics
 from instella_jax.weights import model_folder, model_parts
 
 
@@ -109,13 +111,13 @@ class GeneratorStage(abc.ABC):
     def code_metrics(
         self,
         params: Params,
-        code: jax.Array,
-        text: jax.Array,
-        mask: jax.Array,
-        key: jax.Array,
+        code: Float[Array, "B N K"],
+        text: Float[Array, "layers B L Dt"],
+        mask: Bool[Array, "B L"],
+        key: Key[Array, ""],
         train: bool,
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return loss and metrics of codes [B, N, K] under text features [layers, B, L, Dt]."""
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Return loss and metrics of codes under text features."""
 
     @property
     def frozen_networks(self) -> dict[str, Network]:
@@ -172,28 +174,37 @@ class GeneratorStage(abc.ABC):
                 path, config.model.num_tokens, config.model.bits, config.data.image_size, folder
             )
 
-    def text_features(self, params: Params, frozen: Params, ids: jax.Array, mask: jax.Array):
-        """Return what block i of the generator sees: [layers, B, L, Dt]."""
+    def text_features(
+        self, params: Params, frozen: Params, ids: Int[Array, "B L"], mask: Bool[Array, "B L"]
+    ) -> Float[Array, "layers B L Dt"]:
+        """Return what the blocks of the generator see, one layer each."""
         weights = params if self.config.text.trainable else frozen
         return apply(self.text_network, weights["text"], ids, mask)[1:]
 
-    def code_of(self, frozen: Params, batch: Any) -> jax.Array:
-        """Return codes [B, N, K] of a batch, given or made of its pictures."""
+    def code_of(self, frozen: Params, batch: Batch) -> Float[Array, "B N K"]:
+        """Return the codes of a batch, given or made of its pictures."""
         if "code" in batch:
             sizes = self.config.model
             return codes.unpack_bits(batch["code"], sizes.num_tokens, sizes.bits)
         return self.encode(frozen, batch["image"])
 
-    def encode(self, frozen: Params, images: jax.Array) -> jax.Array:
-        """Return codes [B, N, K] of pictures uint8 [B, h, w, 3], without gradients."""
+    def encode(
+        self, frozen: Params, images: UInt8[Array, "B height width 3"]
+    ) -> Float[Array, "B N K"]:
+        """Return the codes of pictures, without gradients."""
         network, pictures = self.tokenizer_network, to_float(images)
         logits = apply(network, frozen["tokenizer"], pictures, method="encode")
         return jax.lax.stop_gradient(hard_code(logits.astype(jnp.float32)))
 
     def loss(
-        self, params: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return loss with captions dropped at the configured rate."""
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        key: Key[Array, ""],
+        step: Int[Array, ""],
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Return the loss with captions dropped at the configured rate."""
         del step
         drop_key, key = jax.random.split(key)
         keep = jax.random.uniform(drop_key, batch["mask"].shape[:1]) >= (
@@ -202,13 +213,21 @@ class GeneratorStage(abc.ABC):
         return self._metrics(params, frozen, batch, batch["mask"] & keep[:, None], key, True)
 
     def evaluate(
-        self, params: Params, frozen: Params, batch: Any, key: jax.Array
-    ) -> dict[str, jax.Array]:
+        self, params: Params, frozen: Params, batch: Batch, key: Key[Array, ""]
+    ) -> Metrics:
         """Return loss and bit accuracy with every caption in place."""
         loss, metrics = self._metrics(params, frozen, batch, batch["mask"], key, False)
         return {"loss": loss, **metrics}
 
-    def _metrics(self, params, frozen, batch, mask, key, train):
+    def _metrics(
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        mask: Bool[Array, "B L"],
+        key: Key[Array, ""],
+        train: bool,
+    ) -> tuple[Float[Array, ""], Metrics]:
         code = self.code_of(frozen, batch)
         # The encoder sees the caption even where it is dropped: its states are masked later.
         text = self.text_features(params, frozen, batch["ids"], batch["mask"])

@@ -10,6 +10,7 @@ from typing import Any
 import jax
 import jax.numpy as jnp
 import optax
+from jaxtyping import Array, Float, Int, Key, UInt8
 
 from instella_jax.config import Config
 from instella_jax.data import buckets
@@ -18,14 +19,15 @@ from instella_jax.errors import UserError
 from instella_jax.models.functional import Network, Params, apply
 from instella_jax.models.pixels import psnr, to_float, to_uint8
 from instella_jax.models.tokenizer import BinaryTokenizer, code_loss, hard_code, sample_code
+from instella_jax.stages.base import Batch, Metrics
 from instella_jax.weights.model_folder import execution, tokenizer_config
 
 
 @functools.partial(jax.jit, static_argnames="network")
 def reconstruct(
-    network: BinaryTokenizer, params: Params, images: jax.Array
-) -> tuple[jax.Array, jax.Array]:
-    """Send pictures uint8 [B, h, w, 3] through their codes: pictures alike, and PSNR [B] in dB."""
+    network: BinaryTokenizer, params: Params, images: UInt8[Array, "B height width 3"]
+) -> tuple[UInt8[Array, "B height width 3"], Float[Array, " B"]]:
+    """Return pictures sent through their codes, and their PSNR in dB."""
     x = to_float(images)
     decoded = apply(network, params, x).astype(jnp.float32)
     return to_uint8(decoded), psnr(jnp.clip(decoded, -1.0, 1.0), x)
@@ -63,12 +65,10 @@ class TokenizerStage:
 
     @property
     def networks(self) -> dict[str, Network]:
-        """The tokenizer."""
         return {"tokenizer": self.network}
 
     @property
     def frozen_networks(self) -> dict[str, Network]:
-        """None."""
         return {}
 
     @property
@@ -77,31 +77,42 @@ class TokenizerStage:
         return None
 
     def frozen(self) -> Params:
-        """Return nothing."""
         return {}
 
     def loader(self, split: str, **options: Any) -> Any:
         """Return batches with "image"."""
         return make_split(self.config.data, split, captions=False, **options)
 
-    def temperature(self, step: jax.Array) -> jax.Array:
-        """Return temperature of the Bernoulli draw: linear from `start` to `end`, then constant."""
+    def temperature(self, step: Int[Array, ""] | int) -> Float[Array, ""]:
+        """Return the temperature of the bits: linear from `start` to `end`, then constant."""
         t = self.config.loss.temperature
         return jnp.float32(optax.linear_schedule(t.start, t.end, t.steps)(step))
 
-    def _decode(self, params: Params, code: jax.Array, like: jax.Array) -> jax.Array:
+    def _decode(
+        self,
+        params: Params,
+        code: Float[Array, "B N K"],
+        like: Float[Array, "B height width 3"],
+    ) -> Float[Array, "B height width 3"]:
         size = like.shape[1:3]
         decoded = apply(self.network, params["tokenizer"], code, *size, method="decode")
         return decoded.astype(jnp.float32)
 
-    def _encode(self, params: Params, images: jax.Array) -> jax.Array:
+    def _encode(
+        self, params: Params, images: Float[Array, "B height width 3"]
+    ) -> Float[Array, "B N K"]:
         logits = apply(self.network, params["tokenizer"], images, method="encode")
         return logits.astype(jnp.float32)
 
     def loss(
-        self, params: Params, frozen: Params, batch: Any, key: jax.Array, step: jax.Array
-    ) -> tuple[jax.Array, dict[str, jax.Array]]:
-        """Return smooth-L1 (beta 1) plus the weighted code loss; images uint8 [B, h, w, 3].
+        self,
+        params: Params,
+        frozen: Params,
+        batch: Batch,
+        key: Key[Array, ""],
+        step: Int[Array, ""],
+    ) -> tuple[Float[Array, ""], Metrics]:
+        """Return smooth-L1 (beta 1) plus the weighted code loss.
 
         With a frozen encoder the codes are those of evaluation.
         """
@@ -124,8 +135,8 @@ class TokenizerStage:
         }
 
     def evaluate(
-        self, params: Params, frozen: Params, batch: Any, key: jax.Array
-    ) -> dict[str, jax.Array]:
+        self, params: Params, frozen: Params, batch: Batch, key: Key[Array, ""]
+    ) -> Metrics:
         """Return PSNR in dB and smooth-L1 through hard bits, and how evenly the bits are used."""
         del frozen, key
         images = to_float(batch["image"])

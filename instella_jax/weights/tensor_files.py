@@ -57,11 +57,9 @@ class Tensors(Mapping[str, np.ndarray]):
         return name in self.specs
 
     def __iter__(self) -> Iterator[str]:
-        """The names."""
         return iter(self.specs)
 
     def __len__(self) -> int:
-        """How many there are."""
         return len(self.specs)
 
     @property

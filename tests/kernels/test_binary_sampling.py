@@ -92,7 +92,7 @@ def test_autoregressive_bits_equal_the_reference(count, dtype, how):
     logits, _, keys = inputs(5, (count,), dtype)
     uniforms = uniforms_of(keys, 3, (count,))
     for guidance, temperature in ((0.0, 1.0), (9.0, 0.5), (2.0, 0.0)):
-        expected = binary_diffusion.draw_bits(*logits, guidance, temperature, uniforms)
+        expected = binary_diffusion.sample_bits(*logits, guidance, temperature, uniforms)
         for options in ({}, how):
             bits = autoregressive_bits(logits, keys, 3, guidance, temperature, **options)
             np.testing.assert_array_equal(bits, expected)

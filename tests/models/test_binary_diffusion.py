@@ -59,7 +59,7 @@ def test_loss_and_accuracy_by_hand():
 
 
 def test_schedule_runs_from_one_to_zero():
-    times = [float(bd.time(i, 4, 2.0)) for i in range(5)]
+    times = [float(bd.time_of_step(i, 4, 2.0)) for i in range(5)]
     np.testing.assert_allclose(times, [1, 0.5625, 0.25, 0.0625, 0])
 
 

@@ -104,15 +104,15 @@ def test_options_do_not_recompile(name):
 def test_ar_at_temperature_zero_takes_the_likelier_bits():
     text, mask = prompts(3)
     bits = sample("ar", text, mask, SEEDS, temperature=0.0, guidance=0.0)
-    logits = AR.apply({"params": params(AR)}, bits[:, :-1], text[:, :3], mask[:3])
+    logits = AR.apply({"params": params(AR)}, jnp.asarray(bits[:, :-1]), text[:, :3], mask[:3])
     np.testing.assert_array_equal(bits, logits > 0)
     other = sample("ar", text, mask, SEEDS + 9, temperature=0.0, guidance=0.0)
     np.testing.assert_array_equal(bits, other)
 
 
-def test_draws_are_independent_per_image_and_step():
+def test_uniforms_are_independent_per_image_and_step():
     keys = loops.image_keys(SEEDS)
-    first, second = loops.draw(keys, 0, (6, 5)), loops.draw(keys, 1, (6, 5))
+    first, second = (loops.random_uniforms(keys, index, (6, 5)) for index in (0, 1))
     values = np.concatenate([first.ravel(), second.ravel()])
     assert len(np.unique(values)) == values.size and 0 <= values.min() and values.max() < 1
 

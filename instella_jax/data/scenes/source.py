@@ -74,7 +74,7 @@ class EmojiScenes:
         self.seed, self.split, self.length = seed, split, length
 
     def __len__(self) -> int:
-        """The number of indices."""
+        """Return the number of indices."""
         return self.length
 
     def __repr__(self) -> str:
