@@ -10,24 +10,29 @@ from instella_jax.config import Config
 from instella_jax.errors import UserError
 
 
-def make_schedule(config: Config, steps: int) -> optax.Schedule:
-    """Return linear warm-up, then constant or a cosine down to `final_fraction` of the peak at
-    `steps`.
+def make_schedule(config: Config, steps: int, peak: float | None = None) -> optax.Schedule:
+    """Return linear warm-up, then constant or a cosine down to `final_fraction` of the peak.
+
+    Args:
+      config: the `optimizer` section.
+      steps: where the cosine ends.
+      peak: the highest rate; None for `learning_rate`.
 
     Raises:
       UserError: the schedule's name is unknown.
     """
+    peak = float(config.learning_rate if peak is None else peak)
     if config.schedule == "constant":
         if not config.warmup_steps:  # for which optax's warm-up stays at 0
-            return optax.constant_schedule(config.learning_rate)
-        return optax.warmup_constant_schedule(0.0, config.learning_rate, config.warmup_steps)
+            return optax.constant_schedule(peak)
+        return optax.warmup_constant_schedule(0.0, peak, config.warmup_steps)
     if config.schedule == "cosine":
         return optax.warmup_cosine_decay_schedule(
             0.0,
-            config.learning_rate,
+            peak,
             config.warmup_steps,
             max(steps, config.warmup_steps + 1),
-            end_value=config.learning_rate * config.final_fraction,
+            end_value=peak * config.final_fraction,
         )
     raise UserError(f"optimizer.schedule is {config.schedule!r}: expected 'constant' or 'cosine'")
 
@@ -76,15 +81,13 @@ def _muon(config: Config, steps: int) -> optax.GradientTransformation:
     Updates are scaled by sqrt(max(1, fan_out / fan_in)), so that one learning rate serves several
     widths.
     """
-    ratio = config.muon.learning_rate / config.learning_rate
-    schedule = make_schedule(config, steps)
     return optax.chain(
         contrib.scale_by_muon(
             beta=config.muon.momentum, weight_dimension_numbers=_stacked_matrices
         ),
         optax.stateless(lambda updates, _: jax.tree.map(_scale_for_width, updates)),
         optax.add_decayed_weights(config.weight_decay),
-        optax.scale_by_learning_rate(lambda step: ratio * schedule(step)),
+        optax.scale_by_learning_rate(make_schedule(config, steps, config.muon.learning_rate)),
     )
 
 
