@@ -32,7 +32,13 @@ def _add_import(kinds: Any) -> None:
         "(--config.data.kind=shards --config.data.shards.path=OUT). Run again after any "
         "interruption, it goes on where it stopped. OUT/report.json says what was left out.",
     )
-    take.add_argument("source", type=Path, metavar="IN", help="a file or a folder")
+    take.add_argument(
+        "source",
+        nargs="+",
+        metavar="IN",
+        help="files (.tar, also .gz, .bz2 or .xz; .parquet) or folders; in quotes also patterns "
+        "like 'shards-{000..012}.tar' and names with commas between them",
+    )
     take.add_argument("out", type=Path, metavar="OUT", help="folder of the shards")
     take.add_argument(
         "--kind",

@@ -14,7 +14,7 @@ import math
 import os
 import threading
 import time
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
@@ -22,8 +22,8 @@ from typing import Any
 
 from instella_jax.data.images import TOO_LARGE, BadPicture, decode_picture, log_flaw, read_size
 from instella_jax.errors import UserError
-from instella_jax.preparing import readers
-from instella_jax.preparing.items import Item, Problem
+from instella_jax.preparing import inputs, readers
+from instella_jax.preparing.items import NO_CAPTION, UNPAIRED, Item, NotRead, Problem
 from instella_jax.preparing.jobs import Job
 from instella_jax.preparing.readers import Unit
 from instella_jax.runtime.files import write_json
@@ -31,7 +31,6 @@ from instella_jax.runtime.files import write_json
 logger = logging.getLogger(__name__)
 
 _EXAMPLES, _NAMES = 5, 30
-_NO_CAPTION = "no caption"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -91,7 +90,7 @@ def check(
     if item.image is None:
         raise _Left("no picture")
     if filters.captions and not item.texts:
-        raise _Left(_NO_CAPTION)
+        raise _Left(NO_CAPTION)
     if _watermark(item.meta) > filters.max_watermark:
         raise _Left("watermark")
     if len(item.image) > readers.MAX_BYTES:
@@ -125,50 +124,77 @@ def _watermark(meta: Mapping[str, Any]) -> float:
     return 0.0
 
 
+@dataclasses.dataclass
+class Tally:
+    """Counts by reason, with the first few examples of each."""
+
+    numbers: dict[str, int] = dataclasses.field(default_factory=dict)
+    examples: dict[str, list[str]] = dataclasses.field(default_factory=dict)
+
+    def add(self, name: str, reason: str, number: int = 1) -> None:
+        """Count something that is named by one name."""
+        self.merge({reason: number}, {reason: [name]})
+
+    def merge(self, numbers: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> None:
+        """Add what another one has counted."""
+        for reason, number in numbers.items():
+            self.numbers[reason] = self.numbers.get(reason, 0) + number
+            names = self.examples.setdefault(reason, [])
+            names += examples[reason][: _EXAMPLES - len(names)]
+
+
+def _most_first(numbers: Mapping[str, int]) -> dict[str, int]:
+    return dict(sorted(numbers.items(), key=lambda entry: -entry[1]))
+
+
 def import_unit(
     job: Job, number: int, unit: Unit, reading: Reading, filters: Filters,
     tick: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
     """Make the shard of a unit and note what became of its pictures."""
     kept = captions = 0
-    dropped: dict[str, int] = {}
-    examples: dict[str, list[str]] = {}
+    dropped, flaws, not_read = Tally(), Tally(), Tally()
     damaged: list[str] = []
-    flaws: dict[str, int] = {}
-
     seen: dict[str, None] = {}
-
-    def count(counts: dict[str, int], name: str, reason: str, number: int = 1) -> None:
-        counts[reason] = counts.get(reason, 0) + number
-        if len(names := examples.setdefault(reason, [])) < _EXAMPLES:
-            names.append(name)
 
     with job.writer(number) as writer:
         for item in readers.read_unit(unit, reading.caption_keys, reading.image_key):
             if isinstance(item, Problem) and item.of_file:
                 damaged.append(item.name)
                 continue
+            if isinstance(item, NotRead):
+                not_read.add(item.name, item.kind)
+                continue
             tick()
             if isinstance(item, Problem):
-                count(dropped, item.name, item.reason, item.count)
+                dropped.add(item.name, item.reason, item.count)
                 continue
             try:
-                image, size = check(item, filters, functools.partial(count, flaws, item.name))
+                image, size = check(item, filters, functools.partial(flaws.add, item.name))
             except _Left as reason:
-                count(dropped, item.name, str(reason))
-                if str(reason) == _NO_CAPTION and len(seen) < _NAMES:
+                dropped.add(item.name, str(reason))
+                if str(reason) == NO_CAPTION and len(seen) < _NAMES:
                     seen |= dict.fromkeys(item.seen)
                 continue
             writer.write({"key": item.name, "texts": item.texts, "size": size}, image)
             kept += 1
             captions += len(item.texts)
-    result = {"kept": kept, "captions": captions, "dropped": dropped, "flaws": flaws}
-    result |= {"examples": examples, "damaged": damaged[:_EXAMPLES], "seen": list(seen)[:_NAMES]}
+    result = {
+        "kept": kept,
+        "captions": captions,
+        "dropped": dropped.numbers,
+        "flaws": flaws.numbers,
+        "examples": {**dropped.examples, **flaws.examples},
+        "not_read": not_read.numbers,
+        "not_read_examples": not_read.examples,
+        "damaged": damaged[:_EXAMPLES],
+        "seen": list(seen)[:_NAMES],
+    }
     job.finish(number, kept, result)
 
 
 def import_dataset(
-    source: str | os.PathLike[str],
+    source: str | os.PathLike[str] | Sequence[str | os.PathLike[str]],
     out: str | os.PathLike[str],
     *,
     kind: str = "auto",
@@ -183,7 +209,7 @@ def import_dataset(
     """Import a data set; run again after any interruption, it goes on where it stopped.
 
     Args:
-      source: what is imported; see `readers.find_units`.
+      source: what is imported, one or several; see `inputs.expand` and `readers.find_units`.
       out: folder of the shards.
       kind: see `readers.find_units`.
       split: of a TFDS data set.
@@ -201,9 +227,11 @@ def import_dataset(
     Raises:
       UserError: an argument cannot be used, nothing was kept, or a process was killed.
     """
-    units = readers.find_units(source, kind, split=split, size=unit_size)
+    paths = inputs.expand([source] if isinstance(source, str | os.PathLike) else source)
+    units, not_read = readers.find_all(paths, kind, split=split, size=unit_size, without=out)
+    absolute = [os.path.abspath(path) for path in paths]
     plan = {
-        "source": os.path.abspath(os.path.expanduser(source)),
+        "source": absolute[0] if len(absolute) == 1 else absolute,
         "options": {**dataclasses.asdict(reading), **dataclasses.asdict(filters)},
     }
     job = Job(out, plan, [unit.name for unit in units])
@@ -221,7 +249,7 @@ def import_dataset(
     results = job.results()
     if results is None:
         return None
-    report = summarize(results)
+    report = summarize(results, not_read)
     write_json(job.folder / "report.json", report)
     if not report["kept"]:
         reasons = [f"{reason} {n}" for reason, n in report["dropped"].items()]
@@ -229,36 +257,42 @@ def import_dataset(
             reasons = [f"no pictures in {len(units)} file(s)"]
         if report["damaged_files"]:
             reasons.append(f"damaged files {report['damaged_files']}")
+        named = ", ".join(map(str, paths[:_EXAMPLES])) + (", ..." if len(paths) > _EXAMPLES else "")
         hint = _caption_hint(report)
         raise UserError(
-            f"nothing of {source} was kept ({', '.join(reasons)}){f'; {hint}' if hint else ''}; "
+            f"nothing of {named} was kept ({', '.join(reasons)}){f'; {hint}' if hint else ''}; "
             f"see {out}/report.json, and run the command again with other input or options"
         )
     job.complete("images", results, {"source": plan["source"]})
     return report
 
 
-def summarize(results: list[dict[str, Any]]) -> dict[str, Any]:
-    """Add up the results of units."""
-    dropped: dict[str, int] = {}
-    examples: dict[str, list[str]] = {}
-    flaws: dict[str, int] = {}
+def summarize(
+    results: Sequence[Mapping[str, Any]], not_read: Iterable[NotRead] = ()
+) -> dict[str, Any]:
+    """Add up the results of units, and files that belong to none.
+
+    All of "read" is in "kept" or "dropped"; "not_read" counts files of other kinds.
+    """
+    dropped, flaws, others = Tally(), Tally(), Tally()
     for result in results:
-        for counts, own in ((dropped, result["dropped"]), (flaws, result.get("flaws", {}))):
-            for reason, number in own.items():
-                counts[reason] = counts.get(reason, 0) + number
-                names = examples.setdefault(reason, [])
-                names += result["examples"][reason][: _EXAMPLES - len(names)]
+        dropped.merge(result["dropped"], result["examples"])
+        flaws.merge(result.get("flaws", {}), result["examples"])
+        others.merge(result.get("not_read", {}), result.get("not_read_examples", {}))
+    for file in not_read:
+        others.add(file.name, file.kind)
     kept = sum(result["kept"] for result in results)
     return {
-        "read": kept + sum(dropped.values()),
+        "read": kept + sum(dropped.numbers.values()),
         "kept": kept,
         "captions": sum(result["captions"] for result in results),
         "bytes": sum(result["shard"]["bytes"] for result in results if result["shard"]),
         "shards": sum(result["shard"] is not None for result in results),
-        "dropped": dict(sorted(dropped.items(), key=lambda entry: -entry[1])),
-        "flaws": flaws,
-        "examples": examples,
+        "dropped": _most_first(dropped.numbers),
+        "flaws": _most_first(flaws.numbers),
+        "examples": {**dropped.examples, **flaws.examples},
+        "not_read": _most_first(others.numbers),
+        "not_read_examples": others.examples,
         # Nobody knows how many pictures were in what could not be read of them.
         "damaged_files": sum(bool(result["damaged"]) for result in results),
         "damage": [place for result in results for place in result["damaged"]][:_EXAMPLES],
@@ -273,13 +307,19 @@ def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
         f"kept {report['kept']} of {report['read']} pictures with {report['captions']} captions "
         f"in {report['shards']} shard(s), {report['bytes'] / 2**20:.1f} MiB"
     )
-    for what, counts in (("left out", report["dropped"]), ("kept as it is", report["flaws"])):
-        for reason, number in counts.items():
-            examples = report["examples"][reason]
-            more = ", ..." if number > len(examples) else ""
-            yield f"  {what}, {reason}: {number} ({', '.join(examples)}{more})"
+    for reason, number in report["dropped"].items():
+        yield f"  left out, {reason}: {number} ({_some(report['examples'][reason], number)})"
+    if {NO_CAPTION, UNPAIRED} <= report["dropped"].keys():
+        yield (
+            "  a picture and its caption go together by their names, 000123.jpg and 000123.txt or "
+            "000123.json, and only within one tar"
+        )
     if hint := _caption_hint(report):
         yield f"  {hint}"
+    for flaw, number in report["flaws"].items():
+        yield f"  kept as it is, {flaw}: {number} ({_some(report['examples'][flaw], number)})"
+    for kind, number in report["not_read"].items():
+        yield f"  not read, {kind}: {number} ({_some(report['not_read_examples'][kind], number)})"
     if report["damaged_files"]:
         places = ", ".join(report["damage"])
         yield f"  damaged files, read in part: {report['damaged_files']} ({places})"
@@ -293,6 +333,10 @@ def _caption_hint(report: Mapping[str, Any]) -> str:
         f"pictures without a caption have {', '.join(report['seen'])}: name what their captions "
         "are in by --caption-keys, or keep them by --no-captions"
     )
+
+
+def _some(examples: Sequence[str], number: int) -> str:
+    return ", ".join(examples) + (", ..." if number > len(examples) else "")
 
 
 class _Progress:

@@ -1,9 +1,10 @@
-"""What readers hand over: an image with its captions, or why it cannot be read."""
+"""What readers hand over: an image with its captions, or why it cannot be read, or what it is."""
 
 from __future__ import annotations
 
 import dataclasses
 import json
+import posixpath
 from collections.abc import Iterable, Mapping, Sequence
 from typing import Any
 
@@ -31,6 +32,7 @@ MAX_BYTES = 256 * 2**20
 
 # Reasons that several readers give.
 BROKEN_CAPTION, BROKEN_JSON = "broken caption", "broken JSON"
+NO_CAPTION, UNPAIRED = "no caption", "caption without a picture"
 
 
 @dataclasses.dataclass(frozen=True)
@@ -76,6 +78,34 @@ def named(names: Iterable[str], keys: Sequence[str]) -> list[str]:
         alike = [name for name in there if name.casefold() == key.casefold()]
         found += [key] if key in alike else alike if len(alike) == 1 else []
     return list(dict.fromkeys(found))
+
+
+@dataclasses.dataclass(frozen=True)
+class NotRead:
+    """A file of a kind that the reader does not read; see `kind_of` for the kind."""
+
+    name: str
+    kind: str
+
+
+HIDDEN = "hidden"
+
+
+def is_hidden(name: str) -> bool:
+    """Return whether a path leads to or through something hidden, such as `._a.jpg` of macOS."""
+    return any(part.startswith(".") and part not in (".", "..") for part in name.split("/"))
+
+
+def kind_of(name: str) -> str:
+    """Return the kind of a file that is not read: its suffix in lower case, or `HIDDEN`."""
+    if is_hidden(name):
+        return HIDDEN
+    return posixpath.splitext(name)[1].lower() or "no suffix"
+
+
+def printable(name: str) -> str:
+    r"""Return a file name that can be printed and stored: a byte that is not UTF-8 as `\xff`."""
+    return name.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def captions(values: Mapping[str, Any], keys: Sequence[str]) -> tuple[str, ...]:

@@ -11,13 +11,26 @@ import logging
 import os
 import re
 import zlib
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
+from instella_jax.data.images import is_picture
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
-from instella_jax.preparing.items import CAPTION_KEYS, MAX_BYTES, Item, Problem, captions, read_json
+from instella_jax.preparing.items import (
+    CAPTION_KEYS,
+    MAX_BYTES,
+    Item,
+    NotRead,
+    Problem,
+    captions,
+    is_hidden,
+    kind_of,
+    printable,
+    read_json,
+)
 
 logger = logging.getLogger(__name__)
 
@@ -68,7 +81,7 @@ def find_units(
     if not root.exists():
         raise UserError(f"{root} does not exist; give the file or folder to import")
     kind = _guess(root) if kind == "auto" else kind
-    if kind in ("webdataset", "parquet"):
+    if kind in _SUFFIXES:
         files = _files(root, kind)
         if not files:
             raise UserError(f"{root} has no {kind} files ({', '.join(_SUFFIXES[kind])})")
@@ -103,17 +116,88 @@ def find_units(
     raise UserError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}")
 
 
+def find_all(
+    paths: Sequence[Path],
+    kind: str = "auto",
+    *,
+    split: str = "train",
+    size: int = 10_000,
+    without: str | os.PathLike[str] | None = None,
+) -> tuple[list[Unit], list[NotRead]]:
+    """Return the units of several inputs, each once, and the files that belong to none.
+
+    Args:
+      paths: files or folders.
+      kind: see `find_units`.
+      split: see `find_units`.
+      size: see `find_units`.
+      without: a folder that is not part of the input where it is inside of it.
+
+    Raises:
+      UserError: see `find_units`.
+    """
+    units: dict[tuple[Any, ...], Unit] = {}
+    others: dict[str, NotRead] = {}
+    for path in paths:
+        found = find_units(path, kind, split=split, size=size)
+        for unit in found:
+            name = unit.name if len(paths) == 1 else f"{path}: {unit.name}"
+            part = (unit.kind, os.path.abspath(unit.path), unit.rows, unit.split)
+            units.setdefault(part, dataclasses.replace(unit, name=name))
+        if path.is_dir() and found:
+            others.update((os.path.abspath(path / o.name), o) for o in _others(path, found))
+    for unit in units.values():
+        others.pop(os.path.abspath(unit.path), None)
+    inside = os.path.join(os.path.abspath(without), "") if without else None
+    return list(units.values()), [
+        other for path, other in others.items() if not (inside and path.startswith(inside))
+    ]
+
+
+def _others(root: Path, units: Sequence[Unit]) -> Iterator[NotRead]:
+    """Yield the files of a folder that belong to no unit."""
+    if units[0].kind == "tfds":
+        return
+    used = set()
+    for unit in units:
+        if unit.kind != "folder":
+            used.add(os.path.relpath(unit.path, root))
+        for name, text in unit.rows:
+            used |= {name, os.path.splitext(name)[0] + ".json"}
+            used |= {text} if isinstance(text, str) else set(_METADATA)
+    for name in _walk(root):
+        if name not in used:
+            yield NotRead(printable(name), kind_of(name))
+
+
+_METADATA = ("metadata.jsonl",)
 _SUFFIXES = {
-    "webdataset": (".tar", ".tar.gz", ".tgz"),
+    "webdataset": (
+        ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz",
+    ),
     "parquet": (".parquet",),
-}
+}  # fmt: skip
+
+
+def _walk(root: Path) -> Iterator[str]:
+    """Yield the files of a folder, relative to it; of what is hidden the folders too, unopened."""
+    for folder, folders, files in os.walk(root):
+        hidden = [name for name in folders if name.startswith(".")]
+        folders[:] = sorted(set(folders).difference(hidden))
+        yield from (
+            os.path.relpath(os.path.join(folder, name), root) for name in sorted(hidden + files)
+        )
+
+
+def _is_a(name: str, kind: str) -> bool:
+    return name.lower().endswith(_SUFFIXES[kind]) and not is_hidden(name)
 
 
 def _files(root: Path, kind: str) -> list[Path]:
     if root.is_file():
         return [root]
-    found = (p for p in root.rglob("*") if p.name.endswith(_SUFFIXES[kind]) and p.is_file())
-    return sorted(p for p in found if not p.name.startswith("."))
+    found = (root / name for name in _walk(root) if _is_a(name, kind))
+    return sorted(path for path in found if path.is_file())
 
 
 _SPLITS = {
@@ -178,19 +262,27 @@ def _guess(root: Path) -> str:
         and (root / "features.json").exists()
     ):
         return "tfds"
-    for kind in ("webdataset", "parquet"):
-        if root.is_file() and root.name.endswith(_SUFFIXES[kind]):
+    names = [root.name] if root.is_file() else list(_walk(root))
+    for kind in _SUFFIXES:
+        if any(_is_a(name, kind) for name in names):
             return kind
-        if root.is_dir() and _files(root, kind):
-            return kind
+    if root.is_dir() and any(is_picture(name) for name in names):
+        return "folder"
+    readable = ", ".join(suffix for suffixes in _SUFFIXES.values() for suffix in suffixes)
     if root.is_file():
-        raise UserError(f"{root} is neither a tar nor a parquet file; give one, or a folder")
-    return "folder"
+        raise UserError(
+            f"{root} is neither a tar nor a parquet file; give one ({readable}), or a folder"
+        )
+    kinds = Counter(map(kind_of, names)).most_common(5)
+    found = ", ".join(f"{kind} {number}" for kind, number in kinds) or "nothing"
+    raise UserError(
+        f"{root} has no pictures and no files to read them from ({readable}), but {found}"
+    )
 
 
 def read_unit(
     unit: Unit, caption_keys: Sequence[str] = CAPTION_KEYS, image_key: str = ""
-) -> Iterator[Item | Problem]:
+) -> Iterator[Item | Problem | NotRead]:
     """Yield what is in a unit, in its order.
 
     Args:

@@ -68,7 +68,7 @@ def test_filters_and_everything_that_can_be_wrong(tmp_path):
         "small": (picture(1, 49, 80), {"text": "x"}, "too small"),
         "long": (picture(1, 50, 101), {"text": "x"}, "aspect ratio"),
         "silent": (good, {"text": " "}, "no caption"),
-        "blind": (None, {"text": "x"}, "no picture"),
+        "blind": (None, {"text": "x"}, "caption without a picture"),
         "cut": (picture(100, 64, 64, "jpeg")[:-200], {"text": "x"}, "broken picture"),
         "cutpng": (good[:-100], {"text": "x"}, "broken picture"),
         "empty": (b"", {"text": "x"}, "broken picture"),
@@ -110,7 +110,7 @@ def test_a_damaged_tar_is_read_past_the_damage(tmp_path):
     report = import_dataset(path, tmp_path / "one")
     keys = [f"{n:06d}" for n in range(10, 20)]
     assert list(contents(tmp_path / "one")) == [key for key in keys if key != "000013"]
-    assert report["dropped"] == {"no picture": 1} and report["damaged_files"] == 1
+    assert report["dropped"] == {"caption without a picture": 1} and report["damaged_files"] == 1
     assert (report["read"], report["kept"]) == (10, 9)
     assert f"  damaged files, read in part: 1 ({path} at byte {offset})" in report_lines(report)
     # Cut off within a picture, and between two members.
