@@ -22,6 +22,7 @@ import numpy as np
 from instella_jax.data import jpeg_ends
 from instella_jax.data.colour_profiles import BrokenProfile, to_srgb
 from instella_jax.data.samples import BadSample
+from instella_jax.runtime.files import printable
 
 if TYPE_CHECKING:
     from PIL import Image
@@ -119,7 +120,7 @@ def read_picture(
     Raises:
       BadPicture: the file is missing, broken, cut short, too large, or not a picture.
     """
-    return decode_picture(path, str(path), decode_side=decode_side, max_pixels=max_pixels)
+    return decode_picture(path, printable(path), decode_side=decode_side, max_pixels=max_pixels)
 
 
 @functools.cache

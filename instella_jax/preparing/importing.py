@@ -20,6 +20,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import get_context, parent_process
 from typing import Any
 
+from instella_jax.data.captions import CAPTION_KEYS
 from instella_jax.data.images import TOO_LARGE, BadPicture, decode_picture, log_flaw, read_size
 from instella_jax.errors import UserError
 from instella_jax.preparing import inputs, readers
@@ -67,7 +68,7 @@ class Filters:
 class Reading:
     """How the input is read; see `readers.read_unit`."""
 
-    caption_keys: tuple[str, ...] = readers.CAPTION_KEYS
+    caption_keys: tuple[str, ...] = CAPTION_KEYS
     image_key: str = ""
 
 
@@ -228,7 +229,9 @@ def import_dataset(
       UserError: an argument cannot be used, nothing was kept, or a process was killed.
     """
     paths = inputs.expand([source] if isinstance(source, str | os.PathLike) else source)
-    units, not_read = readers.find_all(paths, kind, split=split, size=unit_size, without=out)
+    units, not_read = readers.find_all(
+        paths, kind, split=split, size=unit_size, without=out, caption_keys=reading.caption_keys
+    )
     absolute = [os.path.abspath(path) for path in paths]
     plan = {
         "source": absolute[0] if len(absolute) == 1 else absolute,

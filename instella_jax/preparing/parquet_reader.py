@@ -12,17 +12,10 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING, Any
 
+from instella_jax.data.captions import captions, label_caption, named
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
-from instella_jax.preparing.items import (
-    IMAGE_KEYS,
-    MAX_BYTES,
-    Item,
-    Problem,
-    captions,
-    label_caption,
-    named,
-)
+from instella_jax.preparing.items import IMAGE_KEYS, MAX_BYTES, Item, Problem
 
 if TYPE_CHECKING:
     import pyarrow as pa

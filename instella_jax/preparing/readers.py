@@ -13,24 +13,16 @@ import re
 import zlib
 from collections import Counter
 from collections.abc import Iterator, Sequence
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import Any
 
+from instella_jax.data.captions import CAPTION_KEYS
 from instella_jax.data.images import is_picture
+from instella_jax.data.listing import METADATA, UNLISTED, Entry, list_pictures, read_captions, walk
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
-from instella_jax.preparing.items import (
-    CAPTION_KEYS,
-    MAX_BYTES,
-    Item,
-    NotRead,
-    Problem,
-    captions,
-    is_hidden,
-    kind_of,
-    printable,
-    read_json,
-)
+from instella_jax.preparing.items import MAX_BYTES, Item, NotRead, Problem, is_hidden, kind_of
+from instella_jax.runtime.files import printable
 
 logger = logging.getLogger(__name__)
 
@@ -45,7 +37,7 @@ class Unit:
       name: tells it, and its version, from the others.
       kind: one of `KINDS`.
       path: a file, or the folder of the whole data set.
-      rows: its part of that: (start, stop) of a TFDS split, or (picture, captions or caption file).
+      rows: its part of that: (start, stop) of a TFDS split, or the entries of a folder.
       split: of a TFDS data set.
       pictures: how many it has, 0 where that is not known before it is read.
       root: folder of the data set that a file belongs to.
@@ -63,7 +55,12 @@ class Unit:
 
 
 def find_units(
-    path: str | os.PathLike[str], kind: str = "auto", *, split: str = "train", size: int = 10_000
+    path: str | os.PathLike[str],
+    kind: str = "auto",
+    *,
+    split: str = "train",
+    size: int = 10_000,
+    caption_keys: Sequence[str] = CAPTION_KEYS,
 ) -> list[Unit]:
     """Cut a data set into units: tar and parquet files as they are, else `size` pictures each.
 
@@ -73,6 +70,7 @@ def find_units(
       split: which part of a TFDS data set, or of parquet files that are named by their splits;
         "all" is every one of the latter.
       size: pictures in a unit.
+      caption_keys: columns of a folder's metadata file that captions are in.
 
     Raises:
       UserError: there is nothing of the kind.
@@ -103,14 +101,13 @@ def find_units(
         ranges = [(start, min(start + size, total)) for start in range(0, total, size)]
         return [Unit(f"{split}[{a}:{b}]", kind, str(root), (a, b), split, b - a) for a, b in ranges]
     if kind == "folder":
-        from instella_jax.data.folder import list_pictures
-
-        entries = list_pictures(root)
+        listing = list_pictures(root, caption_keys)
+        entries = listing.entries + [Entry(name, left_out=UNLISTED) for name in listing.unlisted]
         units = []
         for start in range(0, len(entries), size):
             rows = tuple(entries[start : start + size])
             digest = zlib.crc32(repr(rows).encode())
-            name = f"{rows[0][0]} and {len(rows)} ({digest:08x})"
+            name = f"{printable(rows[0].name)} and {len(rows)} ({digest:08x})"
             units.append(Unit(name, kind, str(root), rows, pictures=len(rows)))
         return units
     raise UserError(f"unknown kind {kind!r}; expected auto, {', '.join(KINDS)}")
@@ -123,6 +120,7 @@ def find_all(
     split: str = "train",
     size: int = 10_000,
     without: str | os.PathLike[str] | None = None,
+    caption_keys: Sequence[str] = CAPTION_KEYS,
 ) -> tuple[list[Unit], list[NotRead]]:
     """Return the units of several inputs, each once, and the files that belong to none.
 
@@ -132,6 +130,7 @@ def find_all(
       split: see `find_units`.
       size: see `find_units`.
       without: a folder that is not part of the input where it is inside of it.
+      caption_keys: see `find_units`.
 
     Raises:
       UserError: see `find_units`.
@@ -139,7 +138,7 @@ def find_all(
     units: dict[tuple[Any, ...], Unit] = {}
     others: dict[str, NotRead] = {}
     for path in paths:
-        found = find_units(path, kind, split=split, size=size)
+        found = find_units(path, kind, split=split, size=size, caption_keys=caption_keys)
         for unit in found:
             name = unit.name if len(paths) == 1 else f"{path}: {unit.name}"
             part = (unit.kind, os.path.abspath(unit.path), unit.rows, unit.split)
@@ -162,15 +161,14 @@ def _others(root: Path, units: Sequence[Unit]) -> Iterator[NotRead]:
     for unit in units:
         if unit.kind != "folder":
             used.add(os.path.relpath(unit.path, root))
-        for name, text in unit.rows:
-            used |= {name, os.path.splitext(name)[0] + ".json"}
-            used |= {text} if isinstance(text, str) else set(_METADATA)
+        else:
+            used.update(name for entry in unit.rows for name in (entry.name, *entry.files))
+    metadata = METADATA if units[0].kind == "folder" else ()
     for name in _walk(root):
-        if name not in used:
+        if name not in used and os.path.basename(name) not in metadata:
             yield NotRead(printable(name), kind_of(name))
 
 
-_METADATA = ("metadata.jsonl",)
 _SUFFIXES = {
     "webdataset": (
         ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz",
@@ -181,16 +179,13 @@ _SUFFIXES = {
 
 def _walk(root: Path) -> Iterator[str]:
     """Yield the files of a folder, relative to it; of what is hidden the folders too, unopened."""
-    for folder, folders, files in os.walk(root):
-        hidden = [name for name in folders if name.startswith(".")]
-        folders[:] = sorted(set(folders).difference(hidden))
-        yield from (
-            os.path.relpath(os.path.join(folder, name), root) for name in sorted(hidden + files)
-        )
+    for folder, files in walk(root, hidden=True):
+        yield from (str(PurePosixPath(folder, name)) for name in files)
 
 
 def _is_a(name: str, kind: str) -> bool:
-    return name.lower().endswith(_SUFFIXES[kind]) and not is_hidden(name)
+    wanted = name.lower().endswith(_SUFFIXES[kind]) and not is_hidden(name)
+    return wanted and os.path.basename(name) not in METADATA
 
 
 def _files(root: Path, kind: str) -> list[Path]:
@@ -311,21 +306,21 @@ def read_unit(
 
 def _read_folder(unit: Unit, keys: tuple[str, ...]) -> Iterator[Item | Problem]:
     root = Path(unit.path)
-    for name, text in unit.rows:
-        path = root / name
+    for entry in unit.rows:
+        path, name = root / entry.name, printable(entry.name)
+        if entry.left_out:
+            yield Problem(name, entry.left_out)
+            continue
         try:
             if path.stat().st_size > MAX_BYTES:
                 yield Problem(name, "file too large")
                 continue
             image = path.read_bytes()
-            side = path.with_suffix(".json")
-            meta = read_json(side.read_bytes()) if side.is_file() else {}
-            if isinstance(text, str):
-                text = ((root / text).read_bytes(),) if text else ()
-            texts = captions({"text": list(text)}, ("text",)) + captions(meta, keys)
+            texts, meta = read_captions(root, entry, keys)
         except OSError:
             yield Problem(name, "file cannot be read")
         except BadSample as reason:
             yield Problem(name, str(reason))
         else:
-            yield Item(name, image, tuple(dict.fromkeys(texts)), meta)
+            seen = (*dict.fromkeys(PurePosixPath(file).suffix for file in entry.files), *meta)
+            yield Item(name, image, texts, meta, seen)

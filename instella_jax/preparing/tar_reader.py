@@ -23,6 +23,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
+from instella_jax.data.captions import captions, read_json
 from instella_jax.data.images import is_picture
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
@@ -32,12 +33,10 @@ from instella_jax.preparing.items import (
     Item,
     NotRead,
     Problem,
-    captions,
     is_hidden,
     kind_of,
-    printable,
-    read_json,
 )
+from instella_jax.runtime.files import printable
 
 _TEXTS = (".txt", ".caption")
 _SIDECARS = (*_TEXTS, ".json")

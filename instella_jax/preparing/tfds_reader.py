@@ -7,9 +7,10 @@ import os
 from collections.abc import Iterator, Sequence
 from typing import Any
 
+from instella_jax.data.captions import captions, label_caption, named
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
-from instella_jax.preparing.items import IMAGE_KEYS, Item, Problem, captions, label_caption, named
+from instella_jax.preparing.items import IMAGE_KEYS, Item, Problem
 from instella_jax.runtime.absl_flags import allow_unparsed_flags
 
 

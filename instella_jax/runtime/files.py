@@ -18,6 +18,11 @@ from instella_jax.errors import UserError
 logger = logging.getLogger(__name__)
 
 
+def printable(name: str | os.PathLike[str]) -> str:
+    r"""Return a file name that can be printed and stored: a byte that is not UTF-8 as `\xff`."""
+    return os.fspath(name).encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 @contextlib.contextmanager
 def replacing(path: str | os.PathLike[str]) -> Iterator[Path]:
     """Yield a path beside `path`; the file written there takes its name when the block ends well.

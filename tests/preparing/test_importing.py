@@ -15,11 +15,11 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from instella_jax.data.captions import captions, label_caption
 from instella_jax.data.shards import ImageShards, Records
 from instella_jax.errors import UserError
 from instella_jax.preparing import importing
 from instella_jax.preparing.importing import Filters, Reading, import_dataset, report_lines
-from instella_jax.preparing.items import captions, label_caption
 from instella_jax.preparing.readers import find_units, read_unit
 from tests.paths import ROOT
 from tests.small_data_sets import contents, make_tfds, picture, samples, write_tar

@@ -5,9 +5,9 @@ import json
 
 import pytest
 
+from instella_jax.data.captions import BROKEN_CAPTION, captions, read_json
 from instella_jax.data.samples import BadSample
 from instella_jax.preparing.importing import import_dataset
-from instella_jax.preparing.items import BROKEN_CAPTION, captions, read_json
 from tests.small_data_sets import contents, make_tfds, picture, write_tar
 
 TEXT = "eine Möwe, 海鸥"
