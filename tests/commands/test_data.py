@@ -15,6 +15,7 @@ from instella_jax.reporting.metrics import read_metrics
 from instella_jax.runtime import compile_cache
 from instella_jax.training.loop import train
 from tests import tiny_diffusion
+from tests.small_data_sets import picture, samples, write_tar
 
 
 @pytest.fixture
@@ -118,3 +119,30 @@ def test_what_was_left_out_is_told(command, tmp_path):
     assert again[0] == 0 and "kept 1 of 3" in again[1]
     status, _, err = command("data", "import", folder, tmp_path / "out", "--min-side=33")
     assert status == 2 and "begun with other options" in err
+
+
+def test_several_tars_and_what_became_of_what_is_in_them(command, tmp_path):
+    loose = [("a.jpg", picture(10, kind="jpeg")), ("b.txt", b"b"), ("a.npy", b"x")]
+    for number, members in enumerate((samples([10, 20]), samples([30]), loose)):
+        write_tar(tmp_path / f"{number:03d}.tar", members)
+    one, two, three, out = (tmp_path / name for name in ("000.tar", "001.tar", "002.tar", "out"))
+    status, printed, _ = command("data", "import", one, two, three, out, "--workers=1")
+    assert status == 0
+    for line in (
+        "kept 3 of 5 pictures with 3 captions in 2 shard(s)",
+        "  left out, no caption: 1 (a)",
+        "  left out, caption without a picture: 1 (b)",
+        "  a picture and its caption go together by their names",
+        "  not read, .npy: 1 (a.npy)",
+    ):
+        assert any(told.startswith(line) for told in printed.splitlines()), line
+    report = json.loads((out / "report.json").read_text())
+    assert report["read"] == report["kept"] + sum(report["dropped"].values()) == 5
+    assert report["not_read"] == {".npy": 1}
+    pattern = tmp_path / "{000..001}.tar"
+    status, printed, _ = command("data", "import", pattern, tmp_path / "braces", "--workers=1")
+    assert status == 0 and "kept 3 of 3 pictures" in printed
+    status, printed, _ = command("data", "import", f"{one},{two}", tmp_path / "commas")
+    assert status == 0 and "kept 3 of 3 pictures" in printed
+    status, _, err = command("data", "import", tmp_path / "{000..004}.tar", tmp_path / "none")
+    assert status == 2 and "003.tar does not exist" in err and err.count("\n") == 1

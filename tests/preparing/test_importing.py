@@ -382,7 +382,7 @@ def test_hosts_share_the_work(tmp_path):
 
 SCRIPT = """
 import sys
-from instella_jax.data import importing
+from instella_jax.preparing import importing
 if __name__ == "__main__":
     importing.import_dataset(sys.argv[1], sys.argv[2], workers=int(sys.argv[3]))
 """
