@@ -45,6 +45,94 @@ def rows(text, mask, chosen):
     return text[:, index], mask[index]
 
 
+def uniforms_of(seed, number):
+    """Draw `number` of the image of a seed, by jax.random."""
+    key = jax.random.fold_in(jax.random.key(seed), number)
+    return np.asarray(jax.random.uniform(key, (6, 5)), np.float64)
+
+
+@functools.cache
+def forward(network):
+    return jax.jit(functools.partial(network.apply, {"params": params(network)}))
+
+
+def sigmoid(x):
+    return 1 / (1 + np.exp(-x))
+
+
+def diffusion_by_hand(text, mask, seeds, steps, guidance, temperature, rho, protocol, target):
+    """The published sampler in numpy: bits, and how close a draw came to its probability."""
+    z = np.stack([uniforms_of(seed, 0) < 0.5 for seed in seeds]).astype(np.float64)
+    closest = 1.0
+    for index in range(steps):
+        t, later = ((1 - i / steps) ** rho for i in (index, index + 1))
+        output = forward(DIFFUSION)(
+            np.concatenate([z, z]).astype(np.float32),
+            np.full(2 * len(z), t, np.float32), text, mask,
+        )  # fmt: skip
+        output = np.asarray(output, np.float64)
+        both = np.concatenate([z, z])
+        flip = output if target == "epsilon" else np.where(both == 1, -output, output)
+        conditional, unconditional = np.split(flip, 2)
+        flip = sigmoid(((1 + guidance) * conditional - guidance * unconditional) / temperature)
+        p = z * (1 - flip) + (1 - z) * flip
+        if index == steps - 1:
+            return p > 0.5, min(closest, np.abs(p - 0.5).min())
+        if protocol == 1:
+            following = p * (1 - later) + 0.5 * later
+        else:
+            weights = [
+                (probability * (1 - later) + 0.5 * later) * (kept - (t - later) * (kept - 0.5))
+                for probability, kept in ((1 - p, 1 - z), (p, z))
+            ]
+            following = weights[1] / (weights[0] + weights[1])
+        draws = np.stack([uniforms_of(seed, index + 1) for seed in seeds])
+        closest = min(closest, np.abs(draws - following).min())
+        z = (draws < following).astype(np.float64)
+    raise AssertionError("no step")
+
+
+def ar_by_hand(text, mask, seeds, guidance, temperature):
+    """Token after token, the whole sequence anew for each: see `diffusion_by_hand`."""
+    bits, closest = np.zeros((len(seeds), 6, 5)), 1.0
+    for token in range(6):
+        both = np.concatenate([bits, bits])[:, :-1].astype(np.float32)
+        logits = np.asarray(forward(AR)(both, text, mask), np.float64)[:, token]
+        conditional, unconditional = np.split(logits, 2)
+        p = sigmoid(((1 + guidance) * conditional - guidance * unconditional) / temperature)
+        key = [jax.random.fold_in(jax.random.key(seed), token) for seed in seeds]
+        draws = np.stack([np.asarray(jax.random.uniform(k, (5,)), np.float64) for k in key])
+        closest = min(closest, np.abs(draws - p).min())
+        bits[:, token] = draws < p
+    return bits, closest
+
+
+@pytest.mark.parametrize(
+    ("protocol", "rho", "target"),
+    [(1, 1.0, "epsilon"), (1, 2.5, "x"), (2, 0.4, "epsilon"), (2, 1.0, "x")],
+)
+def test_diffusion_draws_what_numpy_draws_from_the_same_seeds(protocol, rho, target):
+    text, mask = prompts(3)
+    seeds = [11, 5, 2**31 - 1]
+    given = dict(steps=4, guidance=1.5, temperature=0.7, rho=rho, protocol=protocol, target=target)
+    wanted, closest = diffusion_by_hand(text, mask, seeds, **given)
+    assert closest > 1e-5  # so that rounding decides no bit
+    keys = loops.image_keys(jnp.asarray(seeds, jnp.uint32))
+    bits = loops.sample_diffusion(DIFFUSION, params(DIFFUSION), text, mask, keys, **given)
+    np.testing.assert_array_equal(bits, wanted)
+
+
+def test_ar_draws_what_numpy_draws_from_the_same_seeds():
+    text, mask = prompts(3)
+    seeds = [11, 5, 2**31 - 1]
+    given = dict(guidance=1.5, temperature=0.7)
+    wanted, closest = ar_by_hand(text, mask, seeds, **given)
+    assert closest > 1e-5
+    keys = loops.image_keys(jnp.asarray(seeds, jnp.uint32))
+    bits = loops.sample_ar(AR, params(AR), text, mask, keys, **given)
+    np.testing.assert_array_equal(bits, wanted)
+
+
 SAMPLERS = {
     "diffusion_1": functools.partial(loops.sample_diffusion, DIFFUSION, protocol=1, steps=5),
     "diffusion_2": functools.partial(loops.sample_diffusion, DIFFUSION, protocol=2, steps=5),

@@ -169,3 +169,39 @@ def test_a_damaged_folder_is_one_sentence(folder):
     weights.unlink()
     with pytest.raises(UserError, match="missing"):
         InstellaPipeline.from_folder(path, tokenizer)
+
+
+@pytest.mark.usefixtures("quick_compile")
+@pytest.mark.parametrize(
+    ("way", "target"), [("folder", "epsilon"), ("folder", "x"), ("stage", "x")]
+)
+def test_all_options_reach_the_diffusion_sampler(
+    way, target, tiny_diffusion_config, tiny_tokenizer_folder, tmp_path
+):
+    config = tiny_diffusion_config.copy_and_resolve_references()
+    config.loss.target = target
+    stage = make_stage(config)
+    params = sharding.values(jax.jit(lambda key: init_stage(stage, key))(jax.random.key(1)))
+    params = jax.tree.map(
+        lambda x: x + 0.4 * jax.random.normal(jax.random.key(x.size), x.shape), params
+    )
+    if way == "stage":
+        pipeline = InstellaPipeline.from_stage(stage, params)
+    else:
+        model_folder.save(
+            tmp_path, stage.describe(), params, text_tokenizer=stage.text_tokenizer_file
+        )
+        pipeline = InstellaPipeline.from_folder(tmp_path, tiny_tokenizer_folder)
+    features, mask = pipeline.describe([*PROMPTS, "", "", ""], 32)
+    seeds = np.arange(3)
+    options = Options(steps=4, guidance=3.0, temperature=0.6, rho=2.0, protocol=2)
+    codes = np.asarray(pipeline.codes(features, mask, seeds, options))
+    ids, seen = pipeline.text_tokenizer.encode(PROMPTS, pad_to=32)
+    np.testing.assert_array_equal(mask, np.concatenate([seen, np.zeros_like(seen)]))
+    states = jax.jit(stage.text_features)(params, {}, ids, seen)
+    wanted = loops.sample_diffusion(
+        stage.network, params["generator"], np.concatenate([states, states], axis=1), mask,
+        loops.image_keys(seeds.astype(np.uint32)), steps=4, guidance=3.0, temperature=0.6,
+        rho=2.0, protocol=2, target=target,
+    )  # fmt: skip
+    np.testing.assert_array_equal(codes, wanted)

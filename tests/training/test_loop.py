@@ -11,14 +11,17 @@ import signal
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
 
 from instella_jax.checkpoints import manager
 from instella_jax.checkpoints.manager import Checkpoints
+from instella_jax.checkpoints.params import restore_average
 from instella_jax.errors import UserError
 from instella_jax.evaluation.heldout import evaluate, mean_of_rows
 from instella_jax.reporting.metrics import read_metrics
 from instella_jax.runtime import sharding
+from instella_jax.sampling import previews
 from instella_jax.sampling.previews import Preview
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import init_stage
@@ -587,3 +590,51 @@ def test_scanned_and_unrolled_depth_give_the_same_gradients(tiny_tokenizer_confi
         np.testing.assert_allclose(loss, found[0][0], rtol=1e-5)
         for a, b in zip(grads, found[0][1], strict=True):
             np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+
+
+def squared_error(points, line):
+    """Mean over points of a line's squared error, in numpy."""
+    w, b = np.asarray(line["w"], np.float64), float(line["b"])
+    return np.mean((points.x @ w + b - points.y) ** 2)
+
+
+def test_reports_pictures_and_the_model_are_of_the_average(toy, config, tmp_path, monkeypatch):
+    shown, written = [], {}
+
+    @previews.preview.register
+    def _(stage: Toy, params, frozen, count):
+        shown.append(jax.tree.map(np.array, params))
+        return previews.Preview(np.zeros((count, 8, 8, 3), np.uint8), [""] * count)
+
+    monkeypatch.setattr(model_folder, "save", lambda *args, **options: written.update(args[2]))
+    config.optimizer.learning_rate = 0.3
+    config.train.update(eval_every=4, image_every=4)
+    config.eval.update(pictures=2, batches=5)
+    loop.train(config, tmp_path)
+    saved = {}
+    for step in (4, 8):
+        with ocp.PyTreeCheckpointer() as checkpointer:
+            path = tmp_path / "checkpoints" / str(step) / "state"
+            tree = jax.tree.map(
+                lambda _: ocp.RestoreArgs(np.ndarray),
+                checkpointer.metadata(path).item_metadata.tree,
+            )
+            state = checkpointer.restore(path, restore_args=tree)
+        saved[step] = state
+        average, raw = state["ema"], state["params"]
+        reported = next(row["heldout/loss"] for row in lines(tmp_path)
+                        if row["step"] == step and "heldout/loss" in row)  # fmt: skip
+        assert reported == pytest.approx(squared_error(toy.heldout, average["line"]), rel=1e-5)
+        assert reported != pytest.approx(squared_error(toy.heldout, raw["line"]), rel=1e-2)
+    assert len(shown) == 2
+    for pictures, step in zip(shown, (4, 8), strict=True):
+        jax.tree.map(np.testing.assert_array_equal, pictures, saved[step]["ema"])
+    jax.tree.map(np.testing.assert_array_equal, written, saved[8]["ema"])
+    # And so is what later sampling and evaluation read of the workdir.
+    where = jax.sharding.SingleDeviceSharding(jax.devices()[0])
+    like = jax.tree.map(
+        lambda x: jax.ShapeDtypeStruct(x.shape, x.dtype, sharding=where), saved[8]["ema"]
+    )
+    step, average = restore_average(tmp_path, like)
+    assert step == 8
+    jax.tree.map(np.testing.assert_array_equal, average, saved[8]["ema"])
