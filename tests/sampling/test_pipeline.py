@@ -188,9 +188,7 @@ def test_all_options_reach_the_diffusion_sampler(
     if way == "stage":
         pipeline = InstellaPipeline.from_stage(stage, params)
     else:
-        model_folder.save(
-            tmp_path, stage.describe(), params, text_tokenizer=stage.text_tokenizer_file
-        )
+        model_folder.save(tmp_path, stage.describe(), params, text_folder=stage.text_folder)
         pipeline = InstellaPipeline.from_folder(tmp_path, tiny_tokenizer_folder)
     features, mask = pipeline.describe([*PROMPTS, "", "", ""], 32)
     seeds = np.arange(3)
