@@ -84,7 +84,13 @@ def base(stage: str, variant: str) -> Config:
                 eval_every=2_500,
                 save_every=2_500,
                 image_every=2_500,
+                # The newest checkpoints stay, so many of them. Others stay as well: those of steps
+                # that are multiples of keep_every (0: none), one of each keep_minutes (0:
+                # none), and the best by the held-out metric keep_best, such as "loss" ("": none).
                 keep=10,
+                keep_every=0,
+                keep_minutes=0.0,
+                keep_best="",
             ),
             eval=dict(batch_size=64, batches=8, pictures=16),
             # What --mode=plan reckons with: a chip of flops.CHIPS, how many, the memory of one in

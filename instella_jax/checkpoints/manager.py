@@ -5,20 +5,23 @@ workdir says what run it belongs to.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import logging
+import math
 import os
 import re
 import sys
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import jax
 import orbax.checkpoint as ocp
 from jax.experimental import multihost_utils
+from orbax.checkpoint import checkpoint_managers as policies
 
 from instella_jax.checkpoints.integrity import restore_newest, write_manifest
 from instella_jax.checkpoints.positions import rows_of, share_state
@@ -30,6 +33,8 @@ logger = logging.getLogger(__name__)
 _COMMIT_FILES = frozenset({"_CHECKPOINT_METADATA", "commit_success.txt"})
 
 
+# The hook is what orbax is asked for by class; its options that replace that only choose between
+# its own classes, none of which can add a file just before the name counts.
 class _HashedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
     """A checkpoint being written: has its manifest before it gets the name that counts."""
 
@@ -58,11 +63,51 @@ def hush_closed_loops() -> None:
     sys.unraisablehook = hook
 
 
+@dataclasses.dataclass(frozen=True)
+class Keep:
+    """Which checkpoints stay; one of these reasons is enough.
+
+    Attributes:
+      newest: so many of the newest.
+      every: those whose step is a multiple of this; 0 for none.
+      minutes: the first one, and each that is at least so much later than the last one that stays
+        for this reason; 0 for none.
+      best: the best one by this held-out metric; "" for none.
+    """
+
+    newest: int = 3
+    every: int = 0
+    minutes: float = 0.0
+    best: str = ""
+
+    def rank(self, metrics: Mapping[str, float]) -> float:
+        """Return how good a checkpoint is: of losses the lowest is best, of others the highest.
+
+        Without the metric, or where it is no number, it is worse than all others.
+        """
+        value = metrics.get(self.best, math.nan)
+        return -math.inf if math.isnan(value) else -value if "loss" in self.best else value
+
+    def policy(self) -> policies.PreservationPolicy:
+        """Return this in orbax's terms."""
+        reasons: list[policies.PreservationPolicy] = [policies.LatestN(self.newest)]
+        if self.every:
+            reasons.append(policies.EveryNSteps(self.every))
+        if self.minutes:
+            reasons.append(policies.EveryNSeconds(round(60 * self.minutes)))
+        if self.best:
+            best = policies.BestN(
+                get_metric_fn=self.rank, n=1, keep_checkpoints_without_metrics=False
+            )
+            reasons.append(best)
+        return policies.AnyPreservationPolicy(reasons)
+
+
 class Checkpoints:
     """The checkpoints of a workdir, written in the background, each with a manifest of hashes."""
 
-    def __init__(self, workdir: str | os.PathLike[str], keep: int = 3):
-        """Open `workdir/checkpoints`, made if needed; at most `keep` checkpoints stay."""
+    def __init__(self, workdir: str | os.PathLike[str], keep: Keep = Keep()):
+        """Open `workdir/checkpoints`, made if needed."""
         self._folder = Path(workdir).absolute() / "checkpoints"
         self._saving = self._failed = False
         self._error: BaseException | None = None
@@ -71,13 +116,24 @@ class Checkpoints:
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
-                    max_to_keep=keep, create=True, temporary_path_class=_HashedPath
+                    preservation_policy=keep.policy(),
+                    # With it, metrics are written.
+                    best_fn=keep.rank if keep.best else None,
+                    create=True,
+                    temporary_path_class=_HashedPath,
                 ),
-                item_names=("state", "data"),
             )
 
-    def save(self, state: Any, data: Any, step: int) -> None:
+    def save(
+        self, state: Any, data: Any, step: int, metrics: Mapping[str, float] | None = None
+    ) -> None:
         """Save the state and the loader's position after `step` steps, unless that is there.
+
+        Args:
+          state: of the training.
+          data: the loader.
+          step: number of steps done.
+          metrics: held-out metrics of this state, if it was evaluated.
 
         Raises:
           UserError: this one or the one before it cannot be written.
@@ -94,6 +150,7 @@ class Checkpoints:
                     state=ocp.args.StandardSave(state),
                     data=grain.checkpoint.CheckpointSave(data),
                 ),
+                metrics=dict(metrics or {}),
             )
         self._saving = True
 

@@ -27,7 +27,7 @@ def restore_average(workdir: str | os.PathLike[str], like: Any) -> tuple[int, An
     path = Path(workdir).absolute() / "checkpoints"
     if not path.is_dir():
         raise UserError(f"workdir {workdir} has no checkpoints: train there first")
-    with ocp.CheckpointManager(path, item_names=("state",)) as manager:
+    with ocp.CheckpointManager(path) as manager:
         args = ocp.args.PyTreeRestore(
             {"ema": like},
             restore_args={"ema": ocp.checkpoint_utils.construct_restore_args(like)},

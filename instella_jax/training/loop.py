@@ -12,7 +12,7 @@ import jax
 import numpy as np
 from jax.experimental import multihost_utils
 
-from instella_jax.checkpoints.manager import Checkpoints
+from instella_jax.checkpoints.manager import Checkpoints, Keep
 from instella_jax.config import Config
 from instella_jax.data import buckets
 from instella_jax.data.watch import DataWatch
@@ -96,7 +96,9 @@ class _Run:
             process_count=jax.process_count(),
         )
         self.frozen = load_frozen(stage, mesh)
-        self.checkpoints = Checkpoints(workdir, config.train.keep)
+        t = config.train
+        keep = Keep(t.keep, t.keep_every, t.keep_minutes, t.keep_best)
+        self.checkpoints = Checkpoints(workdir, keep)
         self.shapes = state_shapes(stage, config, mesh)
         optimizer = make_optimizer(config.optimizer, config.train.steps)
         self.step_function = jit_step(stage, optimizer, config, self.shapes)
@@ -224,12 +226,11 @@ class _Run:
 
     def occasionally(self, step: int, due: set[str]) -> None:
         """Evaluate, sample and then save, so that what is saved has been reported."""
-        if "eval" in due:
-            self.report(step)
+        metrics = self.report(step) if "eval" in due else {}
         if "image" in due:
             self.draw(step)
         if "save" in due:
-            self.checkpoints.save(self.state, self.loader, step)
+            self.checkpoints.save(self.state, self.loader, step, metrics)
 
     def log(self, step: int, metrics: Any) -> None:
         """Fetch the metrics of a finished step, check and show them."""
@@ -271,6 +272,11 @@ class _Run:
         """Evaluate the average on held-out data, print and write the result."""
         self.rate.pause()
         metrics = evaluate(self.stage, self.state.ema, self.frozen, self.config, self.mesh)
+        if (best := self.config.train.keep_best) and best not in metrics:
+            raise UserError(
+                f"train.keep_best is {best!r}: expected a held-out metric, one of "
+                f"{', '.join(metrics)}, or nothing"
+            )
         if not self.writer.has(step, "heldout/loss"):
             self.writer.scalars(step, metrics, prefix="heldout")
         text = "  ".join(f"{k.replace('_', ' ')} {v:.4f}" for k, v in metrics.items())

@@ -25,10 +25,16 @@ def check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
     least = [(train, "train", n, 1) for n in ("batch_size", "accumulate", "steps_per_call")]
     least += [(train, "train", n, 1) for n in ("log_every", "keep", "max_skipped")]
     least += [(train, "train", n, 0) for n in ("steps", "eval_every", "save_every", "image_every")]
+    least += [(train, "train", n, 0) for n in ("keep_every", "keep_minutes")]
     least += [(config.eval, "eval", n, 1) for n in ("batch_size", "batches")]
     for section, of, name, low in least:
         if section[name] < low:
             raise UserError(f"{of}.{name} is {section[name]}: expected at least {low}")
+    if train.keep_best and not (train.eval_every and train.save_every):
+        raise UserError(
+            f"train.keep_best={train.keep_best!r} needs checkpoints that are evaluated: give "
+            "train.eval_every and train.save_every, the first of which divides the second"
+        )
     parts = sharding.batch_parts(mesh) * train.accumulate
     if train.batch_size % parts:
         raise UserError(

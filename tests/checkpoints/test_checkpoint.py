@@ -1,20 +1,26 @@
 """Damage to checkpoints, found by their manifests; one run at a time on a workdir."""
 
 import contextlib
+import datetime
 import logging
+import math
 import os
 import random
 import subprocess
 import sys
+import types
 
+import grain
 import jax
 import jax.numpy as jnp
 import numpy as np
+import orbax.checkpoint as ocp
 import pytest
+from orbax.checkpoint import checkpoint_managers as policies
 
 from instella_jax.checkpoints import manager
 from instella_jax.checkpoints.integrity import MANIFEST, find_damage, write_manifest
-from instella_jax.checkpoints.manager import Checkpoints
+from instella_jax.checkpoints.manager import Checkpoints, Keep
 from instella_jax.checkpoints.params import restore_average
 from instella_jax.errors import UserError
 from instella_jax.training.step import TrainState
@@ -211,3 +217,89 @@ def test_without_locks_a_run_goes_on_and_says_so(tmp_path, monkeypatch, caplog):
     with caplog.at_level(logging.WARNING), only_run(tmp_path):
         pass
     assert "another process at the same work is not noticed" in caplog.text
+
+
+def kept(workdir, loader, keep, losses=(5, 3, 1, 4, math.nan, 2), restart=None):
+    """Steps that stay of a checkpoint for each loss, with a manager of its own after `restart`."""
+    checkpoints = Checkpoints(workdir, keep)
+    for step, loss in enumerate(losses, 1):
+        metrics = None if loss is None else {"loss": float(loss), "psnr": float(loss)}
+        checkpoints.save(state_of(step), loader, step, metrics)
+        if step == restart:
+            checkpoints.close()
+            checkpoints = Checkpoints(workdir, keep)
+    checkpoints.close()
+    return sorted(int(path.name) for path in (workdir / "checkpoints").iterdir())
+
+
+@pytest.mark.parametrize(
+    ("keep", "steps"),
+    [
+        (Keep(1), [6]),
+        (Keep(3), [4, 5, 6]),
+        (Keep(1, every=2), [2, 4, 6]),
+        (Keep(2, every=4), [4, 5, 6]),
+        (Keep(1, best="loss"), [3, 6]),
+        (Keep(1, best="psnr"), [1, 6]),
+        (Keep(1, every=5, best="loss"), [3, 5, 6]),
+        # All of them within the hour: the first one, and the newest.
+        (Keep(1, minutes=60), [1, 6]),
+    ],
+)
+def test_what_stays(tmp_path, loader, keep, steps):
+    assert kept(tmp_path, loader, keep) == steps
+    assert all(find_damage(tmp_path / "checkpoints" / str(step)) is None for step in steps)
+    assert restored(tmp_path, loader) == average(tmp_path) == 6
+
+
+def test_the_best_is_known_after_a_restart_and_without_metrics_none_is(tmp_path, loader):
+    losses = (5, 1, None, None, None, 2)
+    assert kept(tmp_path / "a", loader, Keep(1, best="loss"), losses, restart=4) == [2, 6]
+    # One that was saved before the metric was asked for is not the best.
+    assert kept(tmp_path / "b", loader, Keep(2), losses) == [5, 6]
+    checkpoints = Checkpoints(tmp_path / "b", Keep(1, best="loss"))
+    for step, loss in ((7, 3.0), (8, 4.0)):
+        checkpoints.save(state_of(step), loader, step, {"loss": loss})
+    checkpoints.close()
+    assert sorted(p.name for p in (tmp_path / "b/checkpoints").iterdir()) == ["7", "8"]
+
+
+def test_one_in_an_hour_stays():
+    start = datetime.datetime(2026, 1, 1, tzinfo=datetime.UTC)
+    minutes = (0, 20, 59, 61, 100, 130, 131)
+    infos = [
+        types.SimpleNamespace(step=m, time=start + datetime.timedelta(minutes=m), metrics=None)
+        for m in minutes
+    ]
+    policy = Keep(1, minutes=60).policy()
+    stays = policy.should_preserve(infos, context=policies.PreservationContext())
+    assert [m for m, stay in zip(minutes, stays, strict=True) if stay] == [0, 61, 130, 131]
+
+
+def test_checkpoints_of_the_options_before_are_read(tmp_path, loader):
+    """Written as this package did before orbax named other options."""
+    next(loader)
+    position = loader.get_state()
+    with ocp.CheckpointManager(
+        tmp_path / "checkpoints",
+        options=ocp.CheckpointManagerOptions(max_to_keep=3, create=True),
+        item_names=("state", "data"),
+    ) as before:
+        for step in (1, 2):
+            before.save(
+                step,
+                args=ocp.args.Composite(
+                    state=ocp.args.StandardSave(state_of(step)),
+                    data=grain.checkpoint.CheckpointSave(loader),
+                ),
+            )
+    for step in (1, 2):
+        write_manifest(tmp_path / "checkpoints" / str(step), leave_out=manager._COMMIT_FILES)
+    next(loader)
+    assert restored(tmp_path, loader) == average(tmp_path) == 2
+    assert loader.get_state() == position
+    # They are counted among those that stay.
+    checkpoints = Checkpoints(tmp_path, Keep(2, best="loss"))
+    checkpoints.save(state_of(3), loader, 3, {"loss": 1.0})
+    checkpoints.close()
+    assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["2", "3"]

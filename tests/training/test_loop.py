@@ -119,6 +119,28 @@ def test_a_run_leaves_metrics_of_each_step_and_the_held_out_loss(toy, config, tm
     assert sorted(p.name for p in (tmp_path / "checkpoints").iterdir()) == ["4", "8"]
 
 
+def test_the_best_checkpoint_stays_as_well(toy, config, tmp_path):
+    config.train.update(steps=16, save_every=2, eval_every=2)
+    config.train.update(keep=1, keep_best="loss", keep_every=6)
+        steps=16, save_every=2, eval_every=2, keep=1, keep_best="loss", keep_every=6
+    )
+    # So fast that the average gets worse again.
+    config.optimizer.update(learning_rate=0.7, schedule="constant", warmup_steps=0)
+    loop.train(config, tmp_path)
+    losses = {row["step"]: row["heldout/loss"] for row in lines(tmp_path) if "heldout/loss" in row}
+    candidates = {step: loss for step, loss in losses.items() if 0 < step < 16}
+    best = min(candidates, key=candidates.__getitem__)
+    assert len(candidates) == 7 and best not in (6, 12, 14, 16)
+    found = sorted(int(p.name) for p in (tmp_path / "checkpoints").iterdir())
+    assert found == sorted([best, 6, 12, 16])
+
+
+def test_a_metric_to_keep_by_that_is_not_there_is_named(toy, config, tmp_path):
+    config.train.update(eval_every=4, save_every=4, keep_best="los")
+    with pytest.raises(UserError, match="keep_best is 'los': expected a held-out metric, one of l"):
+        loop.train(config, tmp_path)
+
+
 @pytest.mark.parametrize("every", [1, 2])
 def test_a_terminated_run_goes_on_with_the_very_same_losses(toy, config, tmp_path, every):
     config.train.update(steps_per_call=every, log_every=every, eval_every=4)
@@ -287,6 +309,9 @@ def test_held_out_rows_need_not_split_over_the_devices(toy, config):
         ("train.batch_size", 12, "does not split into 8 parts.*multiple of 8"),
         ("train.accumulate", 2, "does not split into 16 parts"),
         ("train.accumulate", 0, "train.accumulate is 0: expected at least 1"),
+        ("train.keep_every", -1, "train.keep_every is -1"),
+        ("train.keep_minutes", -0.5, "train.keep_minutes is -0.5"),
+        ("train.keep_best", "loss", "train.keep_best='loss' needs checkpoints that are evaluated"),
         ("train.steps_per_call", 3, "train.steps=8 is not a multiple of train.steps_per_call=3"),
         ("train.log_every", 0, "train.log_every is 0"),
         ("train.steps", -8, "train.steps is -8"),
