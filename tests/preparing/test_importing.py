@@ -179,7 +179,6 @@ def test_parquet(tmp_path):
         import_dataset(tmp_path / "a.parquet", tmp_path / "none2", reading=reading)
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_tfds(tmp_path):
     import tensorflow_datasets as tfds
 
@@ -225,7 +224,6 @@ def test_tfds(tmp_path):
     assert [texts for texts, _ in contents(tmp_path / "several").values()] == [["one", "ein"]]
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_tfds_examples_are_kept_or_counted(tmp_path):
     import tensorflow_datasets as tfds
 

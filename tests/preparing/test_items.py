@@ -72,7 +72,6 @@ def test_caption_bytes_of_a_parquet_file(tmp_path):
     check_import(tmp_path / "a.parquet", tmp_path / "out", lambda key: order[int(key.split()[-1])])
 
 
-@pytest.mark.filterwarnings("ignore")
 def test_caption_bytes_of_a_tfds_data_set(tmp_path):
     import tensorflow_datasets as tfds
 

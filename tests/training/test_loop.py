@@ -122,8 +122,6 @@ def test_a_run_leaves_metrics_of_each_step_and_the_held_out_loss(toy, config, tm
 def test_the_best_checkpoint_stays_as_well(toy, config, tmp_path):
     config.train.update(steps=16, save_every=2, eval_every=2)
     config.train.update(keep=1, keep_best="loss", keep_every=6)
-        steps=16, save_every=2, eval_every=2, keep=1, keep_best="loss", keep_every=6
-    )
     # So fast that the average gets worse again.
     config.optimizer.update(learning_rate=0.7, schedule="constant", warmup_steps=0)
     loop.train(config, tmp_path)
