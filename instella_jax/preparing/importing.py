@@ -21,7 +21,15 @@ from multiprocessing import get_context, parent_process
 from typing import Any
 
 from instella_jax.data.captions import CAPTION_KEYS
-from instella_jax.data.images import TOO_LARGE, BadPicture, decode_picture, log_flaw, read_size
+from instella_jax.data.images import (
+    TOO_LARGE,
+    BadPicture,
+    decode_picture,
+    is_picture,
+    log_flaw,
+    read_size,
+)
+from instella_jax.data.listing import WAYS
 from instella_jax.errors import UserError
 from instella_jax.preparing import inputs, readers
 from instella_jax.preparing.items import NO_CAPTION, UNPAIRED, Item, NotRead, Problem
@@ -262,6 +270,9 @@ def import_dataset(
             reasons.append(f"damaged files {report['damaged_files']}")
         named = ", ".join(map(str, paths[:_EXAMPLES])) + (", ..." if len(paths) > _EXAMPLES else "")
         hint = _caption_hint(report)
+        if not hint and NO_CAPTION in report["dropped"] and units[0].kind == "folder":
+            beside = ", ".join(f"{n} {kind}" for kind, n in report["not_read"].items())
+            hint = f"beside the pictures are {beside or 'no other files'}; expected {WAYS}"
         raise UserError(
             f"nothing of {named} was kept ({', '.join(reasons)}){f'; {hint}' if hint else ''}; "
             f"see {out}/report.json, and run the command again with other input or options"
@@ -323,6 +334,11 @@ def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
         yield f"  kept as it is, {flaw}: {number} ({_some(report['examples'][flaw], number)})"
     for kind, number in report["not_read"].items():
         yield f"  not read, {kind}: {number} ({_some(report['not_read_examples'][kind], number)})"
+    if any(is_picture(f"a{kind}") for kind in report["not_read"]):
+        yield (
+            "  pictures beside tar or Parquet files are read by --kind=folder, into a folder of "
+            "their own"
+        )
     if report["damaged_files"]:
         places = ", ".join(report["damage"])
         yield f"  damaged files, read in part: {report['damaged_files']} ({places})"

@@ -1,6 +1,7 @@
 """Folders of pictures as people and libraries write them, read by training and by the import."""
 
 import csv
+import io
 import json
 import logging
 import os
@@ -15,7 +16,8 @@ from instella_jax.data.loader import make_loader
 from instella_jax.data.shards import ImageShards
 from instella_jax.data.transforms import EvalTransform
 from instella_jax.errors import UserError
-from instella_jax.preparing.importing import import_dataset
+from instella_jax.preparing.importing import import_dataset, report_lines
+from tests.small_data_sets import write_tar
 
 
 def put(root, *names):
@@ -166,11 +168,12 @@ def test_folders_of_classes(tmp_path, caplog):
 def test_folders_that_are_no_classes(tmp_path, names):
     put(tmp_path, *names)
     write(tmp_path, {"captions.xml": "<x/>", "notes.md": ""})
-    with pytest.raises(UserError) as error:
-        FolderSource(tmp_path)
-    said = str(error.value)
-    for part in (f"{len(names)} .png", "1 .xml", "1 .md", "metadata.csv", ".caption", "each class"):
-        assert part in said
+    for read in (FolderSource, lambda root: import_dataset(root, root / "out")):
+        with pytest.raises(UserError) as error:
+            read(tmp_path)
+        said = str(error.value)
+        for part in ("1 .xml", "1 .md", "metadata.csv", ".caption", "each class"):
+            assert part in said
     assert len(FolderSource(tmp_path, captions=False)) == len(names)
 
 
@@ -236,6 +239,22 @@ def test_links_are_followed_once_and_not_in_circles(tmp_path):
     assert trained(root) == expected == imported(root, tmp_path / "out")[1]
     (tmp_path / "linked").symlink_to(root)
     assert trained(tmp_path / "linked") == expected
+
+
+def test_pictures_beside_tars_are_counted_with_what_to_do(tmp_path):
+    root = tmp_path / "in"
+    put(root, "a.png", "deep/b.png")
+    file = io.BytesIO()
+    Image.new("RGB", (24, 24)).save(file, "png")
+    write_tar(root / "0.tar", [("1.png", file.getvalue()), ("1.txt", b"in the tar")])
+    report = import_dataset(root, tmp_path / "out")
+    assert report["kept"] == 1 and report["not_read"] == {".png": 2}
+    lines = list(report_lines(report))
+    assert "  not read, .png: 2 (a.png, deep/b.png)" in lines
+    assert any("--kind=folder" in line for line in lines)
+    write(root, {"a.txt": "loose"})
+    report, found = imported(root, tmp_path / "loose")
+    assert found == {"a.png": ("loose",)} and report["not_read"] == {".tar": 1}
 
 
 def test_both_readers_take_all_kinds_of_pictures(tmp_path):
