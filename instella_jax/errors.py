@@ -1,8 +1,12 @@
 """The one error that a user's mistake raises, and how a command tells of it."""
 
 import contextlib
+import errno
+import gc
 import sys
+import traceback
 from collections.abc import Iterator
+from typing import NoReturn
 
 
 class UserError(Exception):
@@ -12,13 +16,43 @@ class UserError(Exception):
     """
 
 
+_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+
+
+def disk_error(error: OSError) -> UserError | None:
+    """Return the sentence for a disk that cannot be written; None where an error is another."""
+    if error.errno not in _DISK:
+        return None
+    what = f"cannot write {error.filename}" if error.filename else "cannot write"
+    return UserError(
+        f"{what} ({error.strerror}); make room and run the same command again: what is done stays"
+    )
+
+
 @contextlib.contextmanager
 def command_line() -> Iterator[None]:
-    """End the process with status 2 and a sentence at a user's mistake, with 130 at Ctrl-C."""
+    """End the process with status 2 and a sentence at a user's mistake, with 130 at Ctrl-C.
+
+    A disk without room, or one that cannot be written, is told so too.
+    """
     try:
         yield
     except UserError as error:
         print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
-    except KeyboardInterrupt:
-        sys.exit(130)
+        _exit(2, error)
+    except OSError as error:
+        if (told := disk_error(error)) is None:
+            raise
+        print(f"error: {told}", file=sys.stderr)
+        _exit(2, error)
+    except KeyboardInterrupt as error:
+        _exit(130, error)
+
+
+def _exit(status: int, error: BaseException | None) -> NoReturn:
+    """End the process, and before it whatever an error holds: threads and worker processes."""
+    while error is not None:
+        traceback.clear_frames(error.__traceback__)
+        error = error.__cause__ or error.__context__
+    gc.collect()
+    sys.exit(status)

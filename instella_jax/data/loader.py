@@ -276,9 +276,9 @@ def make_loader(
         batches = grain.IterDataset.mix(streams, weights=buckets.weights)
     if workers:
         allow_unparsed_flags()
-        batches = batches.mp_prefetch(
-            grain.MultiprocessingOptions(num_workers=workers, per_worker_buffer_size=prefetch)
-        )
+        from instella_jax.data.workers import Workers
+
+        batches = Workers(batches, workers, prefetch)
     if text_tokenizer is not None:
         # In this process even with workers: warnings about unknown words then come once.
         batches = batches.map(lambda batch: add_ids(batch, text_tokenizer, max_length))

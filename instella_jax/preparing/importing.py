@@ -12,12 +12,11 @@ import io
 import logging
 import math
 import os
-import threading
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent import futures
 from concurrent.futures.process import BrokenProcessPool
-from multiprocessing import get_context, parent_process
+from multiprocessing import active_children, get_context
 from typing import Any
 
 from instella_jax.data.captions import CAPTION_KEYS
@@ -36,6 +35,7 @@ from instella_jax.preparing.items import NO_CAPTION, UNPAIRED, Item, NotRead, Pr
 from instella_jax.preparing.jobs import Job
 from instella_jax.preparing.readers import Unit
 from instella_jax.runtime.files import write_json
+from instella_jax.runtime.workers import begin_worker, starting_workers, worker_error
 
 logger = logging.getLogger(__name__)
 
@@ -411,10 +411,16 @@ class _Progress:
 def _spread(work: list[tuple], workers: int, progress: _Progress) -> None:
     """Do the work in processes of its own."""
     context = get_context("spawn")
-    counter = context.Value("q", 0)
-    pool = futures.ProcessPoolExecutor(workers, context, _begin_worker, (counter,))
+    others = set(active_children())
     try:
-        waiting = {pool.submit(_work, arguments) for arguments in work}
+        with starting_workers():
+            counter = context.Value("q", 0)
+            pool = futures.ProcessPoolExecutor(workers, context, _begin_worker, (counter,))
+    except OSError as error:
+        raise worker_error(error, "--workers") or error from None
+    try:
+        with starting_workers():
+            waiting = {pool.submit(_work, arguments) for arguments in work}
         while waiting:
             done, waiting = futures.wait(waiting, 0.5, futures.FIRST_COMPLETED)
             progress.pictures = counter.value
@@ -427,6 +433,11 @@ def _spread(work: list[tuple], workers: int, progress: _Progress) -> None:
             "a worker process was killed, perhaps for want of memory; run the same command again, "
             "with fewer --workers: what is done stays"
         ) from None
+    except BaseException:
+        # What they are at is done anew by the next try: no need to wait for it.
+        for process in set(active_children()) - others:
+            process.terminate()
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
@@ -435,20 +446,9 @@ _counter: Any = None
 
 
 def _begin_worker(counter: Any) -> None:
-    """Set a worker up: Ctrl-C is the parent's to handle, and nobody outlives the parent."""
-    import signal
-
     global _counter
     _counter = counter
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
-
-    def follow() -> None:
-        parent = parent_process()
-        if parent is not None:
-            parent.join()
-            os._exit(1)
-
-    threading.Thread(target=follow, daemon=True).start()
+    begin_worker()
 
 
 def _work(arguments: tuple) -> None:

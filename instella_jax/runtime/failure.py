@@ -16,7 +16,7 @@ from typing import Any, NoReturn
 
 import jax
 
-from instella_jax.errors import UserError
+from instella_jax.errors import UserError, disk_error
 
 _NOTE = "instella_jax/ended"
 # How often the others look, and how long one that fails gives them to.
@@ -49,17 +49,17 @@ def ending_together() -> Iterator[None]:
     except UserError as error:
         others.tell(str(error), f"error: {error}")
         others.end(2)
+    except OSError as error:
+        if (told := disk_error(error)) is None:
+            others.fail(error)
+        others.tell(str(told), f"error: {told}")
+        others.end(2)
     except (KeyboardInterrupt, SystemExit) as error:
         others.tell("it was told to stop")
         code = error.code if isinstance(error, SystemExit) else 130
         others.end(code if isinstance(code, int) else 1)
     except BaseException as error:
-        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if others.tell(reason) or not isinstance(error, jax.errors.JaxRuntimeError):
-            traceback.print_exc()
-        else:
-            print(f"error: {_LOST} ({reason})", file=sys.stderr)
-        others.end(1)
+        others.fail(error)
 
 
 def wait_for_all(name: str) -> None:
@@ -107,6 +107,15 @@ class _Others:
         with contextlib.suppress(Exception):  # another was faster
             self._client.key_value_set(_NOTE, f"process {self._number} of this run ended: {reason}")
         return self._meet()
+
+    def fail(self, error: BaseException) -> NoReturn:
+        """End this process at an error that nobody expected; called where it is handled."""
+        reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
+        if self.tell(reason) or not isinstance(error, jax.errors.JaxRuntimeError):
+            traceback.print_exc()
+        else:
+            print(f"error: {_LOST} ({reason})", file=sys.stderr)
+        self.end(1)
 
     def end(self, status: int) -> NoReturn:
         """End this process, which has told of it or heard of another."""

@@ -109,3 +109,27 @@ def test_a_lock_is_held_by_one_process_until_it_ends_however_it_ends(tmp_path):
         process.communicate()
     with files.locked(path):
         assert path.read_text().startswith(f"process {os.getpid()} on ")
+
+
+FULL = """
+import resource, sys
+from instella_jax.errors import command_line
+from instella_jax.runtime.files import write_json
+resource.setrlimit(resource.RLIMIT_FSIZE, (100, 100))
+with command_line():
+    write_json(sys.argv[1], "new" * 1000)
+"""
+
+
+def test_a_full_disk_ends_a_command_with_a_sentence(tmp_path):
+    path = tmp_path / "a.json"
+    files.write_json(path, "old")
+    environment = {**os.environ, "PYTHONPATH": str(ROOT)}
+    command = [sys.executable, "-c", FULL, path]
+    result = subprocess.run(command, env=environment, capture_output=True, text=True)
+    assert (result.returncode, result.stderr) == (
+        2,
+        f"error: cannot write {path} (File too large); make room and run the same command again: "
+        "what is done stays\n",
+    )
+    assert json.loads(path.read_text()) == "old" and list(tmp_path.iterdir()) == [path]
