@@ -209,7 +209,7 @@ def _item(sample: _Sample, contents: _Contents, keys: Sequence[str]) -> Item | P
         return Problem(name, "file cannot be read")
     except BadSample as reason:
         return Problem(name, str(reason))
-    return Item(name, image, tuple(dict.fromkeys(texts)), meta)
+    return Item(name, image, tuple(dict.fromkeys(texts)), meta, seen=tuple(meta))
 
 
 class _Contents:

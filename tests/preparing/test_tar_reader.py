@@ -262,3 +262,50 @@ def test_a_tar_that_shrinks_after_it_was_listed(tmp_path):
     assert isinstance(next(reading), Item)
     os.truncate(path, start + 10)
     assert [type(item) for item in reading] == [Item, Problem]
+
+
+def test_the_second_of_two_captions_is_not_the_first(tmp_path):
+    path = tmp_path / "a.tar"
+    write_tar(path, [("a.txt", b"old"), ("a.txt", b"new"), ("a.png", picture(10))])
+    report = import_dataset(path, tmp_path / "out")
+    assert contents(tmp_path / "out")["a"][0] == ["new"]
+    assert report["dropped"] == {"caption without a picture": 1}
+
+
+def test_samples_do_not_cross_from_a_tar_to_the_one_after_it(tmp_path):
+    first, second = tmp_path / "a.tar", tmp_path / "b.tar"
+    write_tar(first, [("a.jpg", picture(10, kind="jpeg"))])
+    write_tar(second, [("a.png", picture(20)), ("a.txt", b"twenty")])
+    second.write_bytes(first.read_bytes() + second.read_bytes())
+    report = import_dataset(second, tmp_path / "out")
+    assert round(contents(tmp_path / "out")["a"][1], -1) == 20
+    assert report["dropped"] == {"no caption": 1}
+
+
+def test_a_compressed_tar_is_never_read_backwards(tmp_path, monkeypatch):
+    path = tmp_path / "a.tar.gz"
+    with tarfile.open(path, "w:gz") as tar:
+        tar.addfile(link("soft.png", "z.png", tarfile.SYMTYPE))
+        for name, value in (("a.png", 10), ("z.png", 20)):
+            info = tarfile.TarInfo(name)
+            info.size = len(picture(value))
+            tar.addfile(info, io.BytesIO(picture(value)))
+        tar.addfile(link("hard.png", "a.png"))
+    places = []
+    read = tar_reader._Contents._read
+
+    def note(self, start, size):
+        places.append(start)
+        return read(self, start, size)
+
+    monkeypatch.setattr(tar_reader._Contents, "_read", note)
+    found = [item.name for item in tar_reader.read_tar(str(path), ())]
+    assert sorted(found) == ["a", "hard", "soft", "z"]
+    assert len(places) == 2 and places == sorted(places)
+
+
+def test_keys_are_named_where_captions_are_in_none_that_is_known(tmp_path):
+    members = [("a.png", picture(10)), ("a.json", b'{"title": "ten", "licence": "x"}')]
+    write_tar(tmp_path / "a.tar", members)
+    with pytest.raises(UserError, match=r"have title, licence: name .* by --caption-keys"):
+        import_dataset(tmp_path / "a.tar", tmp_path / "out")
