@@ -281,6 +281,21 @@ def test_codes_of_another_tokenizer_or_shape_are_refused(code_config, tmp_path):
         make_split(code_config.data, "train", captions=False, batch_size=1)
 
 
+def test_training_begins_with_no_codes_of_another_tokenizer(
+    code_config, tiny_tokenizer_folder, tmp_path
+):
+    other = tmp_path / "other"
+    shutil.copytree(tiny_tokenizer_folder, other)
+    weights = bytearray((other / "tokenizer.safetensors").read_bytes())
+    weights[-1] ^= 1
+    (other / "tokenizer.safetensors").write_bytes(weights)
+    config = code_config.copy_and_resolve_references()
+    config.tokenizer = str(other)
+    for split in ("train", "heldout"):
+        with pytest.raises(UserError, match="not made by the tokenizer"):
+            make_stage(config).loader(split, batch_size=2)
+
+
 def test_a_variant_is_drawn_in_training_and_the_first_taken_else():
     sample = {"code": np.arange(6, dtype=np.uint8).reshape(3, 2), "texts": ("a", "b")}
     rng = np.random.default_rng(0)

@@ -1,5 +1,6 @@
 """The user's own pictures: real files of every awkward kind, written here with Pillow."""
 
+import contextlib
 import importlib
 import io
 import json
@@ -10,7 +11,7 @@ from contextlib import closing
 
 import numpy as np
 import pytest
-from PIL import Image
+from PIL import EpsImagePlugin, Image
 
 from instella_jax.data.folder import FolderSource
 from instella_jax.data.images import read_picture
@@ -413,3 +414,16 @@ def test_training_on_a_folder_end_to_end(tmp_path):
         for b in batches[:2]
     ]
     assert any((again[0][name] != again[1][name]).any() for name in again[0])
+
+
+@pytest.mark.parametrize("reader", [FolderSource.sizes, lambda source: source[0]])
+def test_a_format_that_runs_another_program_is_never_opened(tmp_path, monkeypatch, reader):
+    opened = []
+    monkeypatch.setattr(EpsImagePlugin.EpsImageFile, "load", lambda *args, **_: opened.append(args))
+    monkeypatch.setattr(EpsImagePlugin.EpsImageFile, "_open", lambda *args: opened.append(args))
+    Image.new("RGB", (8, 8)).save(tmp_path / "a.eps")
+    (tmp_path / "a.eps").rename(tmp_path / "a.png")
+    source = FolderSource(tmp_path, captions=False)
+    with contextlib.suppress(BadSample):
+        assert not np.any(reader(source))
+    assert not opened

@@ -235,3 +235,17 @@ def test_the_command_plans_without_files_or_devices():
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
     assert "mesh data=4 fsdp=1 tensor=1" in run.stdout
+
+
+def test_the_sums_of_memory_hold_every_part_once():
+    memory = plan.Memory(
+        params=1, average=10, optimizer=100, frozen=1_000, batch=10_000, gradients=100_000,
+        working=1_000_000,
+    )  # fmt: skip
+    assert memory.kept == 1_111 and memory.total == 1_111_111
+
+
+def test_the_average_takes_what_the_parameters_take(tiny_tokenizer_config):
+    config = edit(tiny_tokenizer_config, plan__devices=1)
+    memory, state, _ = plan.measure(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
+    assert memory.average == memory.params == 4 * plan.count(state.params) > 0
