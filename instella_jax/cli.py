@@ -57,6 +57,14 @@ def make_parser() -> argparse.ArgumentParser:
     )
     give.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
     add_data_parser(commands)
+    keys = commands.add_parser("keys", help="what the keys of the configs mean, and their values")
+    keys.add_argument(
+        "config",
+        nargs="?",
+        metavar="CONFIG[:VARIANT]",
+        help="print its keys with their values, for example t2i_diffusion:instella_512; without, "
+        "all keys as docs/config.md has them",
+    )
     commands.add_parser("doctor", help="what jax computes with here, and what is wrong with it")
     return parser
 
@@ -70,6 +78,11 @@ def run(arguments: Sequence[str]) -> None:
     options = make_parser().parse_args(arguments)
     if options.command == "data":
         run_data(options)
+        return
+    if options.command == "keys":
+        from instella_jax.commands import keys
+
+        keys.main(options.config)
         return
     if options.command == "doctor":
         from instella_jax.commands import doctor

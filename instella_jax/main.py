@@ -19,6 +19,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from instella_jax.commands.arguments import NO_CONFIG, parse
+from instella_jax.config_keys import check_values, expand
 from instella_jax.errors import UserError, command_line
 
 MODES = ("train", "eval", "sample", "plan")
@@ -78,6 +79,7 @@ def dispatch(argv: list[str]) -> None:
         raise UserError(f"unexpected argument {argv[1]!r}: values are given as --flag=value")
     if _CONFIG.value is None:
         raise UserError(NO_CONFIG)
+    check_values(_CONFIG.value)
     if _MODE.value == "plan":
         from instella_jax.planning import report
 
@@ -100,7 +102,8 @@ def run(processes: int) -> None:
     from instella_jax.runtime import devices
 
     devices.start(_CONFIG.value, processes, training=_MODE.value != "sample")
-    workdir = _WORKDIR.value or default_workdir(config_argument())
+    given = _WORKDIR.value and expand(_WORKDIR.value)
+    workdir = given or default_workdir(config_argument())
     if _MODE.value == "train":
         from instella_jax.checkpoints.manager import hush_closed_loops
         from instella_jax.training.loop import train
@@ -110,11 +113,11 @@ def run(processes: int) -> None:
     elif _MODE.value == "eval":
         from instella_jax.commands.evaluate import evaluate_config
 
-        evaluate_config(_CONFIG.value, _WORKDIR.value)
+        evaluate_config(_CONFIG.value, given)
     else:
         from instella_jax.commands.generate import generate
 
-        generate(_CONFIG.value, _WORKDIR.value)
+        generate(_CONFIG.value, given)
 
 
 def main() -> None:

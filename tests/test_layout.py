@@ -11,7 +11,7 @@ PACKAGE = "instella_jax"
 LAYERS = (
     "cli", "main", "commands", "planning", "training", "evaluation", "sampling", "preparing",
     "stages", "weights", "checkpoints", "data", "kernels", "models", "reporting", "runtime",
-    "config", "errors",
+    "config_keys", "config", "errors",
 )  # fmt: skip
 
 

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from absl import flags, logging
 
+from instella_jax.config_keys import expand
 from instella_jax.errors import UserError
 
 EXAMPLE = "configs/t2i_diffusion.py"
@@ -36,7 +37,7 @@ def with_own_config(argv: list[str]) -> list[str]:
     training = (given(argv, "mode") or "train") == "train"
     if workdir is None or (training and config is not None):
         return argv
-    if not (Path(workdir) / "config.json").is_file():
+    if not (Path(expand(workdir)) / "config.json").is_file():
         if config is None:
             raise UserError(
                 f"--config is missing, and {workdir} is not the workdir of a run, whose config "
@@ -44,32 +45,62 @@ def with_own_config(argv: list[str]) -> list[str]:
             )
         return argv
     if config is not None:
-        check_config_file(argv[1:])
+        config = find_config(config)
     rest, left_out = [], False
     for item in argv[1:]:
         if not left_out and not re.fullmatch(r"--?config(=.*)?", item, re.DOTALL):
             rest.append(item)
         left_out = item in ("--config", "-config")
-    own = json.dumps({"workdir": workdir, "config": config})
+    own = json.dumps({"workdir": expand(workdir), "config": config})
     return [argv[0], f"--config={Path(__file__).with_name('own_config.py')}:{own}", *rest]
 
 
-def check_config_file(argv: list[str]) -> None:
-    """Check that --config names a file; the library's own error comes late and is long.
+def with_config_file(argv: list[str]) -> list[str]:
+    """Return arguments whose --config names the file that `find_config` finds.
 
     Raises:
-      UserError: it does not, or keys are changed without it.
+      UserError: there is none, or keys are changed without it.
     """
-    config = given(argv, "config")
-    if config is None:
-        if any(re.match(r"--?(no)?config\.", item) for item in argv):
-            raise UserError(NO_CONFIG)
-        return
-    name = config.partition(":")[0]
-    if not name.endswith(".py") or not Path(name).is_file():
-        raise UserError(
-            f"config file {name!r} does not exist: expected a Python file, for example {EXAMPLE}"
-        )
+    result = list(argv)
+    for index, item in enumerate(argv):
+        match = re.fullmatch(r"--?config(?:=(.*))?", item, re.DOTALL)
+        if not match:
+            continue
+        if match[1] is None:
+            result[index + 1 : index + 2] = [find_config("".join(argv[index + 1 : index + 2]))]
+        else:
+            result[index] = f"--config={find_config(match[1])}"
+    if given(argv, "config") is None and any(re.match(r"--?(no)?config\.", item) for item in argv):
+        raise UserError(NO_CONFIG)
+    return result
+
+
+def shipped_configs() -> dict[str, Path]:
+    """Return the configs that come with the package, by name."""
+    package = Path(__file__).parents[1]
+    # In a wheel they are inside the package, in a clone beside it.
+    folder = next(
+        (f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None
+    )
+    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))} if folder else {}
+
+
+def find_config(value: str) -> str:
+    """Return "FILE[:VARIANT]" of a value of --config: a file's path, or a shipped config's name.
+
+    Raises:
+      UserError: there is no such file.
+    """
+    name, colon, variant = value.partition(":")
+    path, shipped = Path(expand(name)), shipped_configs()
+    if path.suffix != ".py" or not path.is_file():
+        if name not in shipped:
+            raise UserError(
+                f"config file {name!r} does not exist: expected a Python file, for example "
+                f"{EXAMPLE}, or one of {', '.join(shipped)}"
+            )
+        path = shipped[name]
+    return f"{path}{colon}{variant}"
 
 
 def unknown_key(error: Exception, argv: list[str]) -> UserError:
@@ -107,9 +138,9 @@ def parse(argv: list[str], *, text: str) -> list[str]:
         print(usage(text))
         sys.exit(0)
     argv = with_own_config(argv)
+    argv = [argv[0], *with_config_file(argv[1:])]
     # Where the config's flags look for changed keys.
     sys.argv[:] = argv
-    check_config_file(argv[1:])
     try:
         rest = flags.FLAGS(argv)
     except (AttributeError, KeyError) as error:

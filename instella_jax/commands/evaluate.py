@@ -8,6 +8,7 @@ import jax
 from jax.sharding import Mesh
 
 from instella_jax.config import Config
+from instella_jax.config_keys import check_values
 from instella_jax.evaluation import scenes
 from instella_jax.evaluation.heldout import evaluate
 from instella_jax.models.functional import check_tensor
@@ -36,6 +37,7 @@ def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> d
     Raises:
       UserError: there are no such weights, or the data cannot be read.
     """
+    check_values(config)
     mesh = sharding.make_mesh(config.mesh)
     stage = make_stage(config)
     check_tensor({**stage.frozen_networks, **stage.networks}, mesh)

@@ -8,6 +8,7 @@ from pathlib import Path
 import jax
 
 from instella_jax.config import Config
+from instella_jax.config_keys import check_values
 from instella_jax.errors import UserError
 from instella_jax.reporting.progress import Progress, Throughput, progress_line
 from instella_jax.sampling.album import Album
@@ -67,6 +68,7 @@ def generate(config: Config, workdir: str | os.PathLike[str] | None) -> Path | N
     """
     if "sample" not in config:
         raise UserError(f"a {config.stage} does not draw prompts; use a t2i config")
+    check_values(config)
     prompts = read_prompts(config.sample)
     options = options_from_config(config.sample)
     out = Path(config.sample.out or (Path(workdir) / "drawn" if workdir else "drawn"))

@@ -33,7 +33,7 @@ def get_config(given: str) -> Config:
         if own.stage != "tokenizer":
             newer.update(generator(""))
     else:
-        newer = _load(names["config"])
+        newer = load_config(names["config"])
         if newer.stage != own.stage:
             raise UserError(
                 f"--config={names['config']} is of stage {newer.stage!r}, the run of "
@@ -52,7 +52,7 @@ def _complete(own: Config, newer: Config) -> None:
             _complete(own[key], value)
 
 
-def _load(config: str) -> Config:
+def load_config(config: str) -> Config:
     """Return the config that a file gives, with a variant after a colon where one is wanted."""
     path, *variant = config.split(":", 1)
     spec = importlib.util.spec_from_file_location(f"given_{Path(path).stem}", path)

@@ -90,12 +90,6 @@ def _pictures(config: Config, split: str, captions: bool) -> list[Any]:
     from instella_jax.data.shards import ImageShards
 
     section = config[config.kind]
-    if not 0 < section.min_keep <= 1:
-        raise UserError(
-            f"data.{config.kind}.min_keep is {section.min_keep}: expected more than 0, up to 1"
-        )
-    if not 0 <= section.flip <= 1:
-        raise UserError(f"data.{config.kind}.flip is {section.flip}: expected 0 to 1")
     options: dict[str, Any] = dict(
         split=split,
         heldout=section.heldout,

@@ -38,16 +38,6 @@ def add_noise(
     return (uniforms < mix(bits, t[:, None, None])).astype(bits.dtype)
 
 
-def check_target(target: str) -> None:
-    """Refuse a target that is not one of `TARGETS`.
-
-    Raises:
-      UserError: it is not.
-    """
-    if target not in TARGETS:
-        raise UserError(f"loss.target is {target!r}: expected one of {TARGETS}")
-
-
 def times_at(
     quantiles: Float[Array, " B"], distribution: str = "logit_normal"
 ) -> Float[Array, " B"]:

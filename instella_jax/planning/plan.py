@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 
 from instella_jax.config import Config
+from instella_jax.config_keys import check_values
 from instella_jax.data import buckets, codes
 from instella_jax.errors import UserError
 from instella_jax.models.functional import abstract_params
@@ -101,13 +102,7 @@ class Plan:
 
 
 def start(devices: int) -> None:
-    """Make imaginary CPU devices, whatever accelerators there are.
-
-    Raises:
-      UserError: the number is not positive.
-    """
-    if devices < 1:
-        raise UserError(f"plan.devices is {devices}: expected at least 1")
+    """Make imaginary CPU devices, whatever accelerators there are."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
 
@@ -297,16 +292,8 @@ def make_plan(config: Config) -> Plan:
     Raises:
       UserError: a key of the `plan` section is out of range, or the sizes do not fit each other.
     """
+    check_values(config)
     wanted = config.plan
-    if wanted.chip not in flops.CHIPS:
-        raise UserError(f"plan.chip is {wanted.chip!r}: expected one of {sorted(flops.CHIPS)}")
-    if not 0 < wanted.utilisation <= 1:
-        raise UserError(f"plan.utilisation is {wanted.utilisation}: expected more than 0, up to 1")
-    if not 0 <= wanted.memory_gb < math.inf:
-        raise UserError(
-            f"plan.memory_gb is {wanted.memory_gb}: expected the memory of a device in GB, or 0 "
-            "for the chip's own"
-        )
     # What no CPU can compile, by what takes as much memory.
     stand_in = {"cudnn": "xla", "float16": "bfloat16"}
     run = {f"run.{key}": stand_in[v] for key, v in config.run.items() if v in stand_in}

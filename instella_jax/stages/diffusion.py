@@ -24,8 +24,6 @@ class DiffusionStage(GeneratorStage):
     def __init__(self, config: Config):
         """Build the networks of a config whose stage is "diffusion"."""
         super().__init__(config, DiffusionTransformer)
-        binary_diffusion.check_target(config.loss.target)
-        binary_diffusion.spread_times(1, config.loss.times)  # refuses an unknown distribution
 
     def describe_process(self) -> dict[str, Any]:
         """Return what the network was trained to predict."""

@@ -7,8 +7,6 @@ from typing import Any
 
 import jax
 
-from instella_jax.errors import UserError
-
 # Calls before the trace: the first compiles, the second fills what is made on first use.
 WARM_UP = 2
 
@@ -28,8 +26,6 @@ class StepTrace:
         Raises:
           UserError: the number of steps is negative.
         """
-        if steps < 0:
-            raise UserError(f"profile is {steps}: expected a number of steps, 0 for no trace")
         # One process of several suffices: all compute the same program.
         self._calls = -(-steps // per_call) if jax.process_index() == 0 else 0
         self._folder, self._tell = folder, tell

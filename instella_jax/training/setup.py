@@ -6,6 +6,7 @@ from typing import Any
 import jax
 
 from instella_jax.config import Config
+from instella_jax.config_keys import check_values
 from instella_jax.errors import UserError
 from instella_jax.models.functional import check_tensor
 from instella_jax.runtime import sharding
@@ -16,20 +17,13 @@ from instella_jax.training.step import TrainState, init_state
 
 
 def check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
-    """Check ranges, and what must divide what.
+    """Check every value of a config, and what must divide what.
 
     Raises:
       UserError: naming the numbers.
     """
+    check_values(config)
     train = config.train
-    least = [(train, "train", n, 1) for n in ("batch_size", "accumulate", "steps_per_call")]
-    least += [(train, "train", n, 1) for n in ("log_every", "keep", "max_skipped")]
-    least += [(train, "train", n, 0) for n in ("steps", "eval_every", "save_every", "image_every")]
-    least += [(train, "train", n, 0) for n in ("keep_every", "keep_minutes")]
-    least += [(config.eval, "eval", n, 1) for n in ("batch_size", "batches")]
-    for section, of, name, low in least:
-        if section[name] < low:
-            raise UserError(f"{of}.{name} is {section[name]}: expected at least {low}")
     if train.keep_best and not (train.eval_every and train.save_every):
         raise UserError(
             f"train.keep_best={train.keep_best!r} needs checkpoints that are evaluated: give "

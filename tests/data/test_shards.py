@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from PIL import Image
 
-import configs.tokenizer
 from instella_jax.data.loader import Mixture, make_loader
 from instella_jax.data.samples import BadSample
 from instella_jax.data.shards import (
@@ -20,7 +19,6 @@ from instella_jax.data.shards import (
     unpack,
     write_dataset_file,
 )
-from instella_jax.data.sources import make_split
 from instella_jax.data.transforms import EvalTransform, TrainTransform
 from instella_jax.errors import UserError
 
@@ -183,21 +181,6 @@ def test_a_data_set_of_cut_shards_ends_the_loader(tmp_path):
     with pytest.raises(UserError, match="samples in a row could not be used.* bytes instead of"):
         next(loader)
     loader.close()
-
-
-@pytest.mark.parametrize("split", ["train", "heldout"])
-@pytest.mark.parametrize("kind", ["shards", "folder"])
-@pytest.mark.parametrize(
-    ("key", "value", "expected"),
-    [("min_keep", 0.0, "more than 0, up to 1"), ("min_keep", 1.5, "more than 0, up to 1"),
-     ("flip", 7.0, "0 to 1"), ("flip", -0.1, "0 to 1")],
-)  # fmt: skip
-def test_crops_that_cannot_be_are_one_sentence(tmp_path, kind, split, key, value, expected):
-    config = configs.tokenizer.get_config().data
-    config.kind, config[kind].path = kind, str(write(tmp_path / "set", [1, 2]))
-    config[kind][key] = value
-    with pytest.raises(UserError, match=f"^data.{kind}.{key} is {value}: expected {expected}$"):
-        make_split(config, split, captions=False, batch_size=1)
 
 
 def test_a_shard_that_cannot_be_written(tmp_path):

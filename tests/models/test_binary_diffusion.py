@@ -77,8 +77,6 @@ def test_times_follow_their_distribution():
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="loss.times"):
         bd.sample_times(jax.random.key(0), 1, "cosine")
-    with pytest.raises(UserError, match="loss.target"):
-        bd.check_target("v")
     with pytest.raises(ValueError, match="protocol"):
         bd.step_probability(bit(0), bit(0), 1.0, 0.5, 3)
 

@@ -4,10 +4,8 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 import optax
-import pytest
 from ml_collections import ConfigDict
 
-from instella_jax.errors import UserError
 from instella_jax.runtime import sharding
 from instella_jax.stages import make_stage
 from instella_jax.training.optimizer import make_optimizer
@@ -88,8 +86,3 @@ def test_the_momentum_of_muon_is_sharded_like_its_kernels():
     trained = jax.tree.leaves(state.params)
     stacked = sum(np.prod(x.shape) for x in trained if x.ndim == 3)
     assert held < 2.1 * sum(np.prod(x.shape) for x in trained) - 0.9 * stacked
-
-
-def test_an_unknown_kind_is_named():
-    with pytest.raises(UserError, match="optimizer.kind is 'sgd': expected 'adamw' or 'muon'"):
-        make_optimizer(ConfigDict({**SETTINGS, "kind": "sgd"}), steps=10)

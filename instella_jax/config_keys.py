@@ -1,0 +1,384 @@
+"""Every key of the configs: what it means and which values it takes.
+
+The one place for both: `check_values` refuses other values before anything is built,
+`instella-jax keys` and `docs/config.md` are written from here.
+"""
+
+import dataclasses
+import math
+import os
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from instella_jax.config import Config
+from instella_jax.errors import UserError
+
+INT32 = 2**31 - 1
+
+
+@dataclasses.dataclass(frozen=True)
+class Key:
+    """What a key means, and the values it takes.
+
+    Attributes:
+      meaning: in a line.
+      kind: type of the value: bool, int, float or str; of each item where `many`.
+      low: least number, or None.
+      high: greatest number, or None.
+      above: whether `low` itself is left out.
+      below: whether `high` itself is left out.
+      also: values that are taken beside the range.
+      choices: all values, where they are few.
+      many: whether it is a tuple of values.
+      length: of the tuple, or None for any.
+      path: whether it names a file or folder, or several with commas between them.
+    """
+
+    meaning: str
+    kind: type
+    low: float | None = None
+    high: float | None = None
+    above: bool = False
+    below: bool = False
+    also: tuple[Any, ...] = ()
+    choices: tuple[Any, ...] = ()
+    many: bool = False
+    length: int | None = None
+    path: bool = False
+
+    @property
+    def numeric(self) -> bool:
+        """Whether values are numbers."""
+        return self.kind in (int, float)
+
+    def takes(self, value: Any) -> bool:
+        """Tell whether a value is one that the key takes."""
+        if any(value is other or value == other for other in self.also):
+            return True
+        if self.many and isinstance(value, list | tuple):
+            fits = self.length in (None, len(value))
+            return fits and all(self._takes_one(item) for item in value)
+        return not self.many and self._takes_one(value)
+
+    def _takes_one(self, value: Any) -> bool:
+        kinds = (int, float) if self.kind is float else (self.kind,)
+        if type(value) not in kinds:  # a truth value is no number
+            return False
+        if self.choices:
+            return value in self.choices
+        if not self.numeric:
+            return True
+        over = self.low is None or (value > self.low if self.above else value >= self.low)
+        under = self.high is None or (value < self.high if self.below else value <= self.high)
+        return over and under and math.isfinite(value)
+
+    @property
+    def expected(self) -> str:
+        """The values in words."""
+        if self.choices:
+            return f"one of {', '.join(repr(choice) for choice in self.choices)}"
+        if self.kind is bool:
+            return "True or False"
+        text = {int: "a whole number", float: "a number", str: "a text"}[self.kind]
+        text = "a path" if self.path else text
+        if self.numeric:
+            text = self._range() or text
+        if self.many:
+            count = "" if self.length is None else f"{self.length} "
+            noun = "texts" if self.kind is str else f"whole numbers, each {text}"
+            text = f"{count}{noun}"
+        if self.also:
+            others = ", ".join(repr(value) for value in self.also)
+            text = f"{others}, or {text}"
+        return text
+
+    def _range(self) -> str:
+        """Return the range of a number in words, "" without one."""
+        low, high = (None if n is None else f"{n:,}" for n in (self.low, self.high))
+        if self.high == INT32:
+            high = None
+        if low is None:
+            return ""
+        if high is None:
+            return f"more than {low}" if self.above else f"at least {low}"
+        if not self.above and not self.below:
+            return f"{low} to {high}"
+        start = f"more than {low}" if self.above else f"{low} or more"
+        return f"{start}, {'below' if self.below else 'up to'} {high}"
+
+
+def whole(meaning: str, low: int, high: int = INT32, **options: Any) -> Key:
+    """Return the entry of a whole number."""
+    return Key(meaning, int, low, high, **options)
+
+
+def real(meaning: str, low: float, high: float | None = None, **options: Any) -> Key:
+    """Return the entry of a finite number."""
+    return Key(meaning, float, low, high, **options)
+
+
+def share(meaning: str, **options: Any) -> Key:
+    """Return the entry of a share from 0 to 1."""
+    return Key(meaning, float, 0, 1, **options)
+
+
+def switch(meaning: str) -> Key:
+    """Return the entry of a truth value."""
+    return Key(meaning, bool)
+
+
+def text(meaning: str, **options: Any) -> Key:
+    """Return the entry of a text."""
+    return Key(meaning, str, **options)
+
+
+def path(meaning: str) -> Key:
+    """Return the entry of a path; "" is none."""
+    return Key(meaning, str, path=True)
+
+
+def choice(meaning: str, *values: Any) -> Key:
+    """Return the entry of one of a few values."""
+    return Key(meaning, type(values[0]), choices=values)
+
+
+FLOATS = ("float32", "bfloat16", "float16")
+
+
+def _pictures(section: str, heldout: Key) -> dict[str, Key]:
+    """Return the entries of a section of data that are pictures."""
+    return {
+        f"data.{section}.heldout": heldout,
+        f"data.{section}.min_keep": share(
+            "least share of a side that a random crop keeps; 1 crops nothing", above=True
+        ),
+        f"data.{section}.flip": share("how often a training picture is mirrored"),
+    }
+
+
+_HELDOUT = Key("share of the samples that are held out, one at least", float, 0, 0.5, above=True)
+_WEIGHTS = text('weights of the mixture, such as "3:1"; "" is by the sizes')
+_MANY_PATHS = "the data set, or several with commas between them"
+
+KEYS: dict[str, Key] = {
+    "stage": choice("what is trained", "tokenizer", "diffusion", "ar"),
+    "seed": whole("of initial weights, noise and dropout", 0),
+    "profile": whole("steps that a profiler trace in WORKDIR/profile records; 0 for none", 0),
+    "init_from": path('model folder whose weights training starts from; "" for random ones'),
+    "shipped": text("shipped weights that sampling and evaluation use without a workdir"),
+    "tokenizer": path('model folder of the image tokenizer; "demo" is the shipped one'),
+    "mesh.data": whole("devices that split the batch; -1 is the rest", 1, also=(-1,)),
+    "mesh.fsdp": whole(
+        "devices that split batch, parameters and optimizer; -1 is the rest", 1, also=(-1,)
+    ),
+    "mesh.tensor": whole(
+        "devices that split heads and hidden units; -1 is the rest", 1, also=(-1,)
+    ),
+    "run.param_dtype": choice(
+        "type of the parameters; their average and the optimizer's moments are float32 whatever "
+        "it is, and bfloat16 parameters are rounded at random, so that small steps count",
+        *FLOATS,
+    ),
+    "run.dtype": choice("type of the computation; norms and softmax stay in float32", *FLOATS),
+    "run.output_dtype": choice(
+        "type of what networks return; losses are computed in float32 of it", *FLOATS
+    ),
+    "run.unroll": switch("unroll the depth: longer to compile, faster for small models"),
+    "run.remat": choice("what the backward pass computes again", "none", "full", "dots"),
+    "run.attention": choice(
+        'implementation of jax.nn.dot_product_attention; "" is its own choice', "", "xla", "cudnn"
+    ),
+    "run.cpu_devices": whole(
+        "devices to make of a CPU; 0 for one per core, as far as the batch splits", 0, 1_024
+    ),
+    "data.kind": choice("which section of data is read", "scenes", "folder", "shards", "codes"),
+    "data.image_size": whole("side of the pictures in pixels", 1, 65_536),
+    "data.buckets": text(
+        "shapes that the tokenizer trains on, HEIGHTxWIDTH with commas between them; "
+        '"" is image_size, square'
+    ),
+    "data.seed": whole("of the order, the crops and the scenes", 0),
+    "data.workers": whole("processes that prepare data; 0 for threads of this one", 0, 4_096),
+    "data.scenes.concepts": Key(
+        "what scenes show: the core (48), all (about 1,000), or names of concepts",
+        str, many=True, also=("core", "all"),
+    ),
+    "data.scenes.styles": Key("styles of the sprites", str, many=True),
+    "data.scenes.places": choice("where things stand", "thirds", "snapped", "free"),
+    "data.scenes.max_objects": whole("things in a scene at most", 1, 3),
+    "data.folder.path": path("folder of pictures"),
+    **_pictures("folder", share(_HELDOUT.meaning, above=True, below=True)),
+    "data.shards.path": path(_MANY_PATHS),
+    "data.shards.weights": _WEIGHTS,
+    **_pictures("shards", _HELDOUT),
+    "data.codes.path": path(_MANY_PATHS),
+    "data.codes.weights": _WEIGHTS,
+    "data.codes.heldout": _HELDOUT,
+    "optimizer.kind": choice(
+        "muon is for the kernels of the blocks, the rest is AdamW's", "adamw", "muon"
+    ),
+    "optimizer.muon.learning_rate": real("peak of Muon's own rate, on the same schedule", 0),
+    "optimizer.muon.momentum": share("decay of Muon's momentum", below=True),
+    "optimizer.learning_rate": real("peak of the schedule", 0),
+    "optimizer.warmup_steps": whole("steps in which the rate rises from 0 to the peak", 0),
+    "optimizer.schedule": choice("of the rate after that", "constant", "cosine"),
+    "optimizer.final_fraction": share("of the peak that the cosine ends at"),
+    "optimizer.b1": share("decay of Adam's first moment", below=True),
+    "optimizer.b2": share("decay of Adam's second moment", below=True),
+    "optimizer.eps": real("added to the root of the second moment", 0, above=True),
+    "optimizer.weight_decay": real("of AdamW, times the rate", 0),
+    "optimizer.clip": real("bound on the norm of the gradient; 0 is off", 0),
+    "train.steps": whole("of the optimizer", 0),
+    "train.batch_size": whole("pictures of a step, on all devices together", 1),
+    "train.accumulate": whole("parts of a batch that are computed one after the other", 1),
+    "train.steps_per_call": whole("steps in one call of the compiled function", 1),
+    "train.ema_decay": share("of the average of the parameters, per step", below=True),
+    "train.spike_norm": real("a gradient norm above this skips the step; 0 is off", 0),
+    "train.max_skipped": whole("skipped steps in a row that end the run", 1),
+    "train.log_every": whole("steps between lines of metrics", 1),
+    "train.eval_every": whole("steps between held-out metrics; 0 for the end only", 0),
+    "train.save_every": whole("steps between checkpoints; 0 for the end only", 0),
+    "train.image_every": whole("steps between grids of pictures; 0 for the end only", 0),
+    "train.keep": whole("newest checkpoints that are kept", 1),
+    "train.keep_every": whole("a checkpoint of every so many steps is kept for good; 0 is off", 0),
+    "train.keep_minutes": real("one is kept for good every so many minutes; 0 is off", 0),
+    "train.keep_best": text(
+        'held-out metric by which the best checkpoints are kept too; "" is off'
+    ),
+    "eval.batch_size": whole("held-out samples at a time", 1),
+    "eval.batches": whole("held-out batches at most", 1),
+    "eval.pictures": whole("in a grid; 0 for no grid", 0, 4_096),
+    "plan.chip": choice(
+        "that --mode=plan reckons with", "MI300X", "H100", "v5p", "v6e"
+    ),
+    "plan.devices": whole("how many of these chips", 1, 65_536),
+    "plan.memory_gb": real("memory of a device in GB; 0 is the chip's own", 0),
+    "plan.utilisation": share("of the chip's peak that is reached", above=True),
+    "text.encoder": path(
+        'folder with tokenizer.json and, unless trained here, weights; "demo" is the shipped one'
+    ),
+    "text.trainable": switch("train the text encoder along with the generator"),
+    "text.max_length": whole("tokens of a caption at most", 1),
+    "text.model.vocab_size": whole("rows of the embedding", 1),
+    "text.model.hidden_size": whole("width", 1),
+    "text.model.intermediate_size": whole("hidden units of the MLP", 1),
+    "text.model.num_hidden_layers": whole("layers; as many as blocks of the generator", 1),
+    "text.model.num_attention_heads": whole("heads of the queries; they divide the width", 1),
+    "text.model.num_key_value_heads": whole(
+        "heads of keys and values; they divide those of the queries", 1
+    ),
+    "text.model.rope_theta": real("base of the rotary frequencies", 0, above=True),
+    "text.model.clip_qkv": real("bound on queries, keys and values; 0 is off", 0),
+    "model.num_tokens": whole("latent tokens of a picture", 1),
+    "model.bits": whole("bits of a token", 1),
+    "model.num_layers": whole("blocks of the generator", 1),
+    "model.num_heads": whole("heads of the generator", 1),
+    "model.head_dim": whole("width of a head of the generator, even", 2),
+    "model.patch_size": whole("side of a patch in pixels", 1),
+    "model.encoder_layers": whole("blocks of the encoder", 1),
+    "model.encoder_heads": whole("heads of the encoder", 1),
+    "model.encoder_head_dim": whole("width of a head of the encoder", 1),
+    "model.decoder_layers": whole("blocks of the decoder", 1),
+    "model.decoder_heads": whole("heads of the decoder", 1),
+    "model.decoder_head_dim": whole("width of a head of the decoder", 1),
+    "model.rope_axes": whole(
+        "shares of a head for (token, row, column), even", 0, many=True, length=3
+    ),
+    "model.rope_theta": real("base of the rotary frequencies", 0, above=True),
+    "model.downsample_after": whole(
+        "encoder blocks after which the grid is halved", 0, many=True
+    ),
+    "model.upsample_after": whole("decoder blocks after which the grid is doubled", 0, many=True),
+    "model.scale": whole(
+        "side in pixels that coordinates span at every resolution; None for plain indices",
+        1, also=(None,),
+    ),
+    "model.latent_grid": switch("latent tokens stand on a grid over the picture"),
+    "loss.code_weight": real("weight of the loss that makes bits certain", 0),
+    "loss.temperature.start": real("of the random bits at step 0", 0, above=True),
+    "loss.temperature.end": real("of the random bits after `steps`", 0, above=True),
+    "loss.temperature.steps": whole("over which it falls linearly", 1),
+    "loss.freeze_encoder": switch("train decoder and bit vectors only, on the codes that are"),
+    "loss.caption_dropout": share("how often a caption is dropped, for guidance"),
+    "loss.target": choice(
+        "what the network is asked: is the bit flipped, or the clean bit", "epsilon", "x"
+    ),
+    "loss.times": choice("how times are distributed", "logit_normal", "uniform"),
+    "sample.prompt": text("one prompt"),
+    "sample.prompts_file": path("a text file with one prompt a line"),
+    "sample.negative_prompt": text(
+        'what guidance leads away from; "" is the unconditional prompt'
+    ),
+    "sample.guidance": real(
+        "g in (1 + g) conditional - g unconditional; 0 is none; the scale of diffusers less 1",
+        0, 1_000,
+    ),
+    "sample.temperature": real("of the guided logits; 0 takes the likelier bit", 0, 1_000),
+    "sample.seed": whole("of the first picture of each prompt; picture j has seed + j", 0),
+    "sample.images_per_prompt": whole("pictures of each prompt", 1, 10_000),
+    "sample.height": whole("pixels; 0 is the size that the model was trained at", 0, 4_096),
+    "sample.width": whole("pixels; 0 is the size that the model was trained at", 0, 4_096),
+    "sample.batch_size": whole("pictures at a time", 1, 1_024),
+    "sample.kernel": choice(
+        "what samples the bits; auto is the faster one", "auto", "xla", "pallas"
+    ),
+    "sample.out": path('folder for the PNG files; "" is "drawn", in the workdir if given'),
+    "sample.steps": whole("of the diffusion sampler", 1, 1_000),
+    "sample.rho": real("exponent of the schedule of times", 0.01, 100),
+    "sample.protocol": choice("how bits are sampled between steps; 2 is the posterior", 1, 2),
+}  # fmt: skip
+
+
+def flat(values: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Yield the values of nested mappings by their names with dots."""
+    for key, value in values.items():
+        if isinstance(value, Mapping):
+            yield from flat(value, f"{prefix}{key}.")
+        else:
+            yield prefix + key, value
+
+
+def check_value(name: str, value: Any, called: str = "") -> None:
+    """Check the value of a key.
+
+    Args:
+      name: of the key, with dots.
+      value: to check.
+      called: what the message calls it, where that is not its name.
+
+    Raises:
+      UserError: the key does not take it.
+    """
+    key = KEYS[name]
+    if not key.takes(value):
+        raise UserError(f"{called or name} is {value!r}: expected {key.expected}")
+
+
+def check_values(config: Config) -> None:
+    """Check every value of a config by itself, and expand `~` in its paths.
+
+    What keys have to do with each other is checked where they are used.
+
+    Raises:
+      UserError: naming the key, its value and what was expected.
+    """
+    for name, value in flat(config.to_dict()):
+        if name not in KEYS:
+            continue
+        check_value(name, value)
+        if KEYS[name].path and "~" in value:
+            section, _, last = name.rpartition(".")
+            owner = config
+            for part in section.split(".") if section else ():
+                owner = owner[part]
+            owner[last] = expand(value)
+
+
+def expand(paths: str) -> str:
+    """Replace a leading `~` of each of several paths with commas between them."""
+    return ",".join(_expand_one(part) for part in paths.split(","))
+
+
+def _expand_one(part: str) -> str:
+    bare = part.lstrip()
+    return part[: len(part) - len(bare)] + os.path.expanduser(bare)
