@@ -19,7 +19,7 @@ from instella_jax.errors import command_line
 PROMPT = "a lighthouse on a rocky coast at sunset, oil painting"
 
 
-def draw(folder: Path, kind: str, side: int, steps: int) -> None:
+def generate(folder: Path, kind: str, side: int, steps: int) -> None:
     """Draw one picture twice, compiling included and not."""
     from instella_jax.models.layers import Execution
     from instella_jax.sampling.pipeline import InstellaPipeline, Options
@@ -67,7 +67,7 @@ def main() -> None:
             if options.step[0] == "import":
                 import_random(source, folder)
             else:
-                draw(folder, options.step[0], int(options.step[1]), options.steps)
+                generate(folder, options.step[0], int(options.step[1]), options.steps)
         peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024 / 1e9
         print(f"  peak resident memory {peak:.2f} GB", flush=True)
         return

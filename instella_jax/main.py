@@ -87,13 +87,13 @@ def dispatch(argv: list[str]) -> None:
         return
     # Before jax starts, which reads the cache folder once.
     from instella_jax.runtime import distributed
-    from instella_jax.runtime.failure import ending_together
+    from instella_jax.runtime.failure import end_together
 
     setup = distributed.detect(
         os.environ, _DISTRIBUTED.value, _COORDINATOR.value, _PROCESSES.value, _PROCESS.value
     )
     distributed.join(setup)
-    with ending_together():
+    with end_together():
         run(setup.processes)
 
 
@@ -105,10 +105,10 @@ def run(processes: int) -> None:
     given = _WORKDIR.value and expand(_WORKDIR.value)
     workdir = given or default_workdir(config_argument())
     if _MODE.value == "train":
-        from instella_jax.checkpoints.manager import hush_closed_loops
+        from instella_jax.checkpoints.manager import silence_closed_event_loops
         from instella_jax.training.loop import train
 
-        hush_closed_loops()
+        silence_closed_event_loops()
         train(_CONFIG.value, workdir)
     elif _MODE.value == "eval":
         from instella_jax.commands.evaluate import evaluate_config

@@ -69,7 +69,7 @@ def generator(kind):
 
 @pytest.mark.parametrize(("number", "case"), TOKENIZER_CASES)
 def test_tokenizer(number, case):
-    network = BinaryTokenizer(reference_sizes.tokenizer_config(META["bae"], case["scale"]))
+    network = BinaryTokenizer(reference_sizes.tokenizer_sizes(META["bae"], case["scale"]))
     variables = load(network, "tokenizer")
     expected = {
         key.removeprefix(f"case{number}."): value

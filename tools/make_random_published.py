@@ -142,7 +142,7 @@ def make(out: Path, scale: str, dtype: Any = jnp.bfloat16, torch: bool = True) -
     if torch:
         import_torch()  # before anything large is written
     sizes = SCALES[scale]
-    config = reference_sizes.tokenizer_config(sizes["bae"])
+    config = reference_sizes.tokenizer_sizes(sizes["bae"])
     olmo = Olmo(reference_sizes.olmo_config(sizes["text"]))
     generator = reference_sizes.generator_sizes(sizes["generator"], sizes["bae"])
     with fresh_folder(out) as folder:

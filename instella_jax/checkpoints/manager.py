@@ -43,13 +43,13 @@ class _HashedPath(ocp.path.atomicity.AtomicRenameTemporaryPath):
         await super().finalize()
 
 
-def _told_anyway(record: logging.LogRecord) -> bool:
+def _not_raised_elsewhere(record: logging.LogRecord) -> bool:
     """Leave out of a log the errors that are raised as well: they are told in a sentence."""
     orphan = "never retrieved" in record.getMessage()
     return not (record.exc_info and (orphan or "orbax" in record.pathname))
 
 
-def hush_closed_loops() -> None:
+def silence_closed_event_loops() -> None:
     """Keep this process from printing what storage says to an event loop that an error closed.
 
     Only the error itself, which is raised, tells anything.
@@ -112,7 +112,7 @@ class Checkpoints:
         self._saving = self._failed = False
         self._error: BaseException | None = None
         logging.getLogger("absl").addFilter(self._notice)
-        with self._told():
+        with self._raise_user_error():
             self._manager = ocp.CheckpointManager(
                 self._folder,
                 options=ocp.CheckpointManagerOptions(
@@ -142,7 +142,7 @@ class Checkpoints:
 
         if step in self._manager.all_steps():
             return
-        with self._told():
+        with self._raise_user_error():
             self._wait_for_all()
             self._manager.save(
                 step,
@@ -244,7 +244,7 @@ class Checkpoints:
         Raises:
           UserError: it cannot be written.
         """
-        with self._told():
+        with self._raise_user_error():
             self._wait_for_all()
             self._manager.wait_until_finished()
         self._saving = False
@@ -253,7 +253,7 @@ class Checkpoints:
         """See in the log what a background thread of this process could not write."""
         if record.exc_info and record.threadName == "async_save":
             self._error = record.exc_info[1]
-        return _told_anyway(record)
+        return _not_raised_elsewhere(record)
 
     def _wait_for_all(self) -> None:
         """Wait for what is being saved, unless this process could not write its part.
@@ -274,17 +274,17 @@ class Checkpoints:
         if self._failed and jax.process_count() > 1:
             return  # this process ends, and storage would wait for the others
         # What could not be written is told once.
-        with contextlib.suppress(Exception) if self._failed else self._told():
+        with contextlib.suppress(Exception) if self._failed else self._raise_user_error():
             self._manager.close()
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _raise_user_error(self) -> Iterator[None]:
         """Make one sentence of what the file system says."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:
             self._failed, self._saving = True, False
-            logging.getLogger("asyncio").addFilter(_told_anyway)
+            logging.getLogger("asyncio").addFilter(_not_raised_elsewhere)
             raise UserError(
                 f"a checkpoint cannot be written to {self._folder} ({_reason(error)}); "
                 "those before it stay: make room there and run the same command again"

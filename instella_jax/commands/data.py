@@ -252,12 +252,12 @@ _WAITING = "this part is done; the data set is complete when the others are"
 def _encode(options: argparse.Namespace) -> None:
     from instella_jax.preparing.jobs import parse_part
     from instella_jax.runtime import distributed
-    from instella_jax.runtime.failure import ending_together
+    from instella_jax.runtime.failure import end_together
 
     part = parse_part(options.part) if options.part else None
     if part is None:
         distributed.join(distributed.detect(os.environ, options.distributed))
-    with ending_together():
+    with end_together():
         _encode_part(options, part)
 
 

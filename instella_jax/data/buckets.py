@@ -165,11 +165,9 @@ class Subset:
     numbers: np.ndarray
 
     def __len__(self) -> int:
-        """Return the number of samples."""
         return len(self.numbers)
 
     def __getitem__(self, index: int) -> dict:
-        """Return a sample."""
         return self.source[int(self.numbers[index])]  # pyright: ignore[reportIndexIssue]
 
     def __repr__(self) -> str:

@@ -25,7 +25,6 @@ class Collate:
     """Stacks arrays and lists everything else, with a leading group axis when `groups` is set."""
 
     def __init__(self, groups: int | None):
-        """Take G, None for no group axis."""
         self._groups = groups
 
     def __call__(self, samples: Sequence[Any]) -> dict[str, Any]:

@@ -65,7 +65,6 @@ class BadPicture(BadSample):
     """
 
     def __init__(self, message: str, reason: str = "broken picture"):
-        """Set message and reason."""
         super().__init__(message)
         self.reason = reason
 

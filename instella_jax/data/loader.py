@@ -47,7 +47,6 @@ class Mixture:
     numbers: tuple[int, ...] = ()
 
     def __len__(self) -> int:
-        """Return the number of different samples."""
         return sum(len(part) for part in self.parts)
 
 
@@ -68,7 +67,6 @@ class Buckets:
     transforms: tuple[Transform, ...]
 
     def __len__(self) -> int:
-        """Return the number of different samples."""
         return sum(len(part) for part in self.parts)
 
 

@@ -20,9 +20,7 @@ class BadSample(Exception):
 class Source(Protocol):
     """Random access to samples: pure in the index."""
 
-    def __len__(self) -> int:
-        """Return the number of samples."""
-        ...
+    def __len__(self) -> int: ...
 
     def __getitem__(self, index: int, /) -> Sample:
         """Return the sample at `index`, in [0, len)."""

@@ -91,14 +91,13 @@ class _ShardWriter:
         self.records = 0
         self._sizes: list[Sequence[int] | None] = []
         self._scratch, self._path = scratch, path
-        with self._told():
+        with self._raise_user_error():
             # One record a group: random access reads it alone. Pictures do not compress.
             self._writer: Any = ArrayRecordWriter(str(scratch), "group_size:1,uncompressed")
 
     def write(self, header: Mapping[str, Any], payload: bytes) -> None:
-        """Append a record."""
         record = pack(header, payload)
-        with self._told():
+        with self._raise_user_error():
             self._writer.write(record)
         self._sizes.append(header.get("size"))
         self.records += 1
@@ -107,7 +106,7 @@ class _ShardWriter:
         """Close the file, read its index back, wait for the disk and give it its name."""
         from array_record.python.array_record_module import ArrayRecordReader
 
-        with self._told():
+        with self._raise_user_error():
             self._writer.close()
             if not self.records:
                 return
@@ -120,7 +119,7 @@ class _ShardWriter:
             put_in_place(self._scratch, self._path)
 
     @contextlib.contextmanager
-    def _told(self) -> Iterator[None]:
+    def _raise_user_error(self) -> Iterator[None]:
         try:
             yield
         except (OSError, RuntimeError) as error:

@@ -44,7 +44,6 @@ class EvalTransform:
     """The largest crop from the centre, and the first caption."""
 
     def __init__(self, height: int, width: int):
-        """Remember the target size in pixels."""
         self._size = (height, width)
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator | None = None) -> Any:

@@ -6,7 +6,7 @@ from typing import Any
 import numpy as np
 
 from instella_jax.config import Config
-from instella_jax.data.scenes.source import draw, heldout_prompts
+from instella_jax.data.scenes.source import heldout_prompts, render
 from instella_jax.data.sources import scenes_source
 from instella_jax.evaluation.judge import judge, summarise
 from instella_jax.evaluation.pca import PcaCodec
@@ -80,7 +80,7 @@ def prompts_report(
     )
     texts, facts = [text for text, _ in prompts], [scene for _, scene in prompts]
     drawn = pipeline(texts, options_from_config(config.sample))
-    true = np.stack([draw(scene, config.data.image_size) for scene in facts])
+    true = np.stack([render(scene, config.data.image_size) for scene in facts])
     copies = through_code(pipeline.tokenizer, pipeline.params["tokenizer"], true)
     return PromptsReport(
         summarise(judge(drawn, facts)), summarise(judge(copies, facts)), drawn, texts

@@ -25,7 +25,7 @@ _SETTINGS = ("tokenizer_config.json", "special_tokens_map.json", "added_tokens.j
 # Vocabularies of folders from before tokenizer.json.
 _VOCABULARIES = ("vocab.json", "vocab.txt", "tokenizer.model", "spiece.model")
 # After so many, warnings come only when their number has grown tenfold.
-_TOLD_ALONE = 10
+_REPORTED_ALONE = 10
 
 _log = logging.getLogger(__name__)
 # The training loader encodes in a thread of its own.
@@ -60,8 +60,8 @@ class TextTokenizer:
         self._unknown_id = tokenizer.token_to_id(model["unk_token"]) if self._closed else None
         self._unknown: set[str] = set()
         self._texts = self._cut = 0
-        self._cut_told: set[str] = set()
-        self._next_unknown = self._next_cut = _TOLD_ALONE
+        self._cut_reported: set[str] = set()
+        self._next_unknown = self._next_cut = _REPORTED_ALONE
 
     @classmethod
     def from_folder(cls, folder: str | Path) -> "TextTokenizer":
@@ -148,11 +148,11 @@ class TextTokenizer:
         cut = [(text, n) for text, n in zip(prompts, lengths, strict=True) if n > limit]
         self._texts += len(prompts)
         self._cut += len(cut)
-        fresh = [pair for pair in cut if pair[0] not in self._cut_told]
-        if not fresh or (len(self._cut_told) >= _TOLD_ALONE and self._cut < self._next_cut):
+        fresh = [pair for pair in cut if pair[0] not in self._cut_reported]
+        if not fresh or (len(self._cut_reported) >= _REPORTED_ALONE and self._cut < self._next_cut):
             return
         self._next_cut = 10 * max(self._cut, self._next_cut)
-        self._cut_told.update(text for text, _ in fresh[:_TOLD_ALONE])
+        self._cut_reported.update(text for text, _ in fresh[:_REPORTED_ALONE])
         text, length = fresh[0]
         _log.warning(
             "%d of %d texts have more than %d tokens and lose their end, such as %r with %d tokens",
@@ -164,10 +164,10 @@ class TextTokenizer:
         fresh = [word for word in words if word not in self._unknown]
         before = len(self._unknown)
         self._unknown.update(fresh)
-        named = fresh[: max(_TOLD_ALONE - before, 0)]
+        named = fresh[: max(_REPORTED_ALONE - before, 0)]
         if not fresh or (not named and len(self._unknown) < self._next_unknown):
             return
-        if len(self._unknown) >= _TOLD_ALONE:
+        if len(self._unknown) >= _REPORTED_ALONE:
             self._next_unknown = 10 * len(self._unknown)
         number = len(fresh) if named else len(self._unknown)
         listed = ", ".join(map(self._described, named or fresh[:1]))

@@ -70,7 +70,6 @@ class Views:
 
     @property
     def count(self) -> int:
-        """V."""
         return self.crops * (2 if self.flip else 1)
 
     def cut(self, image: np.ndarray, number: int) -> np.ndarray:
@@ -237,7 +236,7 @@ def _encode(
     numbers = [n for unit in todo for n in range(starts[unit], starts[unit + 1])]
     # Where in its shard each picture is: workers may hand them over in another order.
     places = [(unit, row) for unit in todo for row in range(shards[unit].records)]
-    still_open: dict[int, _Open] = {}
+    open_shards: dict[int, _Open] = {}
     done, begin, shown = 0, time.perf_counter(), -math.inf
 
     def arrive(batch: dict[str, Any], packed: jax.Array) -> None:
@@ -246,12 +245,12 @@ def _encode(
         rows = rows.reshape(len(batch["index"]), views.count, -1)
         for index, header, code in zip(batch["index"], batch["header"], rows, strict=True):
             unit, row = places[int(index)]
-            shard = still_open.setdefault(unit, _Open(shards[unit].records))
+            shard = open_shards.setdefault(unit, _Open(shards[unit].records))
             shard.headers[row] = json.loads(header)
             shard.payloads[row] = b"" if "dropped" in shard.headers[row] else code.tobytes()
             shard.missing -= 1
             if not shard.missing:
-                _write(job, unit, still_open.pop(unit))
+                _write(job, unit, open_shards.pop(unit))
         done += len(rows)
         clock = time.perf_counter()
         if clock - shown > 0.5 or done == len(numbers):

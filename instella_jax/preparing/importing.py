@@ -80,7 +80,7 @@ class Reading:
     image_key: str = ""
 
 
-class _Left(Exception):
+class _LeftOut(Exception):
     """Raised with the reason why a picture is left out."""
 
 
@@ -92,34 +92,34 @@ def check(
     `on_flaw` is given what is wrong with it all the same.
 
     Raises:
-      _Left: with the reason why it is not.
+      _LeftOut: with the reason why it is not.
     """
     from PIL import Image
 
     if item.image is None:
-        raise _Left("no picture")
+        raise _LeftOut("no picture")
     if filters.captions and not item.texts:
-        raise _Left(NO_CAPTION)
+        raise _LeftOut(NO_CAPTION)
     if _watermark(item.meta) > filters.max_watermark:
-        raise _Left("watermark")
+        raise _LeftOut("watermark")
     if len(item.image) > readers.MAX_BYTES:
-        raise _Left("file too large")
+        raise _LeftOut("file too large")
     try:
         width, height = read_size(io.BytesIO(item.image), item.name)
     except BadPicture as error:
-        raise _Left(error.reason) from None
+        raise _LeftOut(error.reason) from None
     # By its header first: what is filtered out need not be decoded.
     if width * height > (Image.MAX_IMAGE_PIXELS or math.inf):
-        raise _Left(TOO_LARGE)
+        raise _LeftOut(TOO_LARGE)
     if min(width, height) < filters.min_side:
-        raise _Left("too small")
+        raise _LeftOut("too small")
     if filters.max_aspect and max(width, height) > filters.max_aspect * min(width, height):
-        raise _Left("aspect ratio")
+        raise _LeftOut("aspect ratio")
     try:
         # Damage shows at a fraction of the size too.
         decode_picture(io.BytesIO(item.image), item.name, decode_side=256, on_flaw=on_flaw)
     except BadPicture as error:
-        raise _Left(error.reason) from None
+        raise _LeftOut(error.reason) from None
     return item.image, (width, height)
 
 
@@ -180,7 +180,7 @@ def import_unit(
                 continue
             try:
                 image, size = check(item, filters, functools.partial(flaws.add, item.name))
-            except _Left as reason:
+            except _LeftOut as reason:
                 dropped.add(item.name, str(reason))
                 if str(reason) == NO_CAPTION and len(seen) < _NAMES:
                     seen |= dict.fromkeys(item.seen)

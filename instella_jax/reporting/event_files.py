@@ -52,7 +52,6 @@ class EventFile:
         self._add(step=step, summary=summary.image(name, picture, dataformats="HWC"))
 
     def close(self) -> None:
-        """Close the file."""
         self._file.close()
 
     def _add(self, **fields: Any) -> None:

@@ -99,11 +99,9 @@ class MetricsWriter:
             file.close()
 
     def __enter__(self) -> MetricsWriter:
-        """Return self."""
         return self
 
     def __exit__(self, *_: object) -> None:
-        """Close."""
         self.close()
 
 

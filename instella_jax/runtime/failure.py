@@ -32,7 +32,7 @@ _LOST = (
 
 
 @contextlib.contextmanager
-def ending_together() -> Iterator[None]:
+def end_together() -> Iterator[None]:
     """End this process at an error, telling the others, or when another has told of one.
 
     With one process, errors go through.
@@ -47,15 +47,15 @@ def ending_together() -> Iterator[None]:
         wait_for_all("done")
         others.forget()
     except UserError as error:
-        others.tell(str(error), f"error: {error}")
+        others.announce(str(error), f"error: {error}")
         others.end(2)
     except OSError as error:
         if (told := disk_error(error)) is None:
             others.fail(error)
-        others.tell(str(told), f"error: {told}")
+        others.announce(str(told), f"error: {told}")
         others.end(2)
     except (KeyboardInterrupt, SystemExit) as error:
-        others.tell("it was told to stop")
+        others.announce("it was told to stop")
         code = error.code if isinstance(error, SystemExit) else 130
         others.end(code if isinstance(code, int) else 1)
     except BaseException as error:
@@ -96,7 +96,7 @@ class _Others:
         self._over.set()
         self._thread.join()
 
-    def tell(self, reason: str, line: str = "") -> bool:
+    def announce(self, reason: str, line: str = "") -> bool:
         """Tell the others why this process ends; return whether all have heard it in time.
 
         Prints a line first, if given, unless another process has told of its end by now.
@@ -111,7 +111,7 @@ class _Others:
     def fail(self, error: BaseException) -> NoReturn:
         """End this process at an error that nobody expected; called where it is handled."""
         reason = " ".join(f"{type(error).__name__}: {error}".split())[:300]
-        if self.tell(reason) or not isinstance(error, jax.errors.JaxRuntimeError):
+        if self.announce(reason) or not isinstance(error, jax.errors.JaxRuntimeError):
             traceback.print_exc()
         else:
             print(f"error: {_LOST} ({reason})", file=sys.stderr)

@@ -73,7 +73,6 @@ class TokenizerStage:
 
     @property
     def text_folder(self) -> None:
-        """None: it reads no text."""
         return None
 
     def frozen(self) -> Params:

@@ -70,7 +70,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     claim_workdir(workdir, config)
     try:
         with only_run(workdir), sharding.use(mesh):
-            return _Run(config, Path(workdir), stage, mesh).go()
+            return _Run(config, Path(workdir), stage, mesh).run()
     except OSError as error:
         if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
             raise
@@ -125,7 +125,7 @@ class _Run:
             self.progress.message(f"weights of {self.config.init_from}")
         return state
 
-    def go(self) -> dict[str, float]:
+    def run(self) -> dict[str, float]:
         """Restore, train, evaluate."""
         self.state = self.first_state()
         start, train = int(self.state.step), self.config.train
@@ -158,8 +158,8 @@ class _Run:
                     return {}
                 result = self.report(step)
                 # What a finished run has made stays as it is.
-                if not (ended_before and self.found(self.picture(step).exists())):
-                    self.draw(step)
+                if not (ended_before and self.found(self.samples_path(step).exists())):
+                    self.save_samples(step)
                 if not (ended_before and self.found(self.has_model(step))):
                     self.write_model(step)
                 return result
@@ -228,7 +228,7 @@ class _Run:
         """Evaluate, sample and then save, so that what is saved has been reported."""
         metrics = self.report(step) if "eval" in due else {}
         if "image" in due:
-            self.draw(step)
+            self.save_samples(step)
         if "save" in due:
             self.checkpoints.save(self.state, self.loader, step, metrics)
 
@@ -284,21 +284,21 @@ class _Run:
         self.rate.resume()
         return metrics
 
-    def draw(self, step: int) -> None:
-        """Draw a captioned grid with the average."""
+    def save_samples(self, step: int) -> None:
+        """Write a captioned grid of samples of the averaged weights."""
         count = self.config.eval.pictures
         if not count:
             return
         self.rate.pause()
         shown = preview(self.stage, self.state.ema, self.frozen, count)
         if self.first:
-            path = self.picture(step)
+            path = self.samples_path(step)
             grid = save_grid(path, *shown)
             self.writer.image(step, "samples", grid)
             self.progress.message(f"pictures at step {step}: {path}")
         self.rate.resume()
 
-    def picture(self, step: int) -> Path:
+    def samples_path(self, step: int) -> Path:
         """Return the path of the grid of a step."""
         return self.workdir / "samples" / f"{step:08d}.png"
 

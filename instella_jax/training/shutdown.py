@@ -10,7 +10,6 @@ class StopRequest:
     """Turns SIGTERM and the first Ctrl-C into a request that the loop reads between steps."""
 
     def __init__(self) -> None:
-        """Begin without one."""
         self.requested = False
 
     @contextlib.contextmanager

@@ -28,11 +28,9 @@ class _Stored:
 
     @property
     def shape(self) -> tuple[int, ...]:
-        """Its shape."""
         return self.tensors.specs[self.name][0]
 
     def __getitem__(self, layer: int) -> np.ndarray:
-        """Read a layer."""
         return self.tensors.read_layer(self.name, layer)
 
     def __array__(self, dtype: Any = None, copy: bool | None = None) -> np.ndarray:

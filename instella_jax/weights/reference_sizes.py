@@ -12,7 +12,7 @@ from instella_jax.models.tokenizer import TokenizerConfig
 Shapes = Mapping[str, tuple[int, ...]]
 
 
-def tokenizer_config(bae: Mapping[str, Any], scale: int | None = 1024) -> TokenizerConfig:
+def tokenizer_sizes(bae: Mapping[str, Any], scale: int | None = 1024) -> TokenizerConfig:
     """Read the reference's names of the tokenizer's sizes.
 
     Args:
@@ -216,7 +216,7 @@ def measure_tokenizer(shapes: Shapes, given: Any, what: str) -> TokenizerConfig:
         raise UserError(f"{what}: bae_scale is {scale!r}, expected null or a number of pixels")
     if not isinstance(bae["theta"], int | float) or not bae["theta"] > 0:
         raise UserError(f"{what}: theta is {bae['theta']!r}, expected a positive number")
-    return tokenizer_config(bae, scale)
+    return tokenizer_sizes(bae, scale)
 
 
 def measure_generator(

@@ -47,7 +47,6 @@ class Tensors(Mapping[str, np.ndarray]):
         return np.asarray((self.slice_of or self.read)(name)[layer])
 
     def __getitem__(self, name: str) -> np.ndarray:
-        """Read a tensor."""
         if name not in self.specs:
             raise KeyError(name)
         return self.read(name)

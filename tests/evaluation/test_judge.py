@@ -5,7 +5,7 @@ import pytest
 
 from instella_jax.data.scenes import sprites
 from instella_jax.data.scenes.scene import Placed, Scene
-from instella_jax.data.scenes.source import EmojiScenes, draw
+from instella_jax.data.scenes.source import EmojiScenes, render
 from instella_jax.evaluation.judge import compare, judge, read, summarise
 
 
@@ -46,7 +46,7 @@ def test_pictures_of_other_scenes_are_wrong():
 
 def test_plain_pictures_and_blobs_are_wrong():
     _, scenes = _true()
-    plain = np.stack([draw(dataclasses.replace(s, objects=()), 64) for s in scenes])
+    plain = np.stack([render(dataclasses.replace(s, objects=()), 64) for s in scenes])
     rates = summarise(judge(plain, scenes))
     assert rates == {"background": 1.0, "objects": 0.0, "count": 0.0, "position": 0.0}
     y, x = np.mgrid[:64, :64] / 64
@@ -66,7 +66,7 @@ def test_each_mistake_is_told_apart():
     truth = Scene("white", "twemoji", (cat, dog))
 
     def verdict(**changes) -> tuple[bool, bool, bool, bool]:
-        seen = judge(draw(dataclasses.replace(truth, **changes), 64)[None], [truth])[0]
+        seen = judge(render(dataclasses.replace(truth, **changes), 64)[None], [truth])[0]
         return seen.background, seen.objects, seen.count, seen.position
 
     assert verdict() == (True, True, True, True)
@@ -91,5 +91,5 @@ def test_one_kind_must_be_where_it_should():
 
 def test_objects_outside_the_core_are_known():
     scene = Scene("white", "fluent", (Placed("zebra", 0.125, 0.5, 0.5),))
-    assert all(summarise(judge(draw(scene, 64)[None], [scene])).values())
-    assert read(draw(scene, 64), "fluent", (*sprites.CORE, "zebra")).counts == {"zebra": 1}
+    assert all(summarise(judge(render(scene, 64)[None], [scene])).values())
+    assert read(render(scene, 64), "fluent", (*sprites.CORE, "zebra")).counts == {"zebra": 1}

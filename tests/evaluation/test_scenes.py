@@ -3,7 +3,7 @@ import pytest
 
 import configs.t2i_diffusion
 from instella_jax.commands import evaluate
-from instella_jax.data.scenes.source import draw, heldout_prompts
+from instella_jax.data.scenes.source import heldout_prompts, render
 from instella_jax.evaluation import scenes
 
 
@@ -17,7 +17,7 @@ class Painter:
         self.wrong = set(wrong)
 
     def __call__(self, prompts, options):
-        pictures = [draw(self.scenes[prompt], 64) for prompt in prompts]
+        pictures = [render(self.scenes[prompt], 64) for prompt in prompts]
         for index in self.wrong:
             pictures[index] = 255 - pictures[index]
         return np.stack(pictures)

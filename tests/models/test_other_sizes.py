@@ -96,7 +96,7 @@ def double(w):
 
 def write_tokenizer(folder, meta, rng):
     bae, values = meta["bae"], {}
-    network = BinaryTokenizer(reference_sizes.tokenizer_config(bae))
+    network = BinaryTokenizer(reference_sizes.tokenizer_sizes(bae))
     w = weights(network, rng)
     for i, case in enumerate(meta["tokenizer_cases"]):
         size, scale = (case["height"], case["width"]), case["scale"]

@@ -18,7 +18,7 @@ VECTORS = ROOT / "tests/data/parity"
 META = json.loads((VECTORS / "meta.json").read_text())
 GENERATOR = reference_sizes.generator_sizes(META["generator"], META["bae"])
 NETWORKS = {
-    "tokenizer": BinaryTokenizer(reference_sizes.tokenizer_config(META["bae"])),
+    "tokenizer": BinaryTokenizer(reference_sizes.tokenizer_sizes(META["bae"])),
     "diffusion": DiffusionTransformer(**GENERATOR),
     "ar": ArTransformer(**GENERATOR),
     "olmo": Olmo(reference_sizes.olmo_config(META["text"])),

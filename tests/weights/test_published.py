@@ -508,7 +508,7 @@ def test_random_files_of_both_scales(tmp_path):
     source = tmp_path / "made"
     import_model(source / "model", source / "olmo", tmp_path / "model", sizes)
     published = make_random_published.SCALES["published"]
-    assert reference_sizes.tokenizer_config(published["bae"]) == TokenizerConfig()
+    assert reference_sizes.tokenizer_sizes(published["bae"]) == TokenizerConfig()
     tokenizer = TextTokenizer.from_folder(tmp_path / "model")
     ids, mask = tokenizer.encode(["A cat,  été", ""])
     assert tokenizer.decode(ids, mask) == ["A cat,  été", ""]

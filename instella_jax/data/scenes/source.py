@@ -12,7 +12,7 @@ from instella_jax.errors import UserError
 SPLITS = ("train", "heldout")
 
 
-def draw(scene: Scene, size: int) -> np.ndarray:
+def render(scene: Scene, size: int) -> np.ndarray:
     """Paint a scene: uint8 [size, size, 3]."""
     image = np.empty((size, size, 3), np.uint8)
     image[:] = sprites.BACKGROUNDS[scene.background]
@@ -97,7 +97,7 @@ class EmojiScenes:
         """Draw one scene."""
         scene = self.facts(index)
         return {
-            "image": draw(scene, self.world.size),
+            "image": render(scene, self.world.size),
             "text": self.caption(index, scene),
             "facts": scene,
         }

@@ -17,7 +17,7 @@ from instella_jax.data.scenes.combinations import (
     heldout_relation,
 )
 from instella_jax.data.scenes.scene import Placed, Scene
-from instella_jax.data.scenes.source import EmojiScenes, draw, heldout_prompts
+from instella_jax.data.scenes.source import EmojiScenes, heldout_prompts, render
 from instella_jax.errors import UserError
 from tests.paths import ROOT
 
@@ -111,7 +111,7 @@ def test_all_concepts_can_be_drawn():
     for name, style in itertools.product(source.world.concepts, STYLES):
         for background in sprites.visible_backgrounds(name, style):
             scene = Scene(background, style, (Placed(name, 0.25, 0.5, 3 / 8),))
-            _ink(source, scene, draw(scene, 64))
+            _ink(source, scene, render(scene, 64))
 
 
 def test_snapped_scenes_lie_on_the_grid():
