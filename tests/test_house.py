@@ -158,3 +158,24 @@ def test_every_section_that_is_named_is_in_its_document():
     assert len(named) > 5
     for name, section, file in named:
         assert f"## {section}\n" in (ROOT / file).read_text(), name
+
+
+def error_messages():
+    """Parts of the messages of user errors that stand in the sources, by place."""
+    for name, text in sources().items():
+        if not name.startswith("instella_jax/") or not name.endswith(".py"):
+            continue
+        for node in ast.walk(ast.parse(text)):
+            if not isinstance(node, ast.Call) or getattr(node.func, "id", "") != "UserError":
+                continue
+            for message in node.args[:1]:
+                parts = message.values if isinstance(message, ast.JoinedStr) else [message]
+                texts = [part.value for part in parts if isinstance(part, ast.Constant)]
+                yield f"{name}:{node.lineno}", texts, isinstance(parts[-1], ast.Constant)
+
+
+def test_messages_of_user_errors_end_in_no_full_stop():
+    messages = list(error_messages())
+    assert len(messages) > 100
+    ended = [where for where, texts, last in messages if last and texts[-1].rstrip().endswith(".")]
+    assert not ended
