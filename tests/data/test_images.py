@@ -252,7 +252,11 @@ def test_a_jpeg_without_its_last_blocks_is_refused(kind):
     for part in (0.25, 0.5, 0.75, 0.9, 0.98, 0.99):
         cut = data[: int(part * len(data))]
         unfinished = [bytes([fill]) * (len(data) - len(cut)) for fill in (0, 32, 255)]
-        for rest in (b"", *unfinished):  # downloads are made room for before they arrive
+        for rest in (
+            b"",
+            b"<html>404</html>" * 500,
+            *unfinished,
+        ):  # downloads are made room for before they arrive
             with pytest.raises(BadPicture, match="cannot be read"):
                 decode(cut + rest)
 
