@@ -95,8 +95,8 @@ def finish(process: subprocess.Popen) -> tuple[int, str, str]:
 
 
 def lines(workdir: Path) -> list[dict]:
-    """Return metrics without what depends on the clock."""
-    rows = read_metrics(workdir)
+    """Return metrics without what depends on the clock, and without notes of changed settings."""
+    rows = [row for row in read_metrics(workdir) if "changed" not in row]
     clock = ("second", "flops", "data_wait")
     return [{k: v for k, v in row.items() if not any(c in k for c in clock)} for row in rows]
 
