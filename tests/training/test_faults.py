@@ -59,13 +59,12 @@ def test_a_terminated_run_saves_exits_with_0_and_goes_on(undisturbed, tmp_path):
     assert_like(workdir, undisturbed)
 
 
-def test_a_finished_run_repeats_its_result_only(undisturbed, tmp_path):
+def test_a_finished_run_that_is_run_again_adds_nothing(undisturbed, tmp_path):
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     before = lines(workdir)
     status, out, err = run(workdir)
     assert status == 0, err
-    assert lines(workdir)[: len(before)] == before
-    assert lines(workdir)[len(before) :] == [before[-1]]
+    assert lines(workdir) == before
     assert "step 1/" not in out
 
 
