@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import re
 import signal
 import subprocess
 import sys
@@ -48,11 +49,11 @@ class Program:
     def workers(self):
         return self.pids("multiprocessing.spawn")
 
-    def wait_for_line(self, text):
+    def wait_for_line(self, pattern):
         for line in self.process.stdout:
-            if text in line:
+            if re.search(pattern, line):
                 return
-        raise AssertionError(f"no line {text!r}: {self.process.stderr.read()}")
+        raise AssertionError(f"no line {pattern!r}: {self.process.stderr.read()}")
 
     def wait_until(self, condition):
         """Wait for something, however slow the machine is; fail if the program ends before."""
