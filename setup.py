@@ -47,6 +47,7 @@ EXTRAS = {
     "torch": ["torch>=2.10"],
     "test": [
         "beartype>=0.22",
+        "pillow-heif>=1",
         "pyright[nodejs]>=1.1.400",
         "pytest>=8.4",
         "pytest-timeout>=2.3",

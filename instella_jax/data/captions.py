@@ -46,6 +46,18 @@ def check_text(text: str) -> str:
     return text.removeprefix(_BOM)
 
 
+def caption_lines(data: bytes) -> list[str]:
+    """Return the captions in a `.txt` or `.caption` file, one a line.
+
+    Raises:
+      BadSample: it is not text; its message is `BROKEN_CAPTION`.
+    """
+    try:
+        return decode_text(data).splitlines()
+    except BadSample:
+        raise BadSample(BROKEN_CAPTION) from None
+
+
 def named(names: Iterable[str], keys: Sequence[str]) -> list[str]:
     """Return which of some names are the given keys, in the order of the keys.
 

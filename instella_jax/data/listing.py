@@ -24,8 +24,8 @@ from typing import Any, NamedTuple
 from instella_jax.data.captions import (
     BROKEN_CAPTION,
     CAPTION_KEYS,
+    caption_lines,
     captions,
-    decode_text,
     label_caption,
     named,
     read_json,
@@ -54,7 +54,8 @@ WAYS = (
 class Entry(NamedTuple):
     """A picture: its path in the folder, captions that are known, and files that captions are in.
 
-    `left_out` says why it is not read, "" if it is. A byte of a name that is not UTF-8 is kept as
+    `left_out` says why it is not read, "" if it is; `meta` has the columns of a metadata file that
+    were asked for. A byte of a name that is not UTF-8 is kept as
     Python keeps it, by half of a surrogate pair.
     """
 
@@ -62,6 +63,7 @@ class Entry(NamedTuple):
     texts: tuple[str, ...] = ()
     files: tuple[str, ...] = ()
     left_out: str = ""
+    meta: tuple[tuple[str, Any], ...] = ()
 
 
 class Listing(NamedTuple):
@@ -76,7 +78,9 @@ class Listing(NamedTuple):
         return ", ".join(f"{number} {kind}" for kind, number in self.kinds.most_common(8))
 
 
-def list_pictures(root: Path, keys: Sequence[str] = CAPTION_KEYS) -> Listing:
+def list_pictures(
+    root: Path, keys: Sequence[str] = CAPTION_KEYS, columns: Sequence[str] = ()
+) -> Listing:
     """List the pictures of a folder; none is opened.
 
     What is left out, and captions made from the names of folders, are logged.
@@ -84,6 +88,7 @@ def list_pictures(root: Path, keys: Sequence[str] = CAPTION_KEYS) -> Listing:
     Args:
       root: the folder.
       keys: columns of metadata files that captions are in.
+      columns: other columns of them that are wanted.
 
     Raises:
       UserError: there are no pictures, or a metadata file is broken.
@@ -97,7 +102,7 @@ def list_pictures(root: Path, keys: Sequence[str] = CAPTION_KEYS) -> Listing:
     for folder, files in tree.items():
         above = None if folder == "." else covered[str(PurePosixPath(folder).parent)]
         if table := next((name for name in METADATA if name in files), None):
-            rows = list(_read_metadata(root, PurePosixPath(folder, table), keys))
+            rows = list(_read_metadata(root, PurePosixPath(folder, table), keys, columns))
             listed += rows
             above = {row.name for row in rows} | (above or set())
         covered[folder] = above
@@ -108,6 +113,7 @@ def list_pictures(root: Path, keys: Sequence[str] = CAPTION_KEYS) -> Listing:
             unlisted += [path for path in paths if path not in above]
         else:
             beside += _beside(folder, files, pictures)
+    listed = [_with_json(entry, tree) for entry in listed]
     entries = listed + _classes(root, sorted(beside), bool(listed))
     if not entries:
         tables = [
@@ -145,6 +151,13 @@ def walk(root: Path, *, hidden: bool = False) -> Iterator[tuple[str, list[str]]]
         folders[:] = into
         where = Path(folder).relative_to(root).as_posix()
         yield where, sorted(found if hidden else (n for n in found if not n.startswith(".")))
+
+
+def _with_json(entry: Entry, tree: Mapping[str, list[str]]) -> Entry:
+    """Add the `.json` file beside a picture of a metadata file, if there is one."""
+    path = PurePosixPath(entry.name).with_suffix(".json")
+    there = path.name in tree.get(str(path.parent), ())
+    return entry._replace(files=(str(path),)) if there else entry
 
 
 def _beside(folder: str, files: Iterable[str], pictures: Iterable[str]) -> Iterator[Entry]:
@@ -200,13 +213,15 @@ def _log_once(message: str) -> None:
     logger.warning("%s", message)
 
 
-def _read_metadata(root: Path, table: PurePosixPath, keys: Sequence[str]) -> Iterator[Entry]:
+def _read_metadata(
+    root: Path, table: PurePosixPath, keys: Sequence[str], columns: Sequence[str]
+) -> Iterator[Entry]:
     """Yield the pictures of a metadata file, in the order of its rows."""
     path = root / table
     rows = {".jsonl": _json_rows, ".csv": _csv_rows, ".parquet": _parquet_rows}[path.suffix]
     try:
         for where, row in rows(path):
-            entry = _entry(row, f"{printable(path)}, {where}", keys)
+            entry = _entry(row, f"{printable(path)}, {where}", keys, columns)
             yield entry._replace(name=str(table.parent / entry.name))
     except (UnicodeDecodeError, BadSample):
         raise UserError(f"{printable(path)} is not UTF-8 text; save it as UTF-8") from None
@@ -255,7 +270,7 @@ def _parquet_rows(path: Path) -> Iterator[tuple[str, Any]]:
         ) from None
 
 
-def _entry(row: Any, where: str, keys: Sequence[str]) -> Entry:
+def _entry(row: Any, where: str, keys: Sequence[str], columns: Sequence[str]) -> Entry:
     name = row.get("file_name") if isinstance(row, dict) else None
     if not isinstance(name, str) or not name:
         has = f", found {', '.join(map(str, row))}" if isinstance(row, dict) and row else ""
@@ -267,7 +282,8 @@ def _entry(row: Any, where: str, keys: Sequence[str]) -> Entry:
         texts = (text,) if isinstance(text, str) else text
         if not isinstance(texts, Sequence) or not all(isinstance(item, str) for item in texts):
             raise UserError(f'{where}: "{key}" is not a caption or a list of captions')
-    return Entry(name, captions(row, keys))
+    meta = tuple((column, row[column]) for column in named(row, columns))
+    return Entry(name, captions(row, keys), meta=meta)
 
 
 def read_captions(
@@ -278,18 +294,16 @@ def read_captions(
     Raises:
       BadSample: a file cannot be read; its message is `BROKEN_CAPTION` or `BROKEN_JSON`.
     """
-    texts, meta = list(entry.texts), {}
+    texts, meta = list(entry.texts), dict(entry.meta)
     for file in entry.files:
         try:
             data = (root / file).read_bytes()
         except OSError:
             raise BadSample(BROKEN_CAPTION) from None
         if file.endswith(".json"):
-            meta = read_json(data)
-            texts += captions(meta, keys)
+            found = read_json(data)
+            meta |= found
+            texts += captions(found, keys)
             continue
-        try:
-            texts += decode_text(data).splitlines()
-        except BadSample:
-            raise BadSample(BROKEN_CAPTION) from None
+        texts += caption_lines(data)
     return captions({"text": texts}, ("text",)), meta

@@ -31,7 +31,7 @@ from instella_jax.data.images import (
 from instella_jax.data.listing import WAYS
 from instella_jax.errors import UserError
 from instella_jax.preparing import inputs, readers
-from instella_jax.preparing.items import NO_CAPTION, UNPAIRED, Item, NotRead, Problem
+from instella_jax.preparing.items import NO_CAPTION, UNPAIRED, WATERMARK, Item, NotRead, Problem
 from instella_jax.preparing.jobs import Job
 from instella_jax.preparing.readers import Unit
 from instella_jax.runtime.files import write_json
@@ -126,7 +126,7 @@ def check(
 def _watermark(meta: Mapping[str, Any]) -> float:
     """Return the score of a watermark, 0 where there is none: null, NaN or no number."""
     for key, value in meta.items():
-        if key.lower() == "pwatermark":
+        if key.lower() == WATERMARK:
             with contextlib.suppress(TypeError, ValueError):
                 score = float(value)
                 return 0.0 if math.isnan(score) else score

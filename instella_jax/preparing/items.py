@@ -14,6 +14,8 @@ IMAGE_KEYS = (
 )  # fmt: skip
 
 
+# The column of a watermark's score, in whatever case.
+WATERMARK = "pwatermark"
 # Larger files are refused unread: no picture that training would take is of this size.
 MAX_BYTES = 256 * 2**20
 

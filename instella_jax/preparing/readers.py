@@ -21,7 +21,15 @@ from instella_jax.data.images import is_picture
 from instella_jax.data.listing import METADATA, UNLISTED, Entry, list_pictures, read_captions, walk
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
-from instella_jax.preparing.items import MAX_BYTES, Item, NotRead, Problem, is_hidden, kind_of
+from instella_jax.preparing.items import (
+    MAX_BYTES,
+    WATERMARK,
+    Item,
+    NotRead,
+    Problem,
+    is_hidden,
+    kind_of,
+)
 from instella_jax.runtime.files import printable
 
 logger = logging.getLogger(__name__)
@@ -101,7 +109,7 @@ def find_units(
         ranges = [(start, min(start + size, total)) for start in range(0, total, size)]
         return [Unit(f"{split}[{a}:{b}]", kind, str(root), (a, b), split, b - a) for a, b in ranges]
     if kind == "folder":
-        listing = list_pictures(root, caption_keys)
+        listing = list_pictures(root, caption_keys, (WATERMARK,))
         entries = listing.entries + [Entry(name, left_out=UNLISTED) for name in listing.unlisted]
         units = []
         for start in range(0, len(entries), size):

@@ -23,7 +23,7 @@ import zlib
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import IO, Any
 
-from instella_jax.data.captions import captions, read_json
+from instella_jax.data.captions import caption_lines, captions, read_json
 from instella_jax.data.images import is_picture
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
@@ -204,7 +204,8 @@ def _item(sample: _Sample, contents: _Contents, keys: Sequence[str]) -> Item | P
         image = contents.read(sample.pictures[0])
         parts = {suffix: contents.read(file) for suffix, file in sample.sidecars.items()}
         meta = read_json(parts[".json"]) if ".json" in parts else {}
-        texts = captions(parts, _TEXTS) + captions(meta, keys)
+        lines = [line for kind in _TEXTS for line in caption_lines(parts.get(kind, b""))]
+        texts = captions({"text": lines}, ("text",)) + captions(meta, keys)
     except _BROKEN:
         return Problem(name, "file cannot be read")
     except BadSample as reason:

@@ -143,6 +143,37 @@ def test_files_beside_pictures(tmp_path):
     assert len(found) == 3
 
 
+@pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
+def test_columns_that_filters_ask_for_and_json_files_beside_listed_pictures(tmp_path, kind):
+    root = tmp_path / "in"
+    put(root, "clean.png", "marked.png", "told.png", "listed.png")
+    names = ["clean.png", "marked.png", "told.png", "listed.png"]
+    scores = ["0.1", "0.9", "", ""]
+    rows = [
+        {"file_name": name, "text": name[:-4], "PWatermark": score}
+        for name, score in zip(names, scores, strict=True)
+    ]
+    metadata_file(root / f"metadata.{kind}", rows)
+    write(root, {"told.json": '{"pwatermark": 0.8}', "listed.json": '{"caption": "once more"}'})
+    report, found = imported(root, tmp_path / "out")
+    assert report["dropped"] == {"watermark": 2}
+    assert found == {"clean.png": ("clean",), "listed.png": ("listed", "once more")}
+    assert trained(root, split="all")["listed.png"] == ("listed", "once more")
+
+
+def test_the_captions_of_a_file_are_those_of_its_lines_in_a_folder_and_in_a_tar(tmp_path):
+    root = tmp_path / "in"
+    put(root, "a.png")
+    write(root, {"a.txt": "one\ntwo  words\n\n", "a.caption": "three"})
+    paths = sorted(root.iterdir())
+    write_tar(tmp_path / "a.tar", [(path.name, path.read_bytes()) for path in paths])
+    _, of_folder = imported(root, tmp_path / "folder")
+    import_dataset(tmp_path / "a.tar", tmp_path / "tar")
+    of_tar = ImageShards(tmp_path / "tar", captions=False).read(0)[0]["texts"]
+    assert of_folder == {"a.png": ("one", "two words", "three")}
+    assert tuple(of_tar) == of_folder["a.png"]
+
+
 def test_folders_of_classes(tmp_path, caplog):
     root = tmp_path / "in"
     put(root, "train/red_fox/1.png", "train/cat/2.png", "train/3.png", "val/cat/4.png")

@@ -28,7 +28,7 @@ from tests.small_data_sets import contents, make_tfds, picture, samples, write_t
 def test_webdataset(tmp_path):
     members = [
         ("a/1.jpg", picture(10, kind="jpeg")),
-        ("a/1.txt", b" one\n line "),
+        ("a/1.txt", b" one  line \n"),
         ("a/1.json", json.dumps({"caption": "one line", "captions": ["eins", "un"]}).encode()),
         ("a/2.json", json.dumps({"text": "two \ud800", "pwatermark": 0.2}).encode()),
         ("a/2.webp", picture(20, kind="webp")),
