@@ -56,7 +56,7 @@ def refused(config, name, value):
         config.update_from_flattened_dict({name: value})
     with pytest.raises(UserError) as error:
         check_values(config)
-    found = dict(flat(config.to_dict()))[name]  # an int may have become a float
+    found = dict(flat(config))[name]  # an int may have become a float
     assert str(error.value).startswith(f"{name} is {found!r}: expected ")
 
 
@@ -77,7 +77,7 @@ def test_every_entry_is_a_key():
 @pytest.mark.parametrize("name", CONFIGS)
 def test_nonsense_is_refused_by_the_name_of_its_key(name):
     tried = 0
-    for key, value in flat(get_config(name).to_dict()):
+    for key, value in flat(get_config(name)):
         bad = list(NONSENSE.get(key, ()))
         number = isinstance(value, int | float) and not isinstance(value, bool)
         if number:
@@ -100,7 +100,7 @@ def test_nonsense_is_refused_by_the_name_of_its_key(name):
 
 @pytest.mark.parametrize("name", CONFIGS)
 def test_just_outside_of_a_range_is_refused_and_just_inside_is_not(name):
-    for name_of, _ in flat(get_config(name).to_dict()):
+    for name_of, _ in flat(get_config(name)):
         key = KEYS[name_of]
         if not key.numeric or key.many or key.choices:
             continue
@@ -187,12 +187,12 @@ def test_a_tilde_is_the_home_folder_in_every_path(monkeypatch, tmp_path):
     assert expand("~/a, ~/b,/c/~d") == f"{tmp_path}/a, {tmp_path}/b,/c/~d"
     found = 0
     for name in CONFIGS:
-        for key, _ in flat(get_config(name).to_dict()):
+        for key, _ in flat(get_config(name)):
             if KEYS[key].path:
                 config = get_config(name)
                 config.update_from_flattened_dict({key: "~/x"})
                 check_values(config.lock())
-                assert dict(flat(config.to_dict()))[key] == f"{tmp_path}/x"
+                assert dict(flat(config))[key] == f"{tmp_path}/x"
                 found += 1
     assert found > 15
 

@@ -11,6 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from instella_jax.commands import generate
+from instella_jax.config_keys import KEYS
 from instella_jax.data import sources
 from instella_jax.errors import UserError
 from instella_jax.models.functional import abstract_params
@@ -18,6 +19,7 @@ from instella_jax.runtime import devices, sharding
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import init_stage
 from instella_jax.training import loop
+from instella_jax.training.optimizer import make_optimizer
 from instella_jax.weights import model_folder
 from tests.paths import ROOT
 from tests.toy_stage import Points
@@ -273,10 +275,13 @@ def test_every_key_has_a_reader(name, tmp_path, monkeypatch, tiny_tokenizer_fold
     if name in GENERATORS:
         pretend_to_draw(config, monkeypatch)
     read_all_kinds_of_data(config, tmp_path, monkeypatch)
+    for kind in KEYS["optimizer.kind"].choices:
+        config.optimizer.kind = kind
+        make_optimizer(config.optimizer, steps=20)
     for folder in ("", "folder"):
         config.init_from = folder
         model_folder.find_weights(config)
-    read |= {f"plan.{key}" for key in names_read("plan*.py", "wanted")}
+    read |= {f"plan.{key}" for key in names_read("planning/*.py", "wanted")}
     assert keys - read == {"dead", "train.dead"}
 
 

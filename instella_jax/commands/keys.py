@@ -24,7 +24,7 @@ def values_of(config: str) -> dict[str, Any]:
     Raises:
       UserError: there is no such file or variant.
     """
-    return dict(flat(load_config(find_config(config)).to_dict()))
+    return dict(flat(load_config(find_config(config))))
 
 
 def _section(name: str) -> str:
