@@ -19,8 +19,9 @@ from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import BinaryTokenizer, code_loss, hard_code
 from instella_jax.sampling import loops
-from instella_jax.weights import convert, reference_sizes
+from instella_jax.weights import reference_sizes
 from tests.paths import PARITY
+from tests.reference_params import to_params
 
 pytestmark = pytest.mark.usefixtures("quick_compile")
 
@@ -55,7 +56,7 @@ def load(network, name):
         for key, value in tensors(name).items()
         if key.startswith("weights.")
     }
-    return {"params": convert.to_params(network, weights)}
+    return {"params": to_params(network, weights)}
 
 
 def close(ours, theirs):

@@ -182,7 +182,6 @@ def build(modules: Path, quality: int) -> tuple[dict, dict[str, bytes]]:
                 "name": name,
                 "code": code,
                 "group": group,
-                "keywords": entry.get("tags", []),
                 "hidden": hidden,
             }
         )

@@ -28,7 +28,7 @@ class FolderSource:
 
     `source[i]` is {"image": uint8 [h, w, 3], "texts": tuple of str}; give the loader a transform
     (`data.transforms`) that brings them to one size and picks a caption. It raises `BadSample` for
-    a picture that cannot be read, which the loader skips.
+    a picture that cannot be read, which the loader skips. `source.entries[i]` names its file.
     """
 
     def __init__(
@@ -64,7 +64,7 @@ class FolderSource:
             raise UserError(f"{self._root} is not a folder; give a folder of pictures")
         listing = list_pictures(self._root)
         entries = self._captioned(listing) if captions else listing.entries
-        self._entries = _part(entries, split, heldout)
+        self.entries = _part(entries, split, heldout)
 
     def _captioned(self, listing: Listing) -> list[Entry]:
         """Leave out pictures without a caption, or refuse a folder without any."""
@@ -84,15 +84,11 @@ class FolderSource:
 
     def __len__(self) -> int:
         """Return the number of pictures, broken ones included."""
-        return len(self._entries)
+        return len(self.entries)
 
     def __repr__(self) -> str:
         """Name the folder; grain stores this to recognise the source."""
         return f"FolderSource({str(self._root)!r}, {len(self)} pictures)"
-
-    def name(self, index: int) -> str:
-        """Return the file name of a picture, relative to the folder."""
-        return self._entries[index].name
 
     def decoded_at(self, decode_side: int | None) -> FolderSource:
         """Return the same source with another `decode_side`."""
@@ -116,7 +112,7 @@ class FolderSource:
                 return 0, 0
 
         with ThreadPoolExecutor(min(32, 4 * (os.cpu_count() or 1))) as pool:
-            found = np.array(list(pool.map(size, self._entries)), np.int32).reshape(-1, 2)
+            found = np.array(list(pool.map(size, self.entries)), np.int32).reshape(-1, 2)
         if unknown:
             first = min(unknown)
             logger.warning("%d pictures have no size, and no bucket: %s", len(unknown), first)
@@ -128,7 +124,7 @@ class FolderSource:
         Raises:
           BadSample: the picture or its caption cannot be read.
         """
-        entry = self._entries[index]
+        entry = self.entries[index]
         image = read_picture(
             self._root / entry.name, decode_side=self._decode_side, max_pixels=self._max_pixels
         )

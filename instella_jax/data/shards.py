@@ -33,7 +33,6 @@ from instella_jax.runtime.files import put_in_place, write_json
 
 DATASET_FILE = "dataset.json"
 _FORMAT = {"format": "instella-jax-shards", "version": 1}
-CONTENTS = ("images", "codes")
 
 
 @dataclasses.dataclass(frozen=True)
@@ -142,7 +141,7 @@ def write_dataset_file(
 
     Args:
       folder: of the shards.
-      content: one of `CONTENTS`.
+      content: "images" or "codes".
       shards: in the order in which their records are numbered.
       details: further entries.
     """
@@ -246,7 +245,7 @@ class Records:
 
         Args:
           folder: of the data set.
-          content: one of `CONTENTS`.
+          content: "images" or "codes".
           split: "train", "heldout" or "all".
           heldout: part of the records held out, in (0, 0.5]; one at least.
 

@@ -16,7 +16,6 @@ from jaxtyping import Array, Bool, Float, Float32, Key, Shaped
 from instella_jax.errors import UserError
 
 Target = Literal["epsilon", "x"]
-TARGETS = ("epsilon", "x")
 PROTOCOLS = (1, 2)
 TIME_DISTRIBUTIONS = ("logit_normal", "uniform")
 

@@ -1,4 +1,4 @@
-"""What a run says of itself: metrics files, the progress line, images per second.
+"""The metrics files of a run.
 
 Nothing here touches the device: callers pass numbers that they have fetched.
 """
@@ -22,7 +22,7 @@ logger = logging.getLogger(__name__)
 
 
 class MetricsWriter:
-    """Scalars as JSON lines in `workdir/metrics.jsonl`, and with pictures as TensorBoard events.
+    """Writes scalars to `workdir/metrics.jsonl`, and with images to `workdir/tensorboard`.
 
     A line is one JSON object: {"step": 100, "train/loss": 0.31, ...}; a value that is not finite
     is null there. Only one process of a run should be `enabled`; in the others every method does
@@ -35,7 +35,6 @@ class MetricsWriter:
         *,
         start_step: int = 0,
         enabled: bool = True,
-        tensorboard: bool = True,
     ):
         """Open the files for appending.
 
@@ -44,7 +43,6 @@ class MetricsWriter:
           start_step: The step a resumed run continues from. What a killed run wrote of later
             steps is removed, since those steps come again.
           enabled: False in every process but the first.
-          tensorboard: Also write TensorBoard event files, in `workdir/tensorboard`.
         """
         self._file: TextIO | None = None
         self._events: EventFile | None = None
@@ -56,10 +54,9 @@ class MetricsWriter:
         rows = _drop_after(path, start_step)
         self._known = {(row["step"], name) for row in rows for name in row}
         self._file = path.open("a", encoding="utf-8")
-        if tensorboard:
-            self._events = EventFile(
-                path.parent / "tensorboard", purge_step=start_step + 1 if start_step else None
-            )
+        self._events = EventFile(
+            path.parent / "tensorboard", purge_step=start_step + 1 if start_step else None
+        )
 
     def scalars(self, step: int, values: Mapping[str, Any], prefix: str = "") -> None:
         """Write numbers (Python, numpy or fetched jax scalars) under `prefix/name`."""
@@ -73,7 +70,7 @@ class MetricsWriter:
             self._events.scalars(int(step), named)
 
     def changes(self, step: int, changed: Mapping[str, tuple[Any, Any]]) -> None:
-        """Write what is other from a step on, a pair [old, new] for each name."""
+        """Record what differs from a step on: a pair [old, new] for each name."""
         if self._file is None or not changed:
             return
         pairs = {name: list(pair) for name, pair in changed.items()}
@@ -90,7 +87,7 @@ class MetricsWriter:
             self._events.image(int(step), name, picture)
 
     def close(self) -> None:
-        """Return flush and close; writing afterwards does nothing."""
+        """Flush and close; writing afterwards does nothing."""
         file, events = self._file, self._events
         self._file = self._events = None
         if events is not None:

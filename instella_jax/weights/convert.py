@@ -125,32 +125,6 @@ def stream(
             )
 
 
-def to_params(network: Network, tensors: Tensors, what: str = "checkpoint") -> dict[str, Any]:
-    """Make parameters of a reference state dict.
-
-    Args:
-      network: what the parameters are for.
-      tensors: reference tensors by name. `copies` and `unused_shapes` may be there or not.
-      what: the file's name, for messages.
-
-    Returns:
-      Nested parameters in the tensors' own types.
-
-    Raises:
-      UserError: see `account` and `stream`.
-    """
-    account(network, {name: np.shape(value) for name, value in tensors.items()}, what)
-    ours = shapes_by_path(network)
-    params: dict[str, np.ndarray] = {}
-    for entry, value in stream(network, tensors, what):
-        if entry.layer is None:
-            params[entry.path] = np.ascontiguousarray(value)
-            continue
-        stack = params.setdefault(entry.path, np.empty(ours[entry.path].shape, value.dtype))
-        stack[entry.layer] = value
-    return nested(params)
-
-
 _HINT = "check that the file is complete and that the sizes given are those of this model"
 
 

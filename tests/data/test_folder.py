@@ -251,7 +251,7 @@ def test_captions_from_metadata(tmp_path):
     )
     (tmp_path / "a.txt").write_text("not read where there is metadata")
     source = FolderSource(tmp_path)
-    assert [source.name(i) for i in range(len(source))] == ["b.png", "sub/c.png"]
+    assert [entry.name for entry in source.entries] == ["b.png", "sub/c.png"]
     assert [source[i]["texts"] for i in range(2)] == [("two words",), ("one", "two")]
 
 
@@ -264,7 +264,7 @@ def test_captions_from_text_files(tmp_path, caplog):
     (tmp_path / "a.txt").write_text("Ein Käfer", encoding="utf-8")
     (tmp_path / "sub" / "c.txt").write_text("third")
     source = FolderSource(tmp_path)
-    assert [(source.name(i), source[i]["texts"]) for i in range(len(source))] == [
+    assert [(source.entries[i].name, source[i]["texts"]) for i in range(len(source))] == [
         ("a.png", ("Ein Käfer",)),
         ("sub/c.png", ("third",)),
         ("z.PNG", ("a cat", "on a mat")),
@@ -376,7 +376,7 @@ def test_splits_are_disjoint_complete_and_by_picture(tmp_path):
 
     def names(**arguments):
         source = FolderSource(tmp_path, **arguments)
-        return [source.name(i) for i in range(len(source))]
+        return [entry.name for entry in source.entries]
 
     train, heldout = names(split="train", heldout=0.1), names(split="heldout", heldout=0.1)
     assert not set(train) & set(heldout) and sorted(train + heldout) == sorted(names())

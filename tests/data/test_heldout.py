@@ -212,7 +212,7 @@ def test_pixels_of_scenes_are_as_recorded():
 def test_the_held_out_split_of_a_folder_is_as_recorded(data):
     path = data("folder").folder.path
     source = FolderSource(path, split="heldout", heldout=0.25)
-    assert digest([source.name(index) for index in range(len(source))]) == FOLDER
+    assert digest([entry.name for entry in source.entries]) == FOLDER
 
 
 def test_the_held_out_split_of_records_is_as_recorded(data):

@@ -37,7 +37,7 @@ def write(root, files):
 def trained(root, **options):
     """{name: captions} that training reads."""
     source = FolderSource(root, **options)
-    return {source.name(i): source[i]["texts"] for i in range(len(source))}
+    return {source.entries[i].name: source[i]["texts"] for i in range(len(source))}
 
 
 def imported(root, out):

@@ -1,4 +1,5 @@
 import itertools
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
@@ -43,7 +44,7 @@ def test_flip_and_clean_logits_agree_on_the_clean_bit():
     output = jnp.array([2.0, 2.0])[:, None, None]
     np.testing.assert_array_equal(bd.clean_logits(output, z).ravel(), [2.0, -2.0])
     np.testing.assert_array_equal(bd.clean_logits(output, z, "x").ravel(), [2.0, 2.0])
-    for target in bd.TARGETS:
+    for target in get_args(bd.Target):
         flip = jax.nn.sigmoid(bd.flip_logits(output, z, target))
         clean = z * (1 - flip) + (1 - z) * flip
         expected = jax.nn.sigmoid(bd.clean_logits(output, z, target))

@@ -9,8 +9,9 @@ from safetensors.numpy import load_file
 
 from instella_jax.models.functional import apply
 from instella_jax.models.olmo import Olmo
-from instella_jax.weights import convert, reference_sizes
+from instella_jax.weights import reference_sizes
 from tests.needs_torch import needs_torch
+from tests.reference_params import to_params
 
 SIZES = {
     "plain": dict(),
@@ -46,7 +47,7 @@ def test_hidden_states_are_those_of_transformers(name, tmp_path):
         json.loads((tmp_path / "config.json").read_text()), {}, "config.json"
     )
     ours = Olmo(config)
-    params = convert.to_params(ours, load_file(tmp_path / "model.safetensors"))
+    params = to_params(ours, load_file(tmp_path / "model.safetensors"))
 
     rng = np.random.default_rng(0)
     ids = rng.integers(0, config.vocab_size, (4, 9))

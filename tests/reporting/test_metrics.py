@@ -32,7 +32,7 @@ def test_scalars_are_strict_json_lines(tmp_path):
 
 
 def test_every_line_is_on_disk_at_once(tmp_path):
-    writer = MetricsWriter(tmp_path, tensorboard=False)
+    writer = MetricsWriter(tmp_path)
     writer.scalars(1, {"loss": 1})
     assert read_metrics(tmp_path) == [{"step": 1, "loss": 1.0}]
     writer.close()
@@ -41,12 +41,12 @@ def test_every_line_is_on_disk_at_once(tmp_path):
 
 
 def test_resuming_removes_what_comes_again(tmp_path, caplog):
-    with MetricsWriter(tmp_path, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path) as writer:
         for step in (1, 2, 3, 4):
             writer.scalars(step, {"loss": step})
     path = tmp_path / "metrics.jsonl"
     path.write_text(path.read_text() + '{"step": 5, "lo')
-    with MetricsWriter(tmp_path, start_step=2, tensorboard=False) as writer:
+    with MetricsWriter(tmp_path, start_step=2) as writer:
         writer.scalars(3, {"loss": 30})
     assert [(row["step"], row["loss"]) for row in read_metrics(tmp_path)] == [
         (1, 1.0),
@@ -54,7 +54,7 @@ def test_resuming_removes_what_comes_again(tmp_path, caplog):
         (3, 30.0),
     ]
     assert "not JSON" in caplog.text
-    assert [entry.name for entry in tmp_path.iterdir()] == ["metrics.jsonl"]
+    assert {entry.name for entry in tmp_path.iterdir()} == {"metrics.jsonl", "tensorboard"}
 
 
 def test_other_processes_write_nothing(tmp_path):

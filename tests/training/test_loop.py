@@ -233,7 +233,7 @@ def test_metrics_are_fetched_a_step_late_and_nothing_else_is(toy, config, tmp_pa
         return state, {"loss": Late(number), "skipped_in_a_row": 0, "counts": {}}
 
     run.step_function = step
-    run.writer = loop.MetricsWriter(tmp_path, tensorboard=False)
+    run.writer = loop.MetricsWriter(tmp_path)
     monkeypatch.setattr(jax, "device_get", lambda tree: tree)
     with run.writer, sharding.use(run.mesh), jax.transfer_guard("disallow"):
         assert run.loop(0, StopRequest())

@@ -13,6 +13,7 @@ from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import BinaryTokenizer
 from instella_jax.weights import convert, reference_sizes
 from tests.paths import ROOT
+from tests.reference_params import to_params
 
 VECTORS = ROOT / "tests/data/parity"
 META = json.loads((VECTORS / "meta.json").read_text())
@@ -39,7 +40,7 @@ def weights(name):
 def test_there_and_back_is_identical(name, dtype):
     tensors = {key: value.astype(dtype) for key, value in weights(name).items()}
     network = NETWORKS[name]
-    params = convert.to_params(network, tensors)
+    params = to_params(network, tensors)
     unused = {key: tensors[key] for key in convert.unused_shapes(network)}
     back = dict(convert.from_params(network, params, unused))
     assert back.keys() == tensors.keys()
@@ -51,7 +52,7 @@ def test_there_and_back_is_identical(name, dtype):
 @EACH
 def test_parameters_are_those_of_the_network(name):
     network = NETWORKS[name]
-    params = convert.to_params(network, weights(name))
+    params = to_params(network, weights(name))
     shapes = {k: v.shape for k, v in convert.shapes_by_path(network).items()}
     found = {
         "/".join(str(key.key) for key in path): leaf.shape
@@ -63,10 +64,10 @@ def test_parameters_are_those_of_the_network(name):
 def test_optional_tensors_may_be_missing():
     tensors = weights("olmo")
     del tensors["lm_head.weight"]
-    back = dict(convert.from_params(NETWORKS["olmo"], convert.to_params(NETWORKS["olmo"], tensors)))
+    back = dict(convert.from_params(NETWORKS["olmo"], to_params(NETWORKS["olmo"], tensors)))
     np.testing.assert_array_equal(back["lm_head.weight"], tensors["model.embed_tokens.weight"])
     tensors = {k: v for k, v in weights("ar").items() if not k.startswith("time_embed")}
-    back = dict(convert.from_params(NETWORKS["ar"], convert.to_params(NETWORKS["ar"], tensors)))
+    back = dict(convert.from_params(NETWORKS["ar"], to_params(NETWORKS["ar"], tensors)))
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in weights("ar").items()}
 
 
@@ -98,12 +99,12 @@ def test_damage_is_named(name, tensor, change, message):
     else:
         tensors = {**weights(name), tensor: np.zeros(3, np.float32)}
     with pytest.raises(UserError, match=message) as error:
-        convert.to_params(NETWORKS[name], tensors, "some.pt")
+        to_params(NETWORKS[name], tensors, "some.pt")
     assert tensor in str(error.value) and "some.pt" in str(error.value)
 
 
 def test_export_names_what_does_not_fit():
-    params = convert.to_params(NETWORKS["diffusion"], weights("diffusion"))
+    params = to_params(NETWORKS["diffusion"], weights("diffusion"))
     for change in ({"bits_in": {}}, {"more": np.zeros(3)}):
         with pytest.raises(UserError, match="bits_in|more"):
             list(convert.from_params(NETWORKS["diffusion"], {**params, **change}))

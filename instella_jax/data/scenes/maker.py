@@ -22,10 +22,11 @@ _REPEATS = {
 # are the nine places that captions have words for.
 PLACES = {"thirds": 2, "snapped": 1, "free": 0}
 _HELDOUT_KINDS = ("background", "count", "relation")
+# Left, top and side, in fractions of the picture's.
 Box = tuple[float, float, float]
 
 
-def _apart(a: tuple[float, float, float], b: tuple[float, float, float]) -> bool:
+def _apart(a: Box, b: Box) -> bool:
     """Return whether two boxes (left, top, side) do not overlap."""
     (ax, ay, aw), (bx, by, bw) = a, b
     return ax + aw <= bx or bx + bw <= ax or ay + aw <= by or by + bw <= ay
@@ -48,14 +49,14 @@ def _layouts(sides: tuple[int, ...], step: int) -> tuple[tuple[tuple[int, int, i
     )
 
 
-def _snapped_boxes(stream: Stream, n: int, step: int) -> list[tuple[float, float, float]]:
+def _snapped_boxes(stream: Stream, n: int, step: int) -> list[Box]:
     sides = tuple(stream.choice((SMALL, LARGE)) for _ in range(n))
     return [(x / GRID, y / GRID, w / GRID) for x, y, w in stream.choice(_layouts(sides, step))]
 
 
-def _free_boxes(stream: Stream, n: int, size: int) -> list[tuple[float, float, float]]:
+def _free_boxes(stream: Stream, n: int, size: int) -> list[Box]:
     for _ in range(20):
-        boxes: list[tuple[float, float, float]] = []
+        boxes: list[Box] = []
         for _ in range(n):
             side = stream.choice((SMALL, LARGE)) * size // GRID
             left, top = stream.below(size - side + 1), stream.below(size - side + 1)
@@ -67,7 +68,7 @@ def _free_boxes(stream: Stream, n: int, size: int) -> list[tuple[float, float, f
     return _snapped_boxes(stream, n, PLACES["snapped"])
 
 
-def _boxes(stream: Stream, n: int, places: str, size: int) -> list[tuple[float, float, float]]:
+def _boxes(stream: Stream, n: int, places: str, size: int) -> list[Box]:
     if step := PLACES[places]:
         return _snapped_boxes(stream, n, step)
     return _free_boxes(stream, n, size)

@@ -57,14 +57,12 @@ class Concept:
       name: what captions call it, unique, lower case, such as "red heart".
       code: Unicode code points in hexadecimal, joined by "-".
       group: emojibase's group, such as "animals-nature".
-      keywords: emojibase's tags.
       hidden: per style, the backgrounds on which it can hardly be seen.
     """
 
     name: str
     code: str
     group: str
-    keywords: tuple[str, ...]
     hidden: dict[str, tuple[str, ...]]
 
     @functools.cached_property
@@ -98,7 +96,6 @@ def catalogue() -> dict[str, Concept]:
             name=entry["name"],
             code=entry["code"],
             group=entry["group"],
-            keywords=tuple(entry["keywords"]),
             hidden={style: tuple(names) for style, names in entry["hidden"].items()},
         )
         for entry in index["concepts"]
