@@ -3,6 +3,7 @@
 import contextlib
 import errno
 import gc
+import io
 import sys
 import traceback
 from collections.abc import Iterator
@@ -33,8 +34,13 @@ def disk_error(error: OSError) -> UserError | None:
 def command_line() -> Iterator[None]:
     """End the process with status 2 and a sentence at a user's mistake, with 130 at Ctrl-C.
 
-    A disk without room, or one that cannot be written, is told so too.
+    A disk without room, or one that cannot be written, is told so too. What is printed inside may
+    hold any characters, whatever the terminal or the log takes.
     """
+    for stream in (sys.stdout, sys.stderr):
+        # What cannot be written, as in ASCII, is spelled, for example \u732b.
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
     try:
         yield
     except UserError as error:

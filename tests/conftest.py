@@ -1,7 +1,6 @@
 """Eight devices, a compile cache and configs small enough to compile in seconds."""
 
 import collections
-import getpass
 import os
 import tempfile
 from pathlib import Path
@@ -37,7 +36,7 @@ DEVICES = 8
 # Subprocesses that tests start read the same settings from the environment.
 os.environ.setdefault(
     "JAX_COMPILATION_CACHE_DIR",
-    str(Path(tempfile.gettempdir()) / f"instella-jax-tests-{getpass.getuser()}"),
+    str(Path(tempfile.gettempdir()) / f"instella-jax-tests-{os.getuid()}"),
 )
 os.environ.setdefault("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS", "0.2")
 # jax has read the environment by now.

@@ -1,5 +1,6 @@
 """What the command line says of mistakes: one sentence, a status, nothing touched."""
 
+import hashlib
 import json
 import os
 import shutil
@@ -17,12 +18,21 @@ TINY_T2I = "--config=tests/tiny_diffusion.py"
 TOKENIZER = "--config=configs/tokenizer.py"
 
 
-def run(*arguments):
+# A user that no list has, as in a container that is started with a number.
+NOBODY = """
+import pwd, runpy
+def nobody(*_): raise KeyError("uid not found")
+pwd.getpwuid = pwd.getpwnam = nobody
+runpy.run_module("instella_jax.main", run_name="__main__", alter_sys=True)
+"""
+
+
+def run(*arguments, start=("-m", "instella_jax.main"), env=None):
     """Runs main as a user does; returns status, standard output and standard error."""
     result = subprocess.run(
-        [sys.executable, "-m", "instella_jax.main", *map(str, arguments)],
+        [sys.executable, *start, *(a if isinstance(a, bytes) else str(a) for a in arguments)],
         cwd=ROOT,
-        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
+        env={**(os.environ if env is None else env), "JAX_DISABLE_MOST_OPTIMIZATIONS": "1"},
         capture_output=True,
         text=True,
         check=False,
@@ -37,6 +47,10 @@ def mistake(*arguments):
     assert status == 2, err
     assert err.startswith("error: ") and err.count("\n") == 1, err
     return err.removeprefix("error: ").strip()
+
+
+def sha256(path):
+    return hashlib.sha256(path.read_bytes()).hexdigest()[:32]
 
 
 def contents(folder):
@@ -195,10 +209,68 @@ def test_a_run_is_used_by_its_workdir_alone(tiny_run, tmp_path):
         assert status == 0 and f"step 4 of {workdir}" in text, err
         (row,) = map(json.loads, (out / "metadata.jsonl").read_text().splitlines())
         assert row["steps"] == 3 and row["text"] == "two red hearts"
+        assert row["weights"] == {
+            "folder": str(workdir),
+            "step": 4,
+            "digests": {
+                "checkpoint": sha256(workdir / "checkpoints" / "4" / "manifest.json"),
+                "tokenizer": sha256(workdir.parent / "tokenizer" / "tokenizer.safetensors"),
+            },
+        }
     status, text, err = run(f"--workdir={workdir}", "--mode", "eval", tokenizer)
     assert status == 0, err
     last = [row for row in read_metrics(workdir) if "heldout/loss" in row][-1]
     assert f"loss {last['heldout/loss']:.4f}" in text
+
+
+@pytest.mark.slow
+def test_pictures_name_the_model_folder_that_made_them(tiny_run, tmp_path):
+    workdir, tokenizer = tiny_run
+    model = workdir / "model"
+    status, _, err = run(
+        TINY_T2I, "--mode=sample", tokenizer, f"--config.init_from={model}",
+        "--config.sample.prompt=a heart", f"--config.sample.out={tmp_path}",
+        "--config.sample.steps=3", "--config.sample.negative_prompt=a dog",
+        "--config.sample.guidance=0",
+    )  # fmt: skip
+    assert status == 0 and "the negative prompt does nothing with guidance 0" in err
+    (row,) = map(json.loads, (tmp_path / "metadata.jsonl").read_text().splitlines())
+    digests = {part: sha256(model / f"{part}.safetensors") for part in ("generator", "text")}
+    digests["tokenizer"] = sha256(workdir.parent / "tokenizer" / "tokenizer.safetensors")
+    assert row["weights"] == {"folder": str(model), "digests": digests}
+
+
+@pytest.mark.slow
+def test_a_user_without_a_name_a_home_or_unicode(tiny_run, tmp_path):
+    workdir, tokenizer = tiny_run
+    env = {"LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    alone = dict(start=("-c", NOBODY), env=env)
+    (tmp_path / "prompts.txt").write_bytes("\ufeffein Herz für 猫\n".encode())
+    status, out, err = run(
+        f"--workdir={workdir}", "--mode=sample", tokenizer, f"--config.sample.out={tmp_path}/猫",
+        f"--config.sample.prompts_file={tmp_path / 'prompts.txt'}", **alone,
+    )  # fmt: skip
+    assert status == 0, err
+    assert "no compilation cache: this user has no home" in err and "\\u732b" in out
+    (row,) = map(json.loads, (tmp_path / "猫" / "metadata.jsonl").read_text().splitlines())
+    assert row["text"] == "ein Herz für 猫"
+    status, out, err = run(TINY, f"--workdir={tmp_path / 'run'}", "--config.train.steps=2", **alone)
+    assert status == 0 and "model: " in out, err
+
+
+@pytest.mark.slow
+def test_a_prompt_that_is_not_utf_8_is_one_sentence(tiny_run, tmp_path):
+    workdir, tokenizer = tiny_run
+    sample = (f"--workdir={workdir}", "--mode=sample", tokenizer)
+    for key in ("prompt", "negative_prompt"):
+        text = f"--config.sample.{key}=ein H".encode() + b"\xe4" + b"schen"
+        rest = () if key == "prompt" else ("--config.sample.prompt=a heart",)
+        sentence = mistake(*sample, f"--config.sample.out={tmp_path / 'no'}", *rest, text)
+        assert sentence == r"prompt 'ein H\udce4schen' is not UTF-8: give it as UTF-8 text"
+    (tmp_path / "latin").write_bytes("ein Häschen".encode("latin-1"))
+    sentence = mistake(*sample, f"--config.sample.prompts_file={tmp_path / 'latin'}")
+    assert "cannot be read as UTF-8 (invalid continuation byte at byte 5): save it" in sentence
+    assert not (tmp_path / "no").exists()
 
 
 @pytest.mark.slow

@@ -16,6 +16,7 @@ from instella_jax.data import sources
 from instella_jax.errors import UserError
 from instella_jax.models.functional import abstract_params
 from instella_jax.runtime import devices, sharding
+from instella_jax.sampling.load import Weights
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import init_stage
 from instella_jax.training import loop
@@ -213,7 +214,7 @@ def pretend_to_draw(config, monkeypatch):
     """Reads prompts and options as --mode=sample does."""
     with monkeypatch.context() as patch:
         blank = SimpleNamespace(batches=lambda *_: [np.zeros((1, 8, 8, 3), np.uint8)])
-        patch.setattr(generate, "load_pipeline", lambda *_: (blank, "nothing"))
+        patch.setattr(generate, "load_pipeline", lambda *_: (blank, Weights("nothing", None, {})))
         generate.generate(config, None)
 
 

@@ -157,8 +157,8 @@ def diagnose(facts: Facts) -> Iterator[str]:
         )
     if not facts.cache:
         yield (
-            f"compiled programs cannot be kept in {cache_folder()}, so that every start compiles "
-            "again: set INSTELLA_JAX_CACHE to a folder of your own"
+            f"compiled programs cannot be kept in {cache_folder() or 'a home folder'}, so that "
+            "every start compiles again: set INSTELLA_JAX_CACHE to a folder of your own"
         )
     if facts.processes.startswith("error: "):
         yield f"the environment of several processes cannot be used: {facts.processes[7:]}"
@@ -291,7 +291,7 @@ def describe(facts: Facts) -> Iterator[str]:
         milliseconds = 1e3 * facts.step_seconds
         same = "" if facts.backend == "cpu" else f", as on the CPU to {facts.step_error:.1g}"
         yield f"tiny step   {milliseconds:.1f} ms{same}"
-    yield f"cache       {cache_folder()}"
+    yield f"cache       {cache_folder() or 'none: this user has no home folder'}"
     yield f"processes   {facts.processes}"
 
 

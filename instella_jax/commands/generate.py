@@ -36,9 +36,14 @@ def read_prompts(config: Config) -> list[str]:
         )
     path = Path(config.prompts_file)
     try:
-        lines = path.read_text(encoding="utf-8").splitlines()
-    except (OSError, UnicodeDecodeError) as error:
-        raise UserError(f"prompt file {path} cannot be read ({error})") from None
+        lines = path.read_text(encoding="utf-8-sig").splitlines()
+    except OSError as error:
+        raise UserError(f"prompt file {path} cannot be read ({error.strerror})") from None
+    except UnicodeDecodeError as error:
+        raise UserError(
+            f"prompt file {path} cannot be read as UTF-8 ({error.reason} at byte {error.start}): "
+            "save it as UTF-8"
+        ) from None
     prompts = [line.strip() for line in lines if line.strip()]
     if not prompts:
         raise UserError(f"prompt file {path} is empty: expected one prompt a line")
@@ -75,12 +80,12 @@ def generate(config: Config, workdir: str | os.PathLike[str] | None) -> Path | N
     first = jax.process_index() == 0
     if workdir is not None:
         check_config(workdir, config, free=USED)
-    pipeline, source = load_pipeline(config, workdir)
+    pipeline, weights = load_pipeline(config, workdir)
     batches = pipeline.batches(prompts, options)
     captions = [p for p in prompts for _ in range(options.images_per_prompt)]
     progress, rate = Progress(enabled=first), Throughput()
-    progress.message(f"drawing {len(captions)} picture(s) with {source}")
-    album = Album(out, captions, config.sample) if first else None
+    progress.message(f"drawing {len(captions)} picture(s) with {weights}")
+    album = Album(out, captions, config.sample, weights.record()) if first else None
     start, done = time.perf_counter(), 0
     with contextlib.closing(progress):
         for pictures in batches:

@@ -12,13 +12,18 @@ logger = logging.getLogger(__name__)
 _SECONDS_OF_A_WRITE = 60.0
 
 
-def cache_folder() -> Path:
-    """Return where compiled programs are kept: the user's own cache folder, or
-    INSTELLA_JAX_CACHE."""
+def cache_folder() -> Path | None:
+    """Return where compiled programs are kept: the user's own cache folder, or INSTELLA_JAX_CACHE.
+
+    None where neither is there, as for a user without a name in a container.
+    """
     given = os.environ.get("INSTELLA_JAX_CACHE")
     if given:
         return Path(given)
-    root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    try:
+        root = os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache"
+    except RuntimeError:  # there is no HOME, and the user is in no list
+        return None
     return Path(root) / "instella_jax" / "xla"
 
 
@@ -28,6 +33,11 @@ def use_cache() -> None:
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
         folder = cache_folder()
+        if folder is None:
+            logger.warning(
+                "no compilation cache: this user has no home; INSTELLA_JAX_CACHE=FOLDER names one"
+            )
+            return
         try:
             folder.mkdir(parents=True, exist_ok=True, mode=0o700)
             drop_damaged(folder)
@@ -40,9 +50,12 @@ def use_cache() -> None:
 
 def can_keep() -> bool:
     """Return whether a file can be made in `cache_folder`, which is made for that."""
+    folder = cache_folder()
+    if folder is None:
+        return False
     try:
-        cache_folder().mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryFile(dir=cache_folder()) as file:
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryFile(dir=folder) as file:
             file.write(b"x")
     except OSError:
         return False

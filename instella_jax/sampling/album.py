@@ -15,13 +15,14 @@ from instella_jax.reporting.pictures import save_grid, save_png
 class Album:
     """Writes pictures as they come: PNG files, `metadata.jsonl`, and a grid every so often."""
 
-    def __init__(self, out: Path, captions: list[str], sample: Config):
+    def __init__(self, out: Path, captions: list[str], sample: Config, weights: dict[str, Any]):
         """Make the folder, or go on after the numbers that are there.
 
         Args:
           out: the folder.
           captions: prompt of each picture that will come, those of a prompt together.
           sample: the config's `sample` section, which `metadata.jsonl` repeats.
+          weights: what `metadata.jsonl` says of the weights, see `load.Weights`.
 
         Raises:
           UserError: the folder cannot be made.
@@ -31,6 +32,7 @@ class Album:
         except OSError as error:
             raise _cannot_write(out, error) from None
         self._out, self._captions, self._sample = out, captions, sample
+        self._weights = weights
         self._first, self._done = next_number(out), 0
         self._sheet: list[np.ndarray] = []
         self._grid = out
@@ -70,7 +72,13 @@ class Album:
         self._done += 1
         left_out = ("prompt", "prompts_file", "out")
         settings = {k: v for k, v in self._sample.items() if k not in left_out}
-        return {"file_name": name, "text": caption, **settings, "seed": seed}
+        return {
+            "file_name": name,
+            "text": caption,
+            **settings,
+            "seed": seed,
+            "weights": self._weights,
+        }
 
     def _write_grid(self) -> None:
         """Write the grid of the pictures since the last one, with the number of its first."""

@@ -6,6 +6,7 @@ Axes: B pictures, U different prompts, N latent tokens, K bits, L text length.
 import contextlib
 import dataclasses
 import functools
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
@@ -33,6 +34,8 @@ from instella_jax.runtime import sharding
 from instella_jax.sampling import loops
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.weights import model_folder, model_parts
+
+logger = logging.getLogger(__name__)
 
 Generator = DiffusionTransformer | ArTransformer
 
@@ -110,7 +113,11 @@ def decode(
 class InstellaPipeline:
     """A text encoder, a generator and a tokenizer, ready to draw.
 
-    A picture depends on the parameters, its prompt, its seed and the options alone. With a mesh,
+    A picture depends on the parameters, its prompt, its seed and the options alone. The order in
+    which a matrix product is summed up goes by its shape, though: in a batch of another size the
+    features of a prompt differ by about 1e-6 of their largest. Its code has the same bits unless
+    one is on the very edge, and a pixel may be another by one grey level.
+    With a mesh,
     each batch is spread over its devices; where they are those of several processes, all of them
     must ask for the same pictures, and all get them.
     """
@@ -228,27 +235,38 @@ class InstellaPipeline:
             mesh=mesh,
         )
 
-    def __call__(self, prompts: Sequence[str], options: Options = Options()) -> np.ndarray:
+    def __call__(self, prompts: str | Sequence[str], options: Options = Options()) -> np.ndarray:
         """Draw prompts.
 
         Args:
-          prompts: U texts.
+          prompts: U texts, or one.
           options: see `Options`.
 
         Returns:
           uint8 [U * images_per_prompt, height, width, 3], the pictures of a prompt together.
 
         Raises:
-          UserError: there is no prompt, or the tokenizer cannot draw the size.
+          UserError: there is no prompt, one is no text, or the tokenizer cannot draw the size.
         """
         return np.concatenate(list(self.batches(prompts, options)))
 
-    def batches(self, prompts: Sequence[str], options: Options = Options()) -> Iterator[np.ndarray]:
+    def batches(
+        self, prompts: str | Sequence[str], options: Options = Options()
+    ) -> Iterator[np.ndarray]:
         """Draw prompts in the order of `__call__`, a batch of pictures at a time.
 
         What cannot be drawn is refused here, before the first batch is asked for.
         """
-        if not prompts:
+        prompts = [prompts] if isinstance(prompts, str) else prompts
+        for prompt in (*prompts, options.negative_prompt):
+            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise UserError(f"prompt {prompt!r} is not UTF-8: give it as UTF-8 text")
+        if options.negative_prompt and not options.guidance:
+            logger.warning(
+                "the negative prompt does nothing with guidance 0: it is what guidance leads away "
+                "from"
+            )
+        if not len(prompts):
             raise UserError("there is no prompt to draw")
         height, width = options.height or self.image_size, options.width or self.image_size
         self.tokenizer.config.grid(height, width)

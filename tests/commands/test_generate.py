@@ -9,6 +9,8 @@ from instella_jax.commands import generate
 from instella_jax.errors import UserError
 from instella_jax.sampling import album as albums
 
+WEIGHTS = {"folder": "runs/x", "step": 4, "digests": {"checkpoint": "abc"}}
+
 
 @pytest.fixture
 def config():
@@ -23,7 +25,8 @@ def test_prompts_come_from_the_key_or_the_file(config, tmp_path):
     config.sample.prompt = "a cat"
     assert generate.read_prompts(config.sample) == ["a cat"]
     path = tmp_path / "prompts.txt"
-    path.write_text("a cat\n\n  a dog  \n", encoding="utf-8")
+    # With the mark that editors of Windows begin a file with.
+    path.write_bytes(b"\xef\xbb\xbfa cat\n\n  a dog  \n")
     config.sample.prompts_file = str(path)
     with pytest.raises(UserError, match="not both"):
         generate.read_prompts(config.sample)
@@ -49,7 +52,7 @@ def test_nothing_to_draw_is_said(config):
 
 
 def write(folder, drawn, captions, sample):
-    album = albums.Album(folder, captions, sample)
+    album = albums.Album(folder, captions, sample, WEIGHTS)
     for start in range(0, len(drawn), 3):
         album.add(drawn[start : start + 3])
     return album.close()
@@ -64,6 +67,7 @@ def test_files_hold_the_pictures_and_say_how_they_were_made(config, tmp_path):
     assert [row["text"] for row in rows] == captions
     assert [row["seed"] for row in rows] == [7, 8, 7, 8]
     assert rows[0]["file_name"] == "00000-a-cat-dog-seed7.png" and rows[0]["steps"] == 20
+    assert all(row["weights"] == WEIGHTS for row in rows)
     for row, picture in zip(rows, drawn, strict=True):
         with Image.open(tmp_path / row["file_name"]) as image:
             np.testing.assert_array_equal(np.asarray(image), picture)
@@ -88,7 +92,7 @@ def test_many_pictures_make_several_grids(config, tmp_path):
 
 
 def test_pictures_drawn_before_an_interruption_are_there(config, tmp_path):
-    album = albums.Album(tmp_path, ["a cat"] * 5, config.sample)
+    album = albums.Album(tmp_path, ["a cat"] * 5, config.sample, WEIGHTS)
     album.add(pictures(2))
     rows = (tmp_path / "metadata.jsonl").read_text().splitlines()
     names = sorted(json.loads(row)["file_name"] for row in rows)
@@ -98,13 +102,13 @@ def test_pictures_drawn_before_an_interruption_are_there(config, tmp_path):
 def test_a_folder_that_cannot_be_written_is_one_sentence(config, tmp_path):
     (tmp_path / "metadata.jsonl").mkdir()
     with pytest.raises(UserError, match="cannot write pictures to .* \\(Is a directory\\)"):
-        albums.Album(tmp_path, ["a cat"], config.sample).add(pictures(1))
+        albums.Album(tmp_path, ["a cat"], config.sample, WEIGHTS).add(pictures(1))
 
 
 def test_a_file_in_the_folders_place_is_one_sentence(config, tmp_path):
     (tmp_path / "file").touch()
     with pytest.raises(UserError, match="cannot write pictures to .* \\(File exists\\)"):
-        albums.Album(tmp_path / "file", ["a cat"], config.sample)
+        albums.Album(tmp_path / "file", ["a cat"], config.sample, WEIGHTS)
 
 
 @pytest.mark.parametrize(

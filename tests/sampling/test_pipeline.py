@@ -55,6 +55,35 @@ def test_a_picture_depends_on_prompt_and_seed_alone(pipeline):
             np.testing.assert_array_equal(alone[0], together[2 * index + picture])
 
 
+def test_one_text_is_one_prompt(pipeline):
+    np.testing.assert_array_equal(pipeline(PROMPTS[0], OPTIONS), pipeline(PROMPTS[:1], OPTIONS))
+
+
+def test_the_bits_of_a_code_are_the_same_alone_and_in_a_batch(pipeline, monkeypatch):
+    codes, sample = [], pipeline.codes
+
+    def watched(*args):
+        codes.append(np.asarray(sample(*args)))
+        return codes[-1]
+
+    monkeypatch.setattr(pipeline, "codes", watched)
+    prompts = [f"{number} {prompt}" for prompt in PROMPTS for number in ("a", "two", "three")][:8]
+    pipeline(prompts, dataclasses.replace(OPTIONS, batch_size=8))
+    for prompt in prompts:
+        pipeline(prompt, dataclasses.replace(OPTIONS, batch_size=8))
+    together, *alone = codes
+    assert together.shape[0] == 8 and 0.2 < together.mean() < 0.8
+    np.testing.assert_array_equal(np.concatenate(alone), together)
+
+
+def test_a_negative_prompt_without_guidance_is_said_to_do_nothing(pipeline, caplog):
+    options = dataclasses.replace(OPTIONS, negative_prompt=PROMPTS[1])
+    pipeline(PROMPTS[0], options)
+    assert "does nothing" not in caplog.text
+    pipeline(PROMPTS[0], dataclasses.replace(options, guidance=0.0))
+    assert "the negative prompt does nothing with guidance 0" in caplog.text
+
+
 def test_batches_give_what_one_batch_gives(pipeline):
     whole = pipeline(PROMPTS, dataclasses.replace(OPTIONS, batch_size=8))
     for size in (1, 2):
