@@ -76,9 +76,10 @@ class _SkipBad:
     _PATIENCE = 10_000
     _MOST_NAMED = 100
 
-    def __init__(self, source_length: int, named: set[str]):
-        self._limit = min(2 * source_length + 64, self._PATIENCE)
-        self._named = named
+    def __init__(self, source_length: int, named: set[str], once: bool, advice: str):
+        # What is read once and gives nothing is told as soon as its last sample is left out.
+        self._limit = source_length if once else min(2 * source_length + 64, self._PATIENCE)
+        self._named, self._advice = named, advice
         self._in_a_row = 0
         self._lock = threading.Lock()
 
@@ -110,7 +111,7 @@ class _SkipBad:
             if self._in_a_row >= self._limit:
                 raise UserError(
                     f"{self._in_a_row} samples in a row could not be used, the last because "
-                    f"{reason}; check the data"
+                    f"{reason}; {self._advice}"
                 )
 
 
@@ -148,6 +149,7 @@ def make_loader(
     max_length: int = 128,
     steps_per_call: int | None = None,
     drop_remainder: bool | None = None,
+    advice: str = "check the data",
     workers: int = 0,
     threads: int | None = None,
     prefetch: int = 2,
@@ -186,6 +188,7 @@ def make_loader(
       steps_per_call: G, or None for no group axis.
       drop_remainder: Leave out the last, short batch of a single epoch. Default: whether there is
         a group axis.
+      advice: what the user should do where so many samples in a row cannot be used that it ends.
       workers: Processes that read and transform. 0: threads of this process.
       threads: Reading threads per process; 0 reads in the one prefetching thread, best for
         samples that are computed, not read. Default: 0 with workers, else up to 8.
@@ -237,7 +240,7 @@ def make_loader(
 
     def batches_of(bucket: int) -> Any:
         source, transform = buckets.parts[bucket], buckets.transforms[bucket]
-        skip_bad = _SkipBad(len(source), named)
+        skip_bad = _SkipBad(len(source), named, not repeat, advice)
 
         def stream(number: int, part: Source, mixed: bool) -> Any:
             # Grain seeds epoch e with seed + e: hashing keeps neighbouring seeds from sharing

@@ -42,6 +42,11 @@ def make_split(
         text_tokenizer=text_tokenizer,
         workers=config.workers if train else 0,
     )
+    if not train:
+        shared["advice"] = (
+            f"that is all that is held out: check it, or hold out other data (data.{config.kind}."
+            "heldout)"
+        )
     buckets.check(config, tokenizer=not captions)
     if config.kind == "scenes":
         source = scenes_source(config, split)
