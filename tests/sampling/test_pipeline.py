@@ -2,6 +2,7 @@ import dataclasses
 import logging
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 
@@ -219,16 +220,17 @@ def test_all_options_reach_the_diffusion_sampler(
     else:
         model_folder.save(tmp_path, stage.describe(), params, text_folder=stage.text_folder)
         pipeline = InstellaPipeline.from_folder(tmp_path, tiny_tokenizer_folder)
-    features, mask = pipeline.describe([*PROMPTS, "", "", ""], 32)
+    texts = [*PROMPTS, "", "", ""]
+    features, mask = pipeline.describe(texts, pipeline.tokenise(texts))
     seeds = np.arange(3)
     options = Options(steps=4, guidance=3.0, temperature=0.6, rho=2.0, protocol=2)
     codes = np.asarray(pipeline.codes(features, mask, seeds, options))
-    ids, seen = pipeline.text_tokenizer.encode(PROMPTS, pad_to=32)
+    ids, seen = pipeline.text_tokenizer.encode(PROMPTS, pad_to=mask.shape[1])
     np.testing.assert_array_equal(mask, np.concatenate([seen, np.zeros_like(seen)]))
     states = jax.jit(stage.text_features)(params, {}, ids, seen)
     wanted = loops.sample_diffusion(
-        stage.network, params["generator"], np.concatenate([states, states], axis=1), mask,
-        loops.image_keys(seeds.astype(np.uint32)), steps=4, guidance=3.0, temperature=0.6,
+        stage.network, params["generator"], jnp.concatenate([states, states], axis=1), mask,
+        loops.image_keys(jnp.asarray(seeds, jnp.uint32)), steps=4, guidance=3.0, temperature=0.6,
         rho=2.0, protocol=2, target=target,
     )  # fmt: skip
     np.testing.assert_array_equal(codes, wanted)
