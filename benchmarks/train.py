@@ -13,6 +13,7 @@ tokens; memory is the peak of the fullest device, or on a CPU of the whole proce
 
 import functools
 import json
+import math
 import os
 import resource
 import subprocess
@@ -120,7 +121,7 @@ def measure(config: Config, steps: int, made_up: bool) -> dict[str, Any]:
         state, metrics = compiled(state, frozen, batch)
         jax.block_until_ready(metrics)
         watch.waited()
-        calls, seconds = -(-steps // size.steps_per_call), []
+        calls, seconds = number_of_calls(steps, size.steps_per_call), []
         begin = time.perf_counter()
         for _ in range(calls):
             state, following = compiled(state, frozen, take())
@@ -130,7 +131,7 @@ def measure(config: Config, steps: int, made_up: bool) -> dict[str, Any]:
             seconds.append((now - begin) / size.steps_per_call)
             begin = now
         jax.block_until_ready(metrics)
-        seconds = seconds[1:] or seconds  # the first found the device idle
+        seconds = seconds[1:]  # the first found the device idle
         waited = watch.waited()
     seconds.sort()
     median = seconds[len(seconds) // 2]
@@ -148,6 +149,14 @@ def measure(config: Config, steps: int, made_up: bool) -> dict[str, Any]:
         "tokens_per_second": speed["images_per_second"] * config.model.num_tokens,
         **speed,
     }
+
+
+def number_of_calls(steps: int, steps_per_call: int) -> int:
+    """Return how many calls to make for `steps` to be timed: one that does not count, two at least.
+
+    A call returns before it is computed, so that one alone would time nothing.
+    """
+    return 1 + max(2, math.ceil(steps / steps_per_call))
 
 
 def variations(config: Config, keys: list[str]) -> list[tuple[str, str]]:

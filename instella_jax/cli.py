@@ -5,10 +5,10 @@ import os
 import signal
 import sys
 from collections.abc import Sequence
-from pathlib import Path
 
 from instella_jax.commands.data import add_parser as add_data_parser
 from instella_jax.commands.data import run as run_data
+from instella_jax.config_keys import path_argument
 from instella_jax.errors import command_line
 
 
@@ -24,30 +24,30 @@ def make_parser() -> argparse.ArgumentParser:
     take = commands.add_parser("import", help="published checkpoints -> a model folder")
     take.add_argument(
         "source",
-        type=Path,
+        type=path_argument,
         metavar="DIR",
         help="with bae/model.safetensors and diffusion.pt, ar.pt or both",
     )
     take.add_argument(
         "--text-encoder",
-        type=Path,
+        type=path_argument,
         required=True,
         metavar="OLMO",
         help="with config.json, model.safetensors or shards, a text tokenizer",
     )
     take.add_argument(
-        "--out", type=Path, required=True, metavar="MODEL", help="the model folder to make"
+        "--out", type=path_argument, required=True, metavar="MODEL", help="the model folder to make"
     )
     take.add_argument(
         "--sizes",
-        type=Path,
+        type=path_argument,
         metavar="FILE.json",
         help='sizes that shapes do not tell and that are not the published ones: {"bae": '
         '{"axes_dims_rope": [8, 28, 28], "downsample_idx": [7], "upsample_idx": [7], '
         '"bae_scale": 1024}, "generator": {...}, "text": {...}}',
     )
     give = commands.add_parser("export", help="a model folder -> another form of it")
-    give.add_argument("source", type=Path, metavar="MODEL", help="a model folder")
+    give.add_argument("source", type=path_argument, metavar="MODEL", help="a model folder")
     give.add_argument(
         "--to",
         required=True,
@@ -55,7 +55,9 @@ def make_parser() -> argparse.ArgumentParser:
         help="reference: the published layout; orbax, safetensors: a model folder whose weights "
         "are stored so",
     )
-    give.add_argument("--out", type=Path, required=True, metavar="DIR", help="the folder to make")
+    give.add_argument(
+        "--out", type=path_argument, required=True, metavar="DIR", help="the folder to make"
+    )
     add_data_parser(commands)
     keys = commands.add_parser("keys", help="what the keys of the configs mean, and their values")
     keys.add_argument(

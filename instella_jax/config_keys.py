@@ -8,6 +8,7 @@ import dataclasses
 import math
 import os
 from collections.abc import Iterator
+from pathlib import Path
 from typing import Any
 
 from ml_collections import ConfigDict, FieldReference
@@ -380,6 +381,11 @@ def check_values(config: Config) -> None:
 def expand(paths: str) -> str:
     """Replace a leading `~` of each of several paths with commas between them."""
     return ",".join(_expand_one(part) for part in paths.split(","))
+
+
+def path_argument(text: str) -> Path:
+    """Return the path that an argument of a command names; `~` is the user's folder."""
+    return Path(os.path.expanduser(text))
 
 
 def _expand_one(part: str) -> str:

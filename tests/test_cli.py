@@ -10,6 +10,7 @@ import sys
 import numpy as np
 import pytest
 
+from instella_jax.cli import make_parser
 from instella_jax.reporting.metrics import read_metrics
 from tests.paths import ROOT
 
@@ -310,3 +311,19 @@ def test_workdirs_without_a_run(tmp_path):
             f"--config.sample.out={tmp_path / 'out'}",
         )  # fmt: skip
         assert sentence.startswith(f"{tmp_path} is not the workdir of a run: cannot read config")
+
+
+@pytest.mark.parametrize(
+    ("arguments", "names"),
+    [
+        (["import", "~/in", "--text-encoder", "~/olmo", "--out", "~/out"],
+         ["source", "text_encoder", "out"]),
+        (["export", "~/in", "--to", "orbax", "--out", "~/out"], ["source", "out"]),
+        (["data", "encode", "~/model", "~/in", "~/out"], ["model", "source", "out"]),
+        (["data", "scenes", "~/out"], ["out"]),
+    ],
+)  # fmt: skip
+def test_a_tilde_is_the_home_folder_in_arguments(monkeypatch, arguments, names):
+    monkeypatch.setenv("HOME", "/home/somebody")
+    options = make_parser().parse_args(arguments)
+    assert all(str(getattr(options, name)).startswith("/home/somebody/") for name in names)

@@ -7,9 +7,9 @@ import os
 import sys
 import time
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
+from instella_jax.config_keys import expand, path_argument
 from instella_jax.errors import UserError
 
 _PART = "this command's part of the work where several share it and OUT, from 0/N to N-1/N"
@@ -39,7 +39,7 @@ def _add_import(kinds: Any) -> None:
         help="files (.tar, also .gz, .bz2 or .xz; .parquet) or folders; in quotes also patterns "
         "like 'shards-{000..012}.tar' and names with commas between them",
     )
-    take.add_argument("out", type=Path, metavar="OUT", help="folder of the shards")
+    take.add_argument("out", type=path_argument, metavar="OUT", help="folder of the shards")
     take.add_argument(
         "--kind",
         default="auto",
@@ -106,9 +106,13 @@ def _add_encode(kinds: Any) -> None:
         "without it (--config.data.kind=codes --config.data.codes.path=OUT). Run again after any "
         "interruption, it goes on where it stopped.",
     )
-    encode.add_argument("model", metavar="MODEL", help="model folder of a tokenizer, or demo")
-    encode.add_argument("source", type=Path, metavar="IN", help="what `data import` has made")
-    encode.add_argument("out", type=Path, metavar="OUT", help="folder of the codes")
+    encode.add_argument(
+        "model", type=expand, metavar="MODEL", help="model folder of a tokenizer, or demo"
+    )
+    encode.add_argument(
+        "source", type=path_argument, metavar="IN", help="what `data import` has made"
+    )
+    encode.add_argument("out", type=path_argument, metavar="OUT", help="folder of the codes")
     encode.add_argument(
         "--image-size",
         type=int,
@@ -162,7 +166,7 @@ def _add_scenes(kinds: Any) -> None:
         "scenes",
         help="embedded emoji scenes -> webdataset tars, to try the other two with",
     )
-    scenes.add_argument("out", type=Path, metavar="OUT", help="folder of the tars")
+    scenes.add_argument("out", type=path_argument, metavar="OUT", help="folder of the tars")
     scenes.add_argument(
         "--count", type=int, default=2_000, metavar="N", help="pictures (default: %(default)s)"
     )

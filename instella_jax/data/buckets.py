@@ -13,6 +13,7 @@ batch is left out, and its pictures go where the same rule puts them among the o
 from __future__ import annotations
 
 import dataclasses
+import functools
 import logging
 import re
 from collections.abc import Sequence
@@ -32,6 +33,7 @@ _MOST = 64
 _CHUNK = 1 << 16
 
 
+@functools.cache
 def parse(text: str) -> tuple[Shape, ...]:
     """Read "512x512,384x640" as ((512, 512), (384, 640)), and "" as ().
 

@@ -162,3 +162,10 @@ def test_a_config_that_cannot_be_measured_is_an_error():
     assert err == "error: nothing was measured, for the reasons above\n"
     out, err = run("train_parts", "--repeats=0")
     assert (out, err) == ("", "error: --repeats is 0: expected at least 1\n")
+
+
+@pytest.mark.parametrize(
+    ("steps", "per_call", "timed"), [(1, 10, 2), (10, 10, 2), (20, 10, 2), (21, 10, 3), (40, 1, 40)]
+)
+def test_two_whole_calls_are_timed_at_least(steps, per_call, timed):
+    assert train.number_of_calls(steps, per_call) == timed + 1
