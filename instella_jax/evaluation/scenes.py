@@ -10,6 +10,7 @@ from instella_jax.data.scenes.source import heldout_prompts, render
 from instella_jax.data.sources import scenes_source
 from instella_jax.evaluation.judge import judge, summarise
 from instella_jax.evaluation.pca import PcaCodec
+from instella_jax.models.pixels import psnr
 from instella_jax.models.tokenizer import BinaryTokenizer
 from instella_jax.runtime import sharding
 from instella_jax.sampling.pipeline import InstellaPipeline, options_from_config
@@ -20,10 +21,10 @@ PROMPTS = 64
 BATCH = 64
 
 
-def psnr(copies: np.ndarray, pictures: np.ndarray) -> float:
-    """Return mean over pictures of the PSNR in dB; both uint8 [n, h, w, 3]."""
-    error = (copies.astype(np.float64) - pictures) ** 2
-    return float(np.mean(10 * np.log10(255**2 / np.maximum(error.mean((1, 2, 3)), 1e-6))))
+def mean_psnr(copies: np.ndarray, pictures: np.ndarray) -> float:
+    """Return the mean over images of the PSNR in dB; both [n, h, w, 3], 0 to 255."""
+    each = psnr(copies.astype(np.float64), pictures.astype(np.float64), span=255.0)
+    return float(each.mean())
 
 
 def through_code(network: BinaryTokenizer, params: Any, pictures: np.ndarray) -> np.ndarray:
@@ -43,8 +44,8 @@ def tokenizer_report(network: BinaryTokenizer, params: Any, config: Config) -> d
     codec = PcaCodec(fitted.reshape(len(fitted), -1).astype(np.float32), bits)
     coded = codec(pictures.reshape(len(pictures), -1)).reshape(pictures.shape)
     return {
-        "psnr": psnr(through_code(network, params, pictures), pictures),
-        "psnr_pca": psnr(np.clip(np.round(coded), 0, 255), pictures),
+        "psnr": mean_psnr(through_code(network, params, pictures), pictures),
+        "psnr_pca": mean_psnr(np.clip(np.round(coded), 0, 255), pictures),
     }
 
 

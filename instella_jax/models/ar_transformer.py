@@ -14,23 +14,19 @@ from jaxtyping import Array, Bool, Float, Int, Shaped
 from instella_jax.models.joint_attention import (
     Cache,
     JointAttention,
+    JointBlock,
+    JointTransformer,
     KeysValues,
     LayerCache,
     OneKeysValues,
     TextKeysValues,
 )
-from instella_jax.models.layers import Execution, GeluMLP, linear, partitioned, repeat, rms_norm
+from instella_jax.models.layers import GeluMLP, linear, partitioned, repeat, rms_norm
 from instella_jax.runtime.sharding import constrain
 
 
-class Block(nn.Module):
-    """One block, written for `layers.repeat`; its text input is scanned over the layers."""
-
-    num_heads: int
-    head_dim: int
-    num_tokens: int
-    text_width: int
-    run: Execution
+class Block(JointBlock):
+    """RMS norms, joint attention and an MLP, at all positions or at one with a cache."""
 
     def setup(self):
         width = self.num_heads * self.head_dim
@@ -88,31 +84,9 @@ class Block(nn.Module):
         x += mixed
         return x + self.mlp(self.mlp_norm(x)), new
 
-    def text_kv(self, carry: None, features: Float[Array, "B S Dt"]) -> tuple[None, KeysValues]:
-        """Return keys and values of one layer's text features."""
-        return carry, self.attention.text_keys_values(features)
 
-
-class ArTransformer(nn.Module):
-    """The network: position i predicts the bits of token i, each independently.
-
-    Attributes:
-      num_layers: blocks, one for each layer of text features.
-      num_heads: H.
-      head_dim: Dh.
-      num_tokens: N.
-      bits: K.
-      text_width: Dt, width of the text features.
-      run: how it is computed.
-    """
-
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    num_tokens: int
-    bits: int
-    text_width: int
-    run: Execution = Execution()
+class ArTransformer(JointTransformer):
+    """The network: position i predicts the bits of token i, each independently."""
 
     def setup(self):
         width, run = self.num_heads * self.head_dim, self.run
@@ -168,11 +142,6 @@ class ArTransformer(nn.Module):
 
     def _logits(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes K"]:
         return self.bits_out(self.out_norm(x)).astype(self.run.output_dtype)
-
-    def text_kv(self, features: Float[Array, "layers B L Dt"]) -> TextKeysValues:
-        """Return keys and values of a prompt for all layers."""
-        _, keys_values = self.blocks.text_kv(None, features)
-        return keys_values
 
     def start_cache(self, text: Float[Array, "layers B L Dt"] | TextKeysValues) -> Cache:
         """Make the cache of a decoding: the prompt's keys and values, then room for N tokens.

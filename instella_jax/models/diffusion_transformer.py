@@ -13,8 +13,14 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Shaped
 
-from instella_jax.models.joint_attention import JointAttention, KeysValues, TextKeysValues
-from instella_jax.models.layers import Execution, GeluMLP, layer_norm, linear, partitioned, repeat
+from instella_jax.models.joint_attention import (
+    JointAttention,
+    JointBlock,
+    JointTransformer,
+    KeysValues,
+    TextKeysValues,
+)
+from instella_jax.models.layers import GeluMLP, layer_norm, linear, partitioned, repeat
 from instella_jax.runtime.sharding import constrain
 
 
@@ -25,14 +31,8 @@ def modulate(
     return layer_norm(x) * (1.0 + scale[:, None]) + shift[:, None]
 
 
-class Block(nn.Module):
-    """One block, written for `layers.repeat`; its text input is scanned over the layers."""
-
-    num_heads: int
-    head_dim: int
-    num_tokens: int
-    text_width: int
-    run: Execution
+class Block(JointBlock):
+    """Joint attention and an MLP, each scaled, shifted and gated by the time."""
 
     def setup(self):
         width = self.num_heads * self.head_dim
@@ -76,31 +76,9 @@ class Block(nn.Module):
         x += gate2[:, None] * self.mlp(modulate(x, scale2, shift2))
         return x, None
 
-    def text_kv(self, carry: None, features: Float[Array, "B S Dt"]) -> tuple[None, KeysValues]:
-        """Return keys and values of one layer's text features."""
-        return carry, self.attention.text_keys_values(features)
 
-
-class DiffusionTransformer(nn.Module):
-    """The network; `binary_diffusion` gives its output a meaning.
-
-    Attributes:
-      num_layers: blocks, one for each layer of text features.
-      num_heads: H.
-      head_dim: Dh.
-      num_tokens: N.
-      bits: K.
-      text_width: Dt, width of the text features.
-      run: how it is computed.
-    """
-
-    num_layers: int
-    num_heads: int
-    head_dim: int
-    num_tokens: int
-    bits: int
-    text_width: int
-    run: Execution = Execution()
+class DiffusionTransformer(JointTransformer):
+    """The network; `binary_diffusion` gives its output a meaning."""
 
     def setup(self):
         width, run = self.num_heads * self.head_dim, self.run
@@ -151,8 +129,3 @@ class DiffusionTransformer(nn.Module):
         x, _ = self.blocks(x, text, condition, visible[:, None, None, :])
         scale, shift = jnp.split(self.modulation(condition), 2, axis=-1)
         return self.bits_out(modulate(x, scale, shift)).astype(run.output_dtype)
-
-    def text_kv(self, features: Float[Array, "layers B L Dt"]) -> TextKeysValues:
-        """Return keys and values of a prompt for all layers; they do not depend on the time."""
-        _, keys_values = self.blocks.text_kv(None, features)
-        return keys_values

@@ -1,7 +1,7 @@
-"""Attention of image tokens to the prompt and to each other, shared by both generators.
+"""What both generators share: attention of image tokens to the prompt and to each other.
 
 Axes: B batch, T image positions, L text length, S positions of a cache, H heads, Dh head width,
-D width = H * Dh, Dt width of text features.
+D width = H * Dh, N latent tokens, K bits, Dt width of text features.
 """
 
 import math
@@ -92,3 +92,47 @@ class JointAttention(nn.Module):
         weights = jax.nn.softmax(logits).astype(v.dtype)
         mixed = jnp.einsum("bhs,bhsd->bhd", weights[..., :-1], v) + weights[..., -1:] * own_v
         return self.o(mixed.reshape(h.shape)), (own_k, own_v)
+
+
+class JointBlock(nn.Module):
+    """A block with `attention` over [text ; image]; `setup` of the class below makes it.
+
+    It is written for `layers.repeat`, its text input being scanned over the layers.
+    """
+
+    num_heads: int
+    head_dim: int
+    num_tokens: int
+    text_width: int
+    run: Execution
+
+    def text_kv(self, carry: None, features: Float[Array, "B L Dt"]) -> tuple[None, KeysValues]:
+        """Return keys and values of one layer's text features."""
+        return carry, self.attention.text_keys_values(features)
+
+
+class JointTransformer(nn.Module):
+    """A generator made of `blocks`, one `JointBlock` for each layer of text features.
+
+    Attributes:
+      num_layers: number of blocks.
+      num_heads: H.
+      head_dim: Dh.
+      num_tokens: N.
+      bits: K.
+      text_width: Dt, width of the text features.
+      run: how it is computed.
+    """
+
+    num_layers: int
+    num_heads: int
+    head_dim: int
+    num_tokens: int
+    bits: int
+    text_width: int
+    run: Execution = Execution()
+
+    def text_kv(self, features: Float[Array, "layers B L Dt"]) -> TextKeysValues:
+        """Return keys and values of a prompt for all layers, the same at every sampling step."""
+        _, keys_values = self.blocks.text_kv(None, features)
+        return keys_values

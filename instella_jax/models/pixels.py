@@ -4,7 +4,10 @@ Axes: B batch.
 """
 
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
+
+Images = Float[Array, "B height width 3"] | Float[np.ndarray, "B height width 3"]
 
 
 def to_float(images: UInt8[Array, "*axes"]) -> Float32[Array, "*axes"]:
@@ -18,9 +21,13 @@ def to_uint8(images: Float[Array, "*axes"]) -> UInt8[Array, "*axes"]:
     return jnp.round((clipped + 1.0) * 127.5).astype(jnp.uint8)
 
 
-def psnr(
-    a: Float[Array, "B height width 3"], b: Float[Array, "B height width 3"]
-) -> Float[Array, " B"]:
-    """Return the peak signal-to-noise ratio in dB of images in [-1, 1]."""
-    mse = jnp.mean(jnp.square(a - b), axis=(1, 2, 3))
-    return 10.0 * jnp.log10(4.0 / jnp.maximum(mse, 1e-10))
+def psnr(a: Images, b: Images, span: float = 2.0) -> Float[Array, " B"]:
+    """Return the peak signal-to-noise ratio in dB, 106 for images that are the same.
+
+    Args:
+      a: images.
+      b: what they should be.
+      span: of the values from black to white, 2 for [-1, 1].
+    """
+    mse = (((a - b) / span) ** 2).mean(axis=(1, 2, 3))
+    return -10.0 * jnp.log10(jnp.maximum(mse, 2.5e-11))

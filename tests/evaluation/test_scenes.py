@@ -47,7 +47,7 @@ def test_psnr_by_hand():
     b = a.copy()
     b[0] += 1  # an error of 1 everywhere: 20 log10(255)
     b[1] += 10
-    assert scenes.psnr(a, b) == pytest.approx(20 * np.log10(255) - 10)
+    assert scenes.mean_psnr(a, b) == pytest.approx(20 * np.log10(255) - 10)
 
 
 def test_a_config_is_evaluated_from_a_model_folder(
