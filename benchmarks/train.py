@@ -24,7 +24,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from instella_jax.commands.arguments import NO_CONFIG, parse
+from instella_jax.commands.arguments import NO_CONFIG, parse_flags
 from instella_jax.config import Config
 from instella_jax.errors import UserError, command_line
 from instella_jax.stages import parameters
@@ -237,7 +237,7 @@ def run(argv: list[str]) -> None:
 def main() -> None:
     """Command-line entry; a user's mistake is one sentence."""
     with command_line():
-        app.run(run, flags_parser=functools.partial(parse, text=__doc__ or ""))
+        app.run(run, flags_parser=functools.partial(parse_flags, text=__doc__ or ""))
 
 
 if __name__ == "__main__":

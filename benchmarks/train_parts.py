@@ -20,7 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from benchmarks.timing import where
-from instella_jax.commands.arguments import NO_CONFIG, parse
+from instella_jax.commands.arguments import NO_CONFIG, parse_flags
 from instella_jax.config import Config
 from instella_jax.errors import UserError, command_line
 from instella_jax.runtime import devices, sharding
@@ -119,7 +119,7 @@ def run(argv: list[str]) -> None:
 def main() -> None:
     """Command-line entry; a user's mistake is one sentence."""
     with command_line():
-        app.run(run, flags_parser=functools.partial(parse, text=__doc__ or ""))
+        app.run(run, flags_parser=functools.partial(parse_flags, text=__doc__ or ""))
 
 
 if __name__ == "__main__":

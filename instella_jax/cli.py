@@ -96,9 +96,9 @@ def run(arguments: Sequence[str]) -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     if options.command == "import":
         from instella_jax.weights.published import import_model
-        from instella_jax.weights.tensor_files import read_json
+        from instella_jax.weights.tensor_files import read_json_file
 
-        sizes = read_json(options.sizes) if options.sizes else None
+        sizes = read_json_file(options.sizes) if options.sizes else None
         import_model(options.source, options.text_encoder, options.out, sizes)
     else:
         from instella_jax.weights.export import export_model

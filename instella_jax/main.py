@@ -18,7 +18,7 @@ from typing import Any
 from absl import app, flags
 from ml_collections import config_flags
 
-from instella_jax.commands.arguments import NO_CONFIG, parse
+from instella_jax.commands.arguments import NO_CONFIG, parse_flags
 from instella_jax.config_keys import check_values, expand
 from instella_jax.errors import UserError, command_line
 
@@ -125,7 +125,7 @@ def main() -> None:
     logging.basicConfig(format="%(levelname)s: %(message)s", level=logging.WARNING)
     try:
         with command_line():
-            app.run(dispatch, flags_parser=functools.partial(parse, text=__doc__ or ""))
+            app.run(dispatch, flags_parser=functools.partial(parse_flags, text=__doc__ or ""))
     except BrokenPipeError:
         os._exit(1)
 

@@ -121,7 +121,7 @@ def usage(text: str) -> str:
     return f"{text}\nflags:\n{flags.FLAGS.module_help(module)}"
 
 
-def parse(argv: list[str], *, text: str) -> list[str]:
+def parse_flags(argv: list[str], *, text: str) -> list[str]:
     """Parse the flags.
 
     Args:

@@ -1,6 +1,6 @@
 """The config of a workdir's run, as a config file that the command line can name and change.
 
-`--config=own_config.py:{"workdir": ..., "config": ...}` is what `arguments.parse` makes of a
+`--config=own_config.py:{"workdir": ..., "config": ...}` is what `arguments.parse_flags` makes of a
 `--workdir` alone.
 """
 

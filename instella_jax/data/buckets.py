@@ -34,7 +34,7 @@ _CHUNK = 1 << 16
 
 
 @functools.cache
-def parse(text: str) -> tuple[Shape, ...]:
+def parse_shapes(text: str) -> tuple[Shape, ...]:
     """Read "512x512,384x640" as ((512, 512), (384, 640)), and "" as ().
 
     Raises:
@@ -61,13 +61,13 @@ def shapes(config: Config) -> tuple[Shape, ...]:
     Raises:
       UserError: data.buckets is not readable, or the stage or the kind of data has none.
     """
-    check(config.data, tokenizer=config.stage == "tokenizer")
+    check_config(config.data, tokenizer=config.stage == "tokenizer")
     side = config.data.image_size
-    found = parse(config.data.buckets) or ((side, side),)
+    found = parse_shapes(config.data.buckets) or ((side, side),)
     return tuple(sorted(found, key=lambda shape: -shape[0] * shape[1]))
 
 
-def check(config: Config, *, tokenizer: bool) -> None:
+def check_config(config: Config, *, tokenizer: bool) -> None:
     """Check that buckets are asked for where there can be any.
 
     Args:

@@ -55,7 +55,7 @@ def fingerprint(tokenizer: Path) -> str:
         raise UserError(f"no image tokenizer at {tokenizer} ({error.strerror})") from None
 
 
-def check(
+def check_dataset(
     folder: str | os.PathLike[str],
     num_tokens: int,
     bits: int,

@@ -47,7 +47,7 @@ def make_split(
             f"that is all that is held out: check it, or hold out other data (data.{config.kind}."
             "heldout)"
         )
-    buckets.check(config, tokenizer=not captions)
+    buckets.check_config(config, tokenizer=not captions)
     if config.kind == "scenes":
         source = scenes_source(config, split)
         # Scenes are computed, not read: more threads only get in each other's way.
@@ -118,7 +118,7 @@ def _in_buckets(config: Config, parts: list[Any], batch: int, tell: bool) -> Buc
     Raises:
       UserError: no picture can be read.
     """
-    section, shapes = config[config.kind], buckets.parse(config.buckets)
+    section, shapes = config[config.kind], buckets.parse_shapes(config.buckets)
     sizes = [part.sizes() for part in parts]
     chosen = buckets.sort(np.concatenate(sizes), shapes, batch)
     by_part = np.split(chosen, np.cumsum([len(s) for s in sizes])[:-1])

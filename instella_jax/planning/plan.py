@@ -101,7 +101,7 @@ class Plan:
         return self.memory.total <= self.limit
 
 
-def start(devices: int) -> None:
+def imitate_devices(devices: int) -> None:
     """Make imaginary CPU devices, whatever accelerators there are."""
     jax.config.update("jax_platforms", "cpu")
     jax.config.update("jax_num_cpu_devices", devices)
@@ -145,7 +145,7 @@ def local_size(tree: Any) -> int:
     )
 
 
-def count(tree: Any) -> int:
+def parameter_count(tree: Any) -> int:
     """Return number of parameters."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
@@ -287,7 +287,7 @@ def find_remedies(
 
 
 def make_plan(config: Config) -> Plan:
-    """Measure a config on the devices that there are, see `start`.
+    """Measure a config on the devices that there are, see `imitate_devices`.
 
     Raises:
       UserError: a key of the `plan` section is out of range, or the sizes do not fit each other.
@@ -313,8 +313,8 @@ def make_plan(config: Config) -> Plan:
         limit=limit,
         compile_seconds=seconds,
         mesh=dict(mesh.shape),
-        trained=count(state.params),
-        frozen=count(frozen),
+        trained=parameter_count(state.params),
+        frozen=parameter_count(frozen),
         checkpoint=size(state),
         flops=flops.training(config),
         xla_flops=xla_flops(config),

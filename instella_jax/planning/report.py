@@ -4,7 +4,7 @@ from collections.abc import Iterator
 
 from instella_jax.config import Config
 from instella_jax.data import buckets
-from instella_jax.planning.plan import USABLE, Memory, Plan, make_plan, start
+from instella_jax.planning.plan import USABLE, Memory, Plan, imitate_devices, make_plan
 from instella_jax.training import flops
 
 NOTES = """\
@@ -123,7 +123,7 @@ def main(config: Config) -> Plan:
     Raises:
       UserError: see `plan.make_plan`.
     """
-    start(config.plan.devices)
+    imitate_devices(config.plan.devices)
     plan = make_plan(config)
     print(report(plan, config), flush=True)
     return plan

@@ -84,7 +84,7 @@ class _LeftOut(Exception):
     """Raised with the reason why a picture is left out."""
 
 
-def check(
+def check_picture(
     item: Item, filters: Filters, on_flaw: Callable[[str], None] = log_flaw
 ) -> tuple[bytes, tuple[int, int]]:
     """Return the file and the size, width and height as shown, of a picture that is kept.
@@ -179,7 +179,7 @@ def import_unit(
                 dropped.add(item.name, item.reason, item.count)
                 continue
             try:
-                image, size = check(item, filters, functools.partial(flaws.add, item.name))
+                image, size = check_picture(item, filters, functools.partial(flaws.add, item.name))
             except _LeftOut as reason:
                 dropped.add(item.name, str(reason))
                 if str(reason) == NO_CAPTION and len(seen) < _NAMES:

@@ -103,9 +103,9 @@ def find_units(
             units.append(Unit(name, kind, str(file), root=str(base), left_out=left_out))
         return units
     if kind == "tfds":
-        from instella_jax.preparing.tfds_reader import count
+        from instella_jax.preparing.tfds_reader import count_examples
 
-        total = count(root, split)
+        total = count_examples(root, split)
         ranges = [(start, min(start + size, total)) for start in range(0, total, size)]
         return [Unit(f"{split}[{a}:{b}]", kind, str(root), (a, b), split, b - a) for a, b in ranges]
     if kind == "folder":

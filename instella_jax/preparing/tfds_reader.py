@@ -37,7 +37,7 @@ def _builder(path: str | os.PathLike[str], split: str) -> Any:
     return builder
 
 
-def count(path: str | os.PathLike[str], split: str) -> int:
+def count_examples(path: str | os.PathLike[str], split: str) -> int:
     """Return how many examples a split has.
 
     Raises:

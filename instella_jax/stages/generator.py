@@ -170,7 +170,7 @@ class GeneratorStage(abc.ABC):
             _ = self.tokenizer_network  # which checks the shape of its code
             folder = self.tokenizer_folder
         for path in part_paths(config.data):
-            codes.check(
+            codes.check_dataset(
                 path, config.model.num_tokens, config.model.bits, config.data.image_size, folder
             )
 

@@ -26,7 +26,7 @@ from instella_jax.models.text import tokenizer_files
 from instella_jax.models.tokenizer import TokenizerConfig
 from instella_jax.runtime import sharding
 from instella_jax.runtime.files import replacing, write_bytes, write_json
-from instella_jax.weights.tensor_files import Tensors, open_safetensors, read_json
+from instella_jax.weights.tensor_files import Tensors, open_safetensors, read_json_file
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PARTS = ("tokenizer", "generator", "diffusion", "ar", "text")
@@ -180,7 +180,7 @@ def read_description(folder: str | os.PathLike[str]) -> dict[str, Any]:
     path = Path(folder) / "config.json"
     if not path.exists():
         raise UserError(f"no model at {folder}: cannot read {path} (no such file)")
-    description = read_json(path)
+    description = read_json_file(path)
     if not set(description) & set(PARTS):
         raise UserError(f"{path} is not the config of a model: expected one of the keys {PARTS}")
     return description

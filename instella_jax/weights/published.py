@@ -32,7 +32,7 @@ from instella_jax.weights.tensor_files import (
     Tensors,
     open_model,
     open_safetensors,
-    read_json,
+    read_json_file,
     write_safetensors,
 )
 from instella_jax.weights.torch_files import open_torch
@@ -110,7 +110,7 @@ def inspect(
     if not found:
         files = " and ".join(GENERATOR_FILES.values())
         raise UserError(f"{source} has no generator: expected one or both of {files}")
-    language = read_json(text_encoder / "config.json")
+    language = read_json_file(text_encoder / "config.json")
     olmo = reference_sizes.measure_olmo(
         language, sizes.get("text", {}), str(text_encoder / "config.json")
     )

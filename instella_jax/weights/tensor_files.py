@@ -67,7 +67,7 @@ class Tensors(Mapping[str, np.ndarray]):
         return {name: shape for name, (shape, _) in self.specs.items()}
 
 
-def read_json(path: Path) -> dict[str, Any]:
+def read_json_file(path: Path) -> dict[str, Any]:
     """Read a file that holds one JSON object.
 
     Raises:
@@ -123,7 +123,7 @@ def open_model(folder: Path) -> Iterator[Tensors]:
         with open_safetensors(folder / "model.safetensors") as tensors:
             yield tensors
         return
-    weight_map = read_json(index).get("weight_map")
+    weight_map = read_json_file(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise UserError(f"{index} has no weight_map of tensors: expected the index of shards")
     shards = sorted({str(shard) for shard in weight_map.values()})

@@ -53,14 +53,14 @@ def test_assignment_against_the_rule_one_by_one():
 
 def test_assignment_of_more_than_one_chunk(monkeypatch):
     sizes = np.random.default_rng(1).integers(1, 2000, (50, 2))
-    shapes = buckets.parse("512x512,384x640,640x384")
+    shapes = buckets.parse_shapes("512x512,384x640,640x384")
     whole = buckets.assign(sizes, shapes)
     monkeypatch.setattr(buckets, "_CHUNK", 7)
     assert buckets.assign(sizes, shapes).tolist() == whole.tolist()
 
 
 def test_small_buckets_give_their_pictures_to_the_others(caplog):
-    shapes = buckets.parse("64x64,32x64,64x32,128x128")
+    shapes = buckets.parse_shapes("64x64,32x64,64x32,128x128")
     sizes = np.array([[64, 64]] * 5 + [[90, 40]] * 3 + [[40, 90]] * 4 + [[0, 0]])
     left = [shapes[0], shapes[2]]
     without = [expected(*map(int, size), left) for size in sizes]
@@ -78,7 +78,7 @@ def test_small_buckets_give_their_pictures_to_the_others(caplog):
 )
 def test_what_is_no_list_of_shapes(text):
     with pytest.raises(UserError, match="expected HEIGHTxWIDTH in pixels.*384x640"):
-        buckets.parse(text)
+        buckets.parse_shapes(text)
 
 
 def test_shapes_of_a_config_are_the_largest_first(tiny_tokenizer_config):

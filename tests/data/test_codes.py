@@ -273,7 +273,7 @@ def test_codes_of_another_tokenizer_or_shape_are_refused(code_config, tmp_path):
             (model_folder.Path(config.data.codes.path) / "dataset.json").read_text()
         )
         (tmp_path / "tokenizer.safetensors").write_bytes(b"other")
-        codes.check(
+        codes.check_dataset(
             config.data.codes.path, manifest["num_tokens"], manifest["bits"],
             manifest["image_size"], tmp_path,
         )  # fmt: skip

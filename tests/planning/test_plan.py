@@ -65,7 +65,7 @@ def test_frozen_parameters_are_those_that_training_loads(tiny_diffusion_config):
     shapes = plan.frozen_shapes(stage, config, mesh)
     loaded = load_frozen(stage, mesh)
     assert plan.local_size(shapes) == sum(x.nbytes for x in jax.tree.leaves(loaded))
-    assert plan.count(shapes) == sum(x.size for x in jax.tree.leaves(loaded))
+    assert plan.parameter_count(shapes) == sum(x.size for x in jax.tree.leaves(loaded))
 
 
 @pytest.mark.slow
@@ -248,4 +248,4 @@ def test_the_sums_of_memory_hold_every_part_once():
 def test_the_average_takes_what_the_parameters_take(tiny_tokenizer_config):
     config = edit(tiny_tokenizer_config, plan__devices=1)
     memory, state, _ = plan.measure(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
-    assert memory.average == memory.params == 4 * plan.count(state.params) > 0
+    assert memory.average == memory.params == 4 * plan.parameter_count(state.params) > 0
