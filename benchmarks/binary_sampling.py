@@ -55,7 +55,7 @@ def repeated(calls: int, step: Callable[..., jax.Array]) -> Callable[..., jax.Ar
     @jax.jit
     def run(logits: jax.Array, z: jax.Array, keys: jax.Array) -> jax.Array:
         def body(i: jax.Array, z: jax.Array) -> jax.Array:
-            # The guidance changes, or XLA would move all but the draw out of the loop.
+            # The guidance changes, or XLA would move all but the sampling out of the loop.
             return step(logits, z, keys, i, 7.5 + 1e-3 * i)
 
         return jax.lax.fori_loop(0, calls, body, z)
@@ -70,7 +70,7 @@ def steps(how: dict[str, Any]) -> dict[str, Callable[..., jax.Array]]:
     def autoregressive(
         logits: jax.Array, z: jax.Array, keys: jax.Array, index: jax.Array, guidance: jax.Array
     ) -> jax.Array:
-        # The bits drawn before are added, or calls would not depend on each other.
+        # The bits sampled before are added, or calls would not depend on each other.
         bits = binary_sampling.autoregressive_bits(
             logits[:, :, 0] + z[:, 0].astype(logits.dtype),
             keys,

@@ -1,4 +1,4 @@
-"""Imports random weights of the published size and draws with them: seconds and peak memory.
+"""Imports random weights of the published size and samples with them: seconds and peak memory.
 
     python -m benchmarks.published_size SCRATCH
 
@@ -20,7 +20,7 @@ PROMPT = "a lighthouse on a rocky coast at sunset, oil painting"
 
 
 def generate(folder: Path, kind: str, side: int, steps: int) -> None:
-    """Draw one picture twice, compiling included and not."""
+    """Sample one image twice, compiling included and not."""
     from instella_jax.models.layers import Execution
     from instella_jax.sampling.pipeline import InstellaPipeline, Options
 

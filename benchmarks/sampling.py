@@ -4,7 +4,7 @@
 
 ar: decoding with a key/value cache against computing all positions anew for each token (the
 reference of the tests). text: the diffusion sampler with the prompt's keys and values made once
-against making them in every step. Both alternatives are one compiled program each, draw from the
+against making them in every step. Both alternatives are one compiled program each, sample with the
 same numbers, and take turns; the ratio is that of the medians.
 Axes: B images, N latent tokens, K bits, L text length, Dt text width.
 """
@@ -113,7 +113,7 @@ def main() -> None:
     )
     parser.add_argument("--what", nargs="+", choices=("ar", "text"), default=["ar", "text"])
     parser.add_argument("--sizes", nargs="+", choices=tuple(SIZES), default=list(SIZES))
-    parser.add_argument("--batch", type=whole(), default=1, help="B, images drawn at a time")
+    parser.add_argument("--batch", type=whole(), default=1, help="B, images sampled at a time")
     parser.add_argument(
         "--repeats", type=whole(), default=5, help="timed calls of each alternative"
     )

@@ -54,12 +54,12 @@ def synthetic(config: Config, stage: Any, mesh: Any) -> tuple[Any, Any]:
 
     shapes = plan.frozen_shapes(stage, config, mesh)
 
-    def draw() -> Any:
+    def make() -> Any:
         return jax.tree.map(
             lambda x: 0.02 * jax.random.normal(jax.random.key(x.size), x.shape, x.dtype), shapes
         )
 
-    frozen = jax.jit(draw, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
+    frozen = jax.jit(make, out_shardings=jax.tree.map(lambda x: x.sharding, shapes))()
     rows = config.train.batch_size // jax.process_count()
     batch = plan.batch_shapes(config, rows, (config.train.steps_per_call,))
     rng = np.random.default_rng(0)

@@ -161,9 +161,9 @@ def generator(variant: str) -> dict:
             # Pixels; 0 is the size that the model was trained at.
             height=0,
             width=0,
-            # Pictures drawn at a time.
+            # Pictures sampled at a time.
             batch_size=16,
-            # What draws the bits: "xla", "pallas" (TPU and GPU), or "auto", the faster one.
+            # What samples the bits: "xla", "pallas" (TPU and GPU), or "auto", the faster one.
             kernel="auto",
             # Folder for the PNG files; "" is "drawn", in the workdir where one is given.
             out="",

@@ -40,7 +40,7 @@ _MODE = flags.DEFINE_enum(
     "mode",
     "train",
     MODES,
-    "train; eval: held-out metrics; sample: draw prompts as PNG; plan: memory, speed and days, "
+    "train; eval: held-out metrics; sample: prompts to PNG; plan: memory, speed and days, "
     "told without accelerators.",
 )
 _DISTRIBUTED = flags.DEFINE_enum(

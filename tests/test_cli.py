@@ -172,12 +172,12 @@ def test_sizes_that_do_not_fit(tmp_path):
 def test_prompts_that_are_not_there(tmp_path):
     (tmp_path / "empty.txt").write_text("\n  \n")
     sample = (TINY_T2I, "--mode=sample", f"--config.sample.out={tmp_path / 'out'}")
-    assert mistake(*sample).startswith("nothing to draw: give --config.sample.prompt=")
+    assert mistake(*sample).startswith("there is no prompt: give --config.sample.prompt=")
     sentence = mistake(*sample, f"--config.sample.prompts_file={tmp_path / 'empty.txt'}")
     assert sentence == f"prompt file {tmp_path / 'empty.txt'} is empty: expected one prompt a line"
     sentence = mistake(*sample, f"--config.sample.prompts_file={tmp_path / 'no.txt'}")
     assert sentence.startswith(f"prompt file {tmp_path / 'no.txt'} cannot be read")
-    assert mistake(TINY, "--mode=sample").startswith("a tokenizer does not draw prompts")
+    assert mistake(TINY, "--mode=sample").startswith("a tokenizer has no prompts")
     assert not (tmp_path / "out").exists()
 
 

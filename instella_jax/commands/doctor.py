@@ -43,7 +43,7 @@ class Facts:
       host_memory: bytes of this machine, and how many of them programs can still take; None where
         it does not say.
       attention: implementations of `jax.nn.dot_product_attention` that work here.
-      kernel: what draws bits when sampling.
+      kernel: what samples the bits.
       step_error: relative difference of a training step to the CPU's, NaN where it is not finite.
       step_seconds: what that step took.
       error: what jax said when it did not start, or what failed in the step.
@@ -211,8 +211,8 @@ def try_step(device: Any) -> tuple[float, float]:
     def step(params: Any, images: jax.Array) -> Any:
         def loss(params: Any) -> jax.Array:
             code = jax.nn.sigmoid(apply(network, params, images, method="encode"))
-            drawn = apply(network, params, code, 32, 32, method="decode")
-            return jnp.mean(jnp.square(drawn - images))
+            decoded = apply(network, params, code, 32, 32, method="decode")
+            return jnp.mean(jnp.square(decoded - images))
 
         updates, _ = optimizer.update(jax.grad(loss)(params), optimizer.init(params), params)
         return optax.apply_updates(params, updates)

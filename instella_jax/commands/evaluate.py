@@ -60,11 +60,11 @@ def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> d
 
 
 def report_scenes(stage: Stage, params: Any, config: Config, mesh: Mesh, out: Path) -> None:
-    """Print what the facts of emoji scenes allow to measure, and draw a grid."""
+    """Print the metrics that the facts of emoji scenes allow, and save a grid of images."""
     if isinstance(stage, GeneratorStage):
         report = scenes.prompts_report(InstellaPipeline.from_stage(stage, params, mesh), config)
         tell(f"share right of {scenes.PROMPTS} held-out prompts:")
-        show(report.drawn)
+        show(report.sampled)
         tell("the same of true pictures through the tokenizer (the ceiling):")
         show(report.ceiling)
         shown = Preview(report.pictures[:GRID], report.prompts[:GRID])

@@ -31,7 +31,7 @@ def read_prompts(config: Config) -> list[str]:
         return [config.prompt]
     if not config.prompts_file:
         raise UserError(
-            'nothing to draw: give --config.sample.prompt="..." or '
+            'there is no prompt: give --config.sample.prompt="..." or '
             "--config.sample.prompts_file=FILE with one prompt a line"
         )
     path = Path(config.prompts_file)
@@ -53,9 +53,9 @@ def read_prompts(config: Config) -> list[str]:
 
 
 def generate(config: Config, workdir: str | os.PathLike[str] | None) -> Path | None:
-    """Draw the prompts of a config.
+    """Generate images of the prompts of a config.
 
-    Several processes draw together, and the first of them writes.
+    Several processes sample together, and the first of them writes.
 
     Writes, batch by batch, `<number>-<words of the prompt>-seed<seed>.png` for each picture, a
     line for each in `metadata.jsonl`, and `grid-<number of its first picture>.png` for every
@@ -72,7 +72,7 @@ def generate(config: Config, workdir: str | os.PathLike[str] | None) -> Path | N
       UserError: see `read_prompts`, `load_pipeline`, `Options` and `Album`.
     """
     if "sample" not in config:
-        raise UserError(f"a {config.stage} does not draw prompts; use a t2i config")
+        raise UserError(f"a {config.stage} has no prompts; use a t2i config")
     check_values(config)
     prompts = read_prompts(config.sample)
     options = options_from_config(config.sample)
@@ -84,7 +84,7 @@ def generate(config: Config, workdir: str | os.PathLike[str] | None) -> Path | N
     batches = pipeline.batches(prompts, options)
     captions = [p for p in prompts for _ in range(options.images_per_prompt)]
     progress, rate = Progress(enabled=first), Throughput()
-    progress.message(f"drawing {len(captions)} picture(s) with {weights}")
+    progress.message(f"sampling {len(captions)} picture(s) with {weights}")
     album = Album(out, captions, config.sample, weights.record()) if first else None
     start, done = time.perf_counter(), 0
     with contextlib.closing(progress):

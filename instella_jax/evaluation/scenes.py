@@ -1,4 +1,4 @@
-"""What is measured on emoji scenes: reconstruction against PCA, prompts judged by their facts."""
+"""Metrics on emoji scenes: reconstruction against PCA, images judged by their prompts' facts."""
 
 import dataclasses
 from typing import Any
@@ -51,16 +51,16 @@ def tokenizer_report(network: BinaryTokenizer, params: Any, config: Config) -> d
 
 @dataclasses.dataclass(frozen=True)
 class PromptsReport:
-    """Held-out prompts, drawn and judged.
+    """Images of held-out prompts, judged.
 
     Attributes:
-      drawn: share of pictures that are right in background, objects, count and position.
+      sampled: share of pictures that are right in background, objects, count and position.
       ceiling: the same of true pictures that have gone through the tokenizer.
-      pictures: what was drawn, uint8 [n, h, w, 3].
+      pictures: the images, uint8 [n, h, w, 3].
       prompts: the n prompts.
     """
 
-    drawn: dict[str, float]
+    sampled: dict[str, float]
     ceiling: dict[str, float]
     pictures: np.ndarray
     prompts: list[str]
@@ -69,7 +69,7 @@ class PromptsReport:
 def prompts_report(
     pipeline: InstellaPipeline, config: Config, count: int = PROMPTS
 ) -> PromptsReport:
-    """Draw held-out prompts and judge the pictures by the facts the prompts were made of."""
+    """Sample held-out prompts and judge the images by the facts the prompts were made of."""
     scenes = config.data.scenes
     prompts = heldout_prompts(
         count,
@@ -80,9 +80,9 @@ def prompts_report(
         scenes.max_objects,
     )
     texts, facts = [text for text, _ in prompts], [scene for _, scene in prompts]
-    drawn = pipeline(texts, options_from_config(config.sample))
+    images = pipeline(texts, options_from_config(config.sample))
     true = np.stack([render(scene, config.data.image_size) for scene in facts])
     copies = through_code(pipeline.tokenizer, pipeline.params["tokenizer"], true)
     return PromptsReport(
-        summarise(judge(drawn, facts)), summarise(judge(copies, facts)), drawn, texts
+        summarise(judge(images, facts)), summarise(judge(copies, facts)), images, texts
     )

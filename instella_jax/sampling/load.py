@@ -68,7 +68,7 @@ def load_pipeline(
     if workdir is not None:
         stage = make_stage(config)
         if not isinstance(stage, GeneratorStage):
-            raise UserError(f"a {config.stage} does not draw prompts; use a t2i config")
+            raise UserError(f"a {config.stage} has no prompts; use a t2i config")
         check_tensor({**stage.frozen_networks, **stage.networks}, mesh)
         step, params = load_average(stage, mesh, workdir)
         params = {**load_frozen(stage, mesh), **params}

@@ -16,6 +16,7 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
+from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
 
 from instella_jax.config import Config
 from instella_jax.config_keys import check_value
@@ -45,7 +46,7 @@ TEXT_BLOCK = 32
 
 @dataclasses.dataclass(frozen=True)
 class Options:
-    """How prompts are drawn; the defaults are the published ones.
+    """How prompts are sampled; the defaults are the published ones.
 
     Attributes:
       negative_prompt: what guidance leads away from; "" is the unconditional prompt.
@@ -56,11 +57,11 @@ class Options:
         systems less 1.
       temperature: of the guided logits; 0 takes the likelier bit.
       rho: exponent of the schedule of times.
-      protocol: how bits are drawn between steps, 1 or 2 (the posterior).
+      protocol: how bits are sampled between steps, 1 or 2 (the posterior).
       height: of the pictures in pixels; 0 is the size that the model was trained at.
       width: likewise.
-      batch_size: pictures drawn at a time.
-      kernel: what draws the bits, see `kernels.binary_sampling.resolve`.
+      batch_size: pictures sampled at a time.
+      kernel: what samples the bits, see `kernels.binary_sampling.resolve`.
     """
 
     negative_prompt: str = ""
@@ -88,14 +89,16 @@ class Options:
 
 
 def options_from_config(config: Config) -> Options:
-    """Read the drawing options out of a config's `sample` section."""
+    """Read the options out of a config's `sample` section."""
     names = {field.name for field in dataclasses.fields(Options)}
     return Options(**{name: config[name] for name in names if name in config})
 
 
 @functools.partial(jax.jit, static_argnames="network")
-def text_features(network: Olmo, params: Params, ids: jax.Array, mask: jax.Array) -> jax.Array:
-    """Return what the blocks of a generator see of prompts [U, L]: [layers, U, L, Dt]."""
+def text_features(
+    network: Olmo, params: Params, ids: Int[Array, "U L"], mask: Bool[Array, "U L"]
+) -> Float[Array, "layers U L Dt"]:
+    """Return the text features that the blocks of a generator attend to."""
     return apply(network, params, ids, mask)[1:]
 
 
@@ -104,14 +107,14 @@ image_keys = jax.jit(loops.image_keys)
 
 @functools.partial(jax.jit, static_argnames=("network", "height", "width"))
 def decode(
-    network: BinaryTokenizer, params: Params, code: jax.Array, height: int, width: int
-) -> jax.Array:
-    """Draw codes [B, N, K]: uint8 [B, height, width, 3]."""
+    network: BinaryTokenizer, params: Params, code: Float[Array, "B N K"], height: int, width: int
+) -> UInt8[Array, "B height width 3"]:
+    """Decode codes to images."""
     return to_uint8(apply(network, params, code, height, width, method="decode"))
 
 
 class InstellaPipeline:
-    """A text encoder, a generator and a tokenizer, ready to draw.
+    """A text encoder, a generator and a tokenizer, ready to sample.
 
     A picture depends on the parameters, its prompt, its seed and the options alone. The order in
     which a matrix product is summed up goes by its shape, though: in a batch of another size the
@@ -140,13 +143,13 @@ class InstellaPipeline:
         Args:
           generator: the network that makes codes.
           text: the network that describes prompts.
-          tokenizer: the network that draws codes.
+          tokenizer: the network that decodes codes.
           params: parameters of the three, under "generator", "text" and "tokenizer".
           text_tokenizer: cuts prompts into ids.
           max_length: longest prompt in tokens.
           image_size: side in pixels that the model was trained at.
           target: what a diffusion generator was trained to tell, see `binary_diffusion`.
-          mesh: devices to draw on, on which the parameters are; None is the default device.
+          mesh: devices to sample on, on which the parameters are; None is the default device.
         """
         self.generator, self.text, self.tokenizer = generator, text, tokenizer
         self.params = params
@@ -173,7 +176,7 @@ class InstellaPipeline:
           kind: "diffusion" or "ar", which generator is wanted where the folder holds both; None
             for the one there is, or the diffusion one.
           text_encoder: folder of the text encoder; not looked at where `folder` holds it.
-          mesh: devices to draw on; None is the default device.
+          mesh: devices to sample on; None is the default device.
 
         Raises:
           UserError: a part is missing, damaged, or the parts do not fit each other or the mesh.
@@ -213,7 +216,7 @@ class InstellaPipeline:
     def from_stage(
         cls, stage: GeneratorStage, params: Mapping[str, Params], mesh: Mesh | None = None
     ) -> "InstellaPipeline":
-        """Draw with a stage's networks and given parameters, on their mesh.
+        """Make a pipeline of a stage's networks and given parameters, on their mesh.
 
         The image tokenizer's are read from its folder where they are not given: training on codes
         has no use for them.
@@ -236,7 +239,7 @@ class InstellaPipeline:
         )
 
     def __call__(self, prompts: str | Sequence[str], options: Options = Options()) -> np.ndarray:
-        """Draw prompts.
+        """Generate images of prompts.
 
         Args:
           prompts: U texts, or one.
@@ -246,16 +249,16 @@ class InstellaPipeline:
           uint8 [U * images_per_prompt, height, width, 3], the pictures of a prompt together.
 
         Raises:
-          UserError: there is no prompt, one is no text, or the tokenizer cannot draw the size.
+          UserError: there is no prompt, one is no text, or the tokenizer cannot decode to the size.
         """
         return np.concatenate(list(self.batches(prompts, options)))
 
     def batches(
         self, prompts: str | Sequence[str], options: Options = Options()
     ) -> Iterator[np.ndarray]:
-        """Draw prompts in the order of `__call__`, a batch of pictures at a time.
+        """Generate images in the order of `__call__`, a batch at a time.
 
-        What cannot be drawn is refused here, before the first batch is asked for.
+        What cannot be generated is refused here, before the first batch is asked for.
         """
         prompts = [prompts] if isinstance(prompts, str) else prompts
         for prompt in (*prompts, options.negative_prompt):
@@ -267,7 +270,7 @@ class InstellaPipeline:
                 "from"
             )
         if not len(prompts):
-            raise UserError("there is no prompt to draw")
+            raise UserError("there is no prompt")
         height, width = options.height or self.image_size, options.width or self.image_size
         self.tokenizer.config.grid(height, width)
         return self._batches(prompts, options, height, width)
@@ -288,8 +291,8 @@ class InstellaPipeline:
             with sharding.use(self.mesh) if self.mesh else contextlib.nullcontext():
                 features, mask = self.describe(texts, tokens)
                 code = self.codes(features, mask, seeds[chosen], options)
-                drawn = decode(self.tokenizer, self.params["tokenizer"], code, height, width)
-            yield sharding.fetch(drawn)[: len(rows) - start]
+                images = decode(self.tokenizer, self.params["tokenizer"], code, height, width)
+            yield sharding.fetch(images)[: len(rows) - start]
 
     def tokenise(self, prompts: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
         """Return ids int32 [L] and mask bool [L] of each prompt.
@@ -305,7 +308,7 @@ class InstellaPipeline:
 
     def describe(
         self, prompts: Sequence[str], tokens: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    ) -> tuple[jax.Array, np.ndarray]:
+    ) -> tuple[Float[Array, "layers rows L Dt"], Bool[np.ndarray, "rows L"]]:
         """Encode prompts, each different one once and the empty one once ever.
 
         Args:
@@ -313,7 +316,7 @@ class InstellaPipeline:
           tokens: of all of them, see `tokenise`.
 
         Returns:
-          features [layers, 2B, L, Dt] and mask bool [2B, L].
+          features and mask of rows = 2B.
         """
         unique = list(dict.fromkeys(prompt for prompt in prompts if prompt))
         length = len(next(iter(tokens.values()))[1])
@@ -329,15 +332,19 @@ class InstellaPipeline:
         return jnp.take(features, rows, axis=1), mask[rows]
 
     @functools.cached_property
-    def _empty(self) -> jax.Array:
-        """Features [layers, 1, 1, Dt] of the empty prompt."""
+    def _empty(self) -> Float[Array, "layers 1 1 Dt"]:
+        """Features of the empty prompt."""
         ids, mask = self.text_tokenizer.encode([""], pad_to=1)
         return text_features(self.text, self.params["text"], ids, mask)
 
     def codes(
-        self, features: jax.Array, mask: Any, seeds: np.ndarray, options: Options
-    ) -> jax.Array:
-        """Sample codes [B, N, K] for text of 2B rows, conditional ones first."""
+        self,
+        features: Float[Array, "layers rows L Dt"],
+        mask: Any,
+        seeds: Integer[np.ndarray, " B"],
+        options: Options,
+    ) -> Float[Array, "B N K"]:
+        """Sample codes for text of rows = 2B, conditional ones first."""
         rows: Any = seeds.astype(np.uint32)
         if self.mesh is not None:
             rows, mask = jax.device_put((rows, mask), sharding.batch_sharding(self.mesh))

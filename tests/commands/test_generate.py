@@ -47,7 +47,7 @@ def test_bad_prompt_files_are_one_sentence(config, tmp_path, content, message):
 
 
 def test_nothing_to_draw_is_said(config):
-    with pytest.raises(UserError, match="nothing to draw"):
+    with pytest.raises(UserError, match="there is no prompt"):
         generate.read_prompts(config.sample)
 
 

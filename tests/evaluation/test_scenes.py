@@ -31,14 +31,14 @@ def same_code(monkeypatch):
 def test_true_pictures_are_all_right(same_code):
     config = configs.t2i_diffusion.get_config()
     report = scenes.prompts_report(Painter(12), config, 12)
-    assert set(report.drawn.values()) == {1.0} and set(report.ceiling.values()) == {1.0}
+    assert set(report.sampled.values()) == {1.0} and set(report.ceiling.values()) == {1.0}
     assert len(report.prompts) == len(report.pictures) == 12
 
 
 def test_wrong_pictures_are_counted(same_code):
     config = configs.t2i_diffusion.get_config()
     report = scenes.prompts_report(Painter(12, wrong=range(3)), config, 12)
-    assert report.drawn["background"] == pytest.approx(0.75)
+    assert report.sampled["background"] == pytest.approx(0.75)
     assert report.ceiling["background"] == 1.0
 
 
