@@ -97,7 +97,7 @@ def _state_of(folder: Path) -> tuple[bool, str | None]:
 def restore_newest(
     folder: Path, steps: Iterable[int], restore: Callable[[int], Any]
 ) -> tuple[int, Any] | None:
-    """Restore the newest whole one of several checkpoints, and tell of the ones left out.
+    """Restore the newest whole checkpoint, and report those that were passed over.
 
     One without a manifest, which is from before there were any or lost it, has to restore.
 

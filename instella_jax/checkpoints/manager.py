@@ -89,7 +89,7 @@ class Keep:
         return -math.inf if math.isnan(value) else -value if "loss" in self.best else value
 
     def policy(self) -> policies.PreservationPolicy:
-        """Return this in orbax's terms."""
+        """Return the policy in orbax's terms."""
         reasons: list[policies.PreservationPolicy] = [policies.LatestN(self.newest)]
         if self.every:
             reasons.append(policies.EveryNSteps(self.every))
@@ -279,7 +279,7 @@ class Checkpoints:
 
     @contextlib.contextmanager
     def _raise_user_error(self) -> Iterator[None]:
-        """Make one sentence of what the file system says."""
+        """Raise a `UserError` that says what the file system reported."""
         try:
             yield
         except (OSError, ValueError, RuntimeError) as error:

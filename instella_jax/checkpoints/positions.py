@@ -1,4 +1,4 @@
-"""The positions of data loaders, for another number of processes or rows."""
+"""Positions of data loaders, divided anew among another number of processes or rows."""
 
 from collections.abc import Sequence
 from typing import Any
@@ -13,7 +13,7 @@ def rows_of(state: Any) -> int | None:
 
 
 def share_state(states: Sequence[Any], index: int, count: int, rows: int | None = None) -> Any:
-    """Make of the loaders' positions of some processes that of one of another number.
+    """Return one process's loader position, given those that another number of processes saved.
 
     Args:
       states: of all processes that saved them, in order.

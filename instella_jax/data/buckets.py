@@ -173,5 +173,5 @@ class Subset:
         return self.source[int(self.numbers[index])]  # pyright: ignore[reportIndexIssue]
 
     def __repr__(self) -> str:
-        """Say of what; grain stores this to recognise the source."""
+        """Name the source and the size; grain stores this to recognise the source."""
         return f"Subset({self.source!r}, {len(self)})"

@@ -59,7 +59,7 @@ def caption_lines(data: bytes) -> list[str]:
 
 
 def named(names: Iterable[str], keys: Sequence[str]) -> list[str]:
-    """Return which of some names are the given keys, in the order of the keys.
+    """Return those of the names that are among the keys, in the order of the keys.
 
     Case matters only where names differ in nothing else.
     """

@@ -1,4 +1,4 @@
-"""Codes as training data: what a tokenizer made of each picture, in packed bits.
+"""Codes as training data: each picture's bits from the tokenizer, packed.
 
 Axes: B batch, N latent tokens, K bits, V variants of a picture (crops, mirrored or not).
 """
@@ -22,7 +22,7 @@ if TYPE_CHECKING:
 
 
 def packed_bytes(num_tokens: int, bits: int) -> int:
-    """Return bytes of a code of so many tokens and bits each."""
+    """Return the size in bytes of a packed code."""
     return -(-num_tokens * bits // 8)
 
 
@@ -69,7 +69,7 @@ def check_dataset(
       num_tokens: N.
       bits: K.
       image_size: side in pixels of the encoded pictures.
-      tokenizer: model folder that will draw the codes; None if there is none.
+      tokenizer: model folder that will decode the codes; None if there is none.
 
     Raises:
       UserError: it is not.
@@ -122,7 +122,7 @@ class PickVariant:
     """One variant and one caption of each picture: at random, or the first of both."""
 
     def __init__(self, train: bool):
-        """Decide whether they are drawn at random."""
+        """Choose between random and first ones."""
         self._train = train
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:

@@ -1,4 +1,4 @@
-"""What a training step counts of the samples that it got.
+"""Counters of the samples in a training step.
 
 Axes: G steps per call, B batch.
 """

@@ -32,7 +32,7 @@ logger = logging.getLogger(__name__)
 
 @dataclasses.dataclass(frozen=True)
 class Mixture:
-    """Several sources that one loader draws from, each in its own order and as often as it takes.
+    """Several sources read by one loader, each in its own order and repeated as needed.
 
     Their samples get "source", int32, the number of the source that they are from.
 

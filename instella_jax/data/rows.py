@@ -48,7 +48,7 @@ class Rows(grain.IterDataset):
         self.threads, self.ahead = threads, max(ahead, 1) if threads else 1
 
     def set_slice(self, sl: slice, sequential_slice: bool = False) -> None:
-        """Leave of the stream what one of several workers reads; called by grain."""
+        """Keep only one worker's part of the stream; called by grain."""
         del sequential_slice
         self.stream = self.stream.slice(sl)
 

@@ -1,4 +1,4 @@
-"""Reading by worker processes: grain's, that end with this process and fail in a sentence."""
+"""Reading in grain's worker processes, which end with this one and fail with a sentence."""
 
 import contextlib
 from collections.abc import Iterator
@@ -12,7 +12,7 @@ _OPTION = "workers (--config.data.workers, or --workers)"
 
 
 class Workers(grain.IterDataset):
-    """What a stream gives, read and transformed in processes of its own."""
+    """A stream that is read and transformed in worker processes."""
 
     def __init__(self, stream: grain.IterDataset, count: int, ahead: int):
         """Divide a stream.
@@ -45,17 +45,17 @@ class _WorkersIterator(grain.DatasetIterator):
         Raises:
           UserError: a process was killed, or there is no room to hand items over.
         """
-        with _told(), starting_workers():
+        with _plain_errors(), starting_workers():
             return next(self._items)
 
     def get_state(self) -> Any:
         """Return the position after the last item."""
-        with _told(), starting_workers():
+        with _plain_errors(), starting_workers():
             return self._items.get_state()
 
     def set_state(self, state: Any) -> None:
         """Go to a position."""
-        with _told(), starting_workers():
+        with _plain_errors(), starting_workers():
             self._items.set_state(state)
 
     def close(self) -> None:
@@ -65,8 +65,8 @@ class _WorkersIterator(grain.DatasetIterator):
 
 
 @contextlib.contextmanager
-def _told() -> Iterator[None]:
-    """Make one sentence of what ends a worker process."""
+def _plain_errors() -> Iterator[None]:
+    """Raise `UserError` in place of the errors of worker processes that ended."""
     try:
         yield
     except (OSError, RuntimeError) as error:

@@ -49,7 +49,7 @@ def evaluate(stage: Stage, params: Params, frozen: Params, config: Config, mesh)
 
 
 def mean_of_rows(mean: np.ndarray, rows: int) -> Average:
-    """Return the mean of a batch as one to merge with those of others, where each row counts alike.
+    """Return the mean of a batch in a form that merges with other batches, rows weighted equally.
 
     Args:
       mean: over the batch; a batch lies on all devices and processes, so that it is theirs too.

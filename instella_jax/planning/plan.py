@@ -134,7 +134,7 @@ def batch_shapes(config: Config, rows: int, leading: tuple[int, ...] = ()) -> di
 
 
 def size(tree: Any) -> int:
-    """Return bytes of a tree of shapes as a whole."""
+    """Return the size of a tree of shapes in bytes."""
     return sum(math.prod(x.shape) * x.dtype.itemsize for x in jax.tree.leaves(tree))
 
 
@@ -146,7 +146,7 @@ def local_size(tree: Any) -> int:
 
 
 def parameter_count(tree: Any) -> int:
-    """Return number of parameters."""
+    """Return the number of parameters."""
     return sum(math.prod(x.shape) for x in jax.tree.leaves(tree))
 
 
@@ -228,7 +228,7 @@ def xla_flops(config: Config) -> float:
 
 
 def enough_parts(rows: int, parts: int, memory: Memory, limit: float) -> int:
-    """Tell by a measured step how many more parts of a batch would make it fit.
+    """Estimate from a measured step into how many more parts to split a batch to fit.
 
     Args:
       rows: of a device in a batch.

@@ -213,8 +213,8 @@ class _Encoder:
         return self._encode(self._params, jax.device_put(rows, self._sharding))
 
 
-class _Open:
-    """A shard whose codes are arriving."""
+class _PartialShard:
+    """A shard whose codes have not all arrived."""
 
     def __init__(self, records: int):
         self.missing = records
@@ -236,7 +236,7 @@ def _encode(
     numbers = [n for unit in todo for n in range(starts[unit], starts[unit + 1])]
     # Where in its shard each picture is: workers may hand them over in another order.
     places = [(unit, row) for unit in todo for row in range(shards[unit].records)]
-    open_shards: dict[int, _Open] = {}
+    open_shards: dict[int, _PartialShard] = {}
     done, begin, shown = 0, time.perf_counter(), -math.inf
 
     def arrive(batch: dict[str, Any], packed: jax.Array) -> None:
@@ -245,7 +245,7 @@ def _encode(
         rows = rows.reshape(len(batch["index"]), views.count, -1)
         for index, header, code in zip(batch["index"], batch["header"], rows, strict=True):
             unit, row = places[int(index)]
-            shard = open_shards.setdefault(unit, _Open(shards[unit].records))
+            shard = open_shards.setdefault(unit, _PartialShard(shards[unit].records))
             shard.headers[row] = json.loads(header)
             shard.payloads[row] = b"" if "dropped" in shard.headers[row] else code.tobytes()
             shard.missing -= 1
@@ -278,7 +278,7 @@ def _encode(
             arrive(*pending)
 
 
-def _write(job: Job, unit: int, shard: _Open) -> None:
+def _write(job: Job, unit: int, shard: _PartialShard) -> None:
     dropped = [header for header in shard.headers if "dropped" in header]
     # Records of a shard that cannot be read have one reason together.
     for reason in dict.fromkeys(header["dropped"] for header in dropped):

@@ -145,7 +145,7 @@ class Tally:
         self.merge({reason: number}, {reason: [name]})
 
     def merge(self, numbers: Mapping[str, int], examples: Mapping[str, Sequence[str]]) -> None:
-        """Add what another one has counted."""
+        """Add the counts of another tally."""
         for reason, number in numbers.items():
             self.numbers[reason] = self.numbers.get(reason, 0) + number
             names = self.examples.setdefault(reason, [])
@@ -160,7 +160,7 @@ def import_unit(
     job: Job, number: int, unit: Unit, reading: Reading, filters: Filters,
     tick: Callable[[], None] = lambda: None,
 ) -> None:  # fmt: skip
-    """Make the shard of a unit and note what became of its pictures."""
+    """Write the shard of a unit and record what became of its pictures."""
     kept = captions = 0
     dropped, flaws, not_read = Tally(), Tally(), Tally()
     damaged: list[str] = []
@@ -316,7 +316,7 @@ def summarize(
 
 
 def report_lines(report: Mapping[str, Any]) -> Iterator[str]:
-    """Say a report in lines."""
+    """Format a report as lines."""
     yield (
         f"kept {report['kept']} of {report['read']} pictures with {report['captions']} captions "
         f"in {report['shards']} shard(s), {report['bytes'] / 2**20:.1f} MiB"
@@ -409,7 +409,7 @@ class _Progress:
 
 
 def _spread(work: list[tuple], workers: int, progress: _Progress) -> None:
-    """Do the work in processes of its own."""
+    """Do the work in worker processes."""
     context = get_context("spawn")
     others = set(active_children())
     try:

@@ -105,7 +105,7 @@ class Job:
 
     @contextlib.contextmanager
     def claim(self, part: tuple[int, int]) -> Iterator[list[int]]:
-        """Lock a part of the work, sweep what a killed run left of it, and tell what is to do.
+        """Lock a part of the work, remove a killed run's leftovers, and return what is left to do.
 
         Args:
           part: (I, N): the units whose number is I modulo N.
@@ -126,7 +126,7 @@ class Job:
             yield [number for number in own if self.result(number) is None]
 
     def result(self, number: int) -> dict[str, Any] | None:
-        """Return what was noted of a unit that is done, or None."""
+        """Return the recorded result of a unit, None if it is not done."""
         try:
             return json.loads(self._path(number, "json").read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -143,7 +143,7 @@ class Job:
         return shard_writer(path, path.with_name(scratch))
 
     def finish(self, number: int, records: int, result: Mapping[str, Any]) -> None:
-        """Note that a unit is done, its shard being in place."""
+        """Record that a unit is done, its shard being in place."""
         path = self._path(number, "arrayrecord")
         shard = None
         if records:
@@ -154,7 +154,7 @@ class Job:
         )
 
     def results(self) -> list[dict[str, Any]] | None:
-        """Return what was noted of all units of all parts, or None while some are not done."""
+        """Return the recorded results of all units of all parts, None while some are not done."""
         results = [self.result(number) for number in range(len(self.units))]
         done = [result for result in results if result is not None]
         return done if len(done) == len(results) else None
@@ -176,7 +176,7 @@ class Job:
 
 
 def _changes(path: Path, plan: dict[str, Any]) -> list[str]:
-    """Return the keys of a plan that are not what a file says."""
+    """Return the keys in which a plan differs from a file."""
     try:
         begun = json.loads(path.read_text(encoding="utf-8"))
     except ValueError:

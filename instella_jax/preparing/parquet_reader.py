@@ -156,7 +156,7 @@ class _Rows:
         self.columns = list(dict.fromkeys([*self._images, *self._texts, *plain]))
 
     def item(self, row: int, values: dict[str, Any]) -> Item | Problem:
-        """Return what is in a row."""
+        """Return a row as an item or a problem."""
         name = f"{self._path} row {row}"
         images = [values.pop(column) for column in self._images]
         meta = {

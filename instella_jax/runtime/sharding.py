@@ -75,7 +75,7 @@ def constrain(x: jax.Array) -> jax.Array:
 
 
 def arrays(batch: dict[str, Any]) -> dict[str, np.ndarray]:
-    """Return what of a batch goes to the devices."""
+    """Return the arrays of a batch, which go to the devices; texts stay on the host."""
     return {k: v for k, v in batch.items() if isinstance(v, np.ndarray)}
 
 

@@ -73,7 +73,7 @@ def _generator_blocks(sizes: Any, text_width: int, text_length: int) -> int:
 
 
 def diffusion_forward(sizes: Any, text_width: int, text_length: int) -> int:
-    """Return forward pass of the diffusion generator, one image.
+    """Count the forward pass of the diffusion generator, one image.
 
     Args:
       sizes: num_layers, num_heads, head_dim, num_tokens (N), bits (K).
@@ -96,7 +96,7 @@ def ar_forward(sizes: Any, text_width: int, text_length: int) -> int:
 
 
 def olmo_forward(sizes: OlmoConfig, text_length: int) -> int:
-    """Return forward pass of the text encoder over one prompt padded to L."""
+    """Count the forward pass of the text encoder over one prompt padded to L."""
     width, inner = sizes.hidden_size, sizes.intermediate_size
     narrow = sizes.num_key_value_heads * sizes.head_dim
     layer = 2 * _dense(text_length, width, width) + 2 * _dense(text_length, width, narrow)
@@ -123,7 +123,7 @@ def _trunk(
 
 
 def encoder_forward(sizes: TokenizerConfig, height: int, width: int) -> int:
-    """Return forward pass from an image of height x width pixels to the logits of its bits."""
+    """Count the forward pass from an image of height x width pixels to the logits of its bits."""
     rows, columns = sizes.grid(height, width, len(sizes.downsample_after))
     wide, ends = sizes.encoder_width, [i + 1 for i in sorted(sizes.downsample_after)]
     grids = [(rows // 2**level, columns // 2**level) for level in range(len(ends) + 1)]

@@ -81,7 +81,7 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
 
 
 class _Run:
-    """One run of the loop: what its parts share."""
+    """The state that the parts of one run share."""
 
     def __init__(self, config: Config, workdir: Path, stage: Stage, mesh: jax.sharding.Mesh):
         self.config, self.workdir, self.stage, self.mesh = config, workdir, stage, mesh
@@ -168,7 +168,7 @@ class _Run:
                 self.checkpoints.close()
 
     def changes(self) -> dict[str, tuple[Any, Any]]:
-        """Return what is other than as the run was last started, and the learning rates then."""
+        """Return the settings that changed since the last start, and the learning rates then."""
         changed = changes(self.workdir, self.config)
         if any(key.partition(".")[0] in ("optimizer", "train") for key in changed):
             rates = [
@@ -180,7 +180,7 @@ class _Run:
         return changed
 
     def tell_changes(self, start: int, changed: dict[str, tuple[Any, Any]]) -> None:
-        """Say where a run goes on, and what is other from there on."""
+        """Report where a run resumes, and which settings changed."""
         self.progress.message(f"continuing from step {start}")
         for name, (old, new) in changed.items():
             if name == "learning rate":
@@ -220,7 +220,7 @@ class _Run:
         return done >= train.steps
 
     def due(self, step: int) -> set[str]:
-        """Return what of "eval", "image" and "save" is to be done after a step."""
+        """Return which of "eval", "image" and "save" are due after a step."""
         every = {name: self.config.train[f"{name}_every"] for name in ("eval", "image", "save")}
         return {name for name, n in every.items() if n > 0 and step % n == 0}
 
@@ -256,7 +256,7 @@ class _Run:
             self.progress.update(progress_line(step, total, fetched, speed, size))
 
     def check_skipped(self, step: int, in_a_row: int, metrics: dict[str, float]) -> None:
-        """End a run of which too many steps in a row were skipped."""
+        """End a run in which too many steps in a row were skipped."""
         train = self.config.train
         if in_a_row < train.max_skipped:
             return

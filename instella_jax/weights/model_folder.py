@@ -198,7 +198,7 @@ def weights_path(folder: str | os.PathLike[str], part: str) -> Path:
 
 
 def unused_file(folder: Path, part: str) -> Path:
-    """Return file of the published tensors of a part that its network does not use."""
+    """Return the file with a part's published tensors that its network does not use."""
     return folder / f"{part}_unused.safetensors"
 
 

@@ -1,4 +1,4 @@
-"""Which part of a model folder is which network, and whether it is the one that a config wants."""
+"""The networks in a model folder, and whether they are those that a config describes."""
 
 import dataclasses
 import json
@@ -30,7 +30,7 @@ def text_sizes(values: Mapping[str, Any]) -> OlmoConfig:
 def find_generator(
     folder: str | os.PathLike[str], description: Mapping[str, Any], kind: str | None = None
 ) -> str:
-    """Return the name of the part that is a generator of a kind; of any, diffusion first.
+    """Return the name of the generator part of a kind, or of any kind, diffusion first.
 
     Raises:
       UserError: there is none.

@@ -154,7 +154,7 @@ def _heads(width: int, head_dim: int, what: str) -> int:
 def _settle(
     measured: Mapping[str, Any], given: Any, defaults: Mapping[str, Any], what: str
 ) -> dict[str, Any]:
-    """Join what tensors tell with what was given for them; neither may contradict the other."""
+    """Combine measured sizes with given ones; they may not contradict each other."""
     if not isinstance(given, Mapping):
         raise UserError(f"{what}: the sizes given are {given!r}, expected an object")
     known = {**defaults, **measured}

@@ -1,4 +1,4 @@
-"""Torch files, read and written with torch of the [torch] extra, never unpickling objects."""
+"""Torch files, read and written with torch (the [torch] extra) without unpickling objects."""
 
 import contextlib
 import re
