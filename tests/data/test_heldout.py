@@ -135,6 +135,17 @@ def test_training_samples_are_the_others_shuffled_cropped_and_mirrored(data, kin
     assert np.mean(cropped) > 0.9
 
 
+@pytest.mark.parametrize("kind", ["folder", "shards"])
+@pytest.mark.parametrize("flip", [0.0, 1.0])
+def test_pictures_are_mirrored_as_often_as_the_config_says(data, kind, flip):
+    config = data(kind)
+    config[kind].update(flip=flip)
+    loader = make_split(config, "train", captions=True, batch_size=18)
+    images = next(loader)["image"]
+    loader.close()
+    assert [image[0, 0, 0] > image[0, -1, 0] for image in images] == [bool(flip)] * 18
+
+
 def test_held_out_scenes_are_those_of_their_split_in_order(data):
     config = data("scenes")
     batch = next(make_split(config, "heldout", captions=True, batch_size=5))

@@ -66,6 +66,15 @@ def test_batch_contents():
     assert batch["facts"] == [(i,) for i in numbers(batch)]
 
 
+def test_captions_are_cut_at_the_length_of_the_batch():
+    loader = make_loader(Numbers(20_000), batch_size=64, seed=0, shuffle=False,
+                         text_tokenizer=Letters(), max_length=2)  # fmt: skip
+    batch = next(loader)
+    loader.close()
+    assert batch["ids"].shape == (64, 2) and batch["mask"][10:].all()
+    assert "".join(map(chr, batch["ids"][37])) == "37"
+
+
 def test_every_epoch_is_another_permutation():
     loader = make_loader(Numbers(37), batch_size=37, seed=3)
     first, second = map(numbers, take(loader, 2))

@@ -2,6 +2,7 @@
 
 import numpy as np
 import pytest
+from PIL import Image
 
 from instella_jax.data.transforms import EvalTransform, TrainTransform, crop_resize
 
@@ -97,3 +98,18 @@ def test_impossible_options_are_refused():
         TrainTransform(8, 8, min_keep=0)
     with pytest.raises(ValueError, match="flip"):
         TrainTransform(8, 8, flip=1.5)
+
+
+@pytest.mark.parametrize("seed", range(12))
+def test_size_place_and_mirroring_are_draws_of_their_own(seed):
+    """Four draws, in this order: a run that goes on must find its crops as they were."""
+    image = np.random.default_rng(99).integers(0, 256, (60, 90, 3), np.uint8)
+    transform = TrainTransform(20, 24, min_keep=0.5, flip=0.4)
+    found = transform({"image": image}, np.random.default_rng(seed))["image"]
+    keep, x, y, mirror = np.random.default_rng(seed).random(4)
+    width = (0.5 + 0.5 * keep) * 72  # of a box of 24 to 20 in 60 rows
+    height = width * 20 / 24
+    left, top = x * (90 - width), y * (60 - height)
+    box = (left, top, left + width, min(top + height, 60))
+    wanted = np.asarray(Image.fromarray(image).resize((24, 20), Image.Resampling.BICUBIC, box))
+    np.testing.assert_array_equal(found, wanted[:, ::-1] if mirror < 0.4 else wanted)

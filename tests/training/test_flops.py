@@ -135,3 +135,9 @@ def test_speed_of_the_published_run():
     assert metrics["model_flops_utilisation"] == pytest.approx(0.18, abs=0.005)
     assert metrics["model_tflops_per_device"] == pytest.approx(235, abs=1)
     assert "model_flops_utilisation" not in flops.speed(10, per_image, "cpu", 1)
+
+
+def test_peaks_are_those_of_the_makers_for_dense_bfloat16():
+    makers = {"MI300X": (1307, 192), "H100": (989, 80), "v5p": (459, 95), "v6e": (918, 32)}
+    found = {name: (chip.tflops, chip.memory_gb) for name, chip in flops.CHIPS.items()}
+    assert {name: found[name] for name in makers} == makers

@@ -63,6 +63,7 @@ def test_what_may_change(config, workdir, key, value):
         ("data.kind", "folder"),
         ("data.seed", 1),
         ("loss.target", "x"),
+        ("optimizer.kind", "muon"),
         ("seed", 1),
         ("stage", "ar"),
     ],
