@@ -110,6 +110,7 @@ def test_a_step_that_fits_is_planned_without_warning(tiny_tokenizer_config, caps
     config = edit(tiny_tokenizer_config, plan__devices=1, plan__utilisation=0.5)
     made = plan.make_plan(config)
     text = report.report(made, config)
+    assert made.limit == pytest.approx(0.9 * 192e9)  # of an MI300X
     assert made.fits and not made.remedies and "WARNING" not in text
     # 8 steps of 8 images at half of the chip's peak.
     rate = 0.5 * 989e12 / sum(flops.training(config).values())

@@ -123,7 +123,8 @@ def batch(rows=ROWS):
     mask = np.arange(6) >= 6 - lengths[:, None]
     packed = np.packbits(bits.reshape(rows, -1), axis=-1)
     ids = rng.integers(1, 50, (rows, 6)).astype(np.int32)
-    return {"code": packed, "ids": ids, "mask": mask}, bits.astype(np.float64)
+    arrays = {"code": packed, "ids": ids, "mask": mask}
+    return jax.tree.map(jnp.asarray, arrays), bits.astype(np.float64)
 
 
 def draws_of(key):

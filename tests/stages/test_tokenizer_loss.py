@@ -51,7 +51,7 @@ def pictures():
     """Grey pictures of all shades: uint8, and as floats."""
     shades = np.arange(ROWS) * 255 // (ROWS - 1)
     images = np.broadcast_to(shades[:, None, None, None], (ROWS, SIDE, SIDE, 3)).astype(np.uint8)
-    return {"image": images}, images / 127.5 - 1
+    return {"image": jnp.asarray(images)}, images / 127.5 - 1
 
 
 def logits_of(x):
