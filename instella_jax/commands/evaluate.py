@@ -51,7 +51,7 @@ def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> d
             params, frozen = load_trained(stage, config, mesh), load_frozen(stage, mesh)
             source = str(model_folder.find_weights(config))
         metrics = evaluate(stage, params, frozen, config, mesh)
-    tell(f"held out, with {source}:")
+    print_line(f"held out, with {source}:")
     show(metrics)
     if config.data.kind == "scenes":
         out = Path(workdir or "drawn") / f"heldout-{config.stage}.png"
@@ -63,23 +63,23 @@ def report_scenes(stage: Stage, params: Any, config: Config, mesh: Mesh, out: Pa
     """Print the metrics that the facts of emoji scenes allow, and save a grid of images."""
     if isinstance(stage, GeneratorStage):
         report = scenes.prompts_report(InstellaPipeline.from_stage(stage, params, mesh), config)
-        tell(f"share right of {scenes.PROMPTS} held-out prompts:")
+        print_line(f"share right of {scenes.PROMPTS} held-out prompts:")
         show(report.sampled)
-        tell("the same of true pictures through the tokenizer (the ceiling):")
+        print_line("the same of true pictures through the tokenizer (the ceiling):")
         show(report.ceiling)
         shown = Preview(report.pictures[:GRID], report.prompts[:GRID])
     elif isinstance(stage, TokenizerStage):
-        tell("512 held-out scenes, and PCA with as many bits:")
+        print_line("512 held-out scenes, and PCA with as many bits:")
         show(scenes.tokenizer_report(stage.network, params["tokenizer"], config))
         shown = preview(stage, params, {}, GRID // 2)
     else:
         return
     if jax.process_index() == 0:
         save_grid(out, *shown)
-    tell(f"pictures: {out}")
+    print_line(f"pictures: {out}")
 
 
-def tell(line: str) -> None:
+def print_line(line: str) -> None:
     """Print a line, in the first of several processes."""
     if jax.process_index() == 0:
         print(line, flush=True)
@@ -88,4 +88,4 @@ def tell(line: str) -> None:
 def show(metrics: dict[str, float]) -> None:
     """Print a line for each metric."""
     for name, value in metrics.items():
-        tell(f"  {name.replace('_', ' ')} {value:.4f}")
+        print_line(f"  {name.replace('_', ' ')} {value:.4f}")

@@ -14,21 +14,21 @@ WARM_UP = 2
 class StepTrace:
     """Records the calls of the compiled step that hold `steps` steps, once per run."""
 
-    def __init__(self, folder: Path, steps: int, per_call: int, tell: Callable[[str], None]):
+    def __init__(self, folder: Path, steps: int, per_call: int, message: Callable[[str], None]):
         """Plan the trace.
 
         Args:
           folder: where it goes.
           steps: how many to record, rounded up to whole calls; 0 for no trace.
           per_call: steps in one call.
-          tell: is told where the trace is.
+          message: is given the line that says where the trace is.
 
         Raises:
           UserError: the number of steps is negative.
         """
         # One process of several suffices: all compute the same program.
         self._calls = -(-steps // per_call) if jax.process_index() == 0 else 0
-        self._folder, self._tell = folder, tell
+        self._folder, self._message = folder, message
         self._seen, self._open = 0, False
 
     @contextlib.contextmanager
@@ -52,4 +52,4 @@ class StepTrace:
             self._open = False
             jax.block_until_ready(state)
             jax.profiler.stop_trace()
-            self._tell(f"profile: {self._folder}")
+            self._message(f"profile: {self._folder}")
