@@ -127,3 +127,9 @@ def test_what_is_refused_leaves_nothing(config, tmp_path, monkeypatch, workdir, 
     with pytest.raises(UserError, match=sentence):
         generate.generate(config, workdir)
     assert not list(tmp_path.iterdir())
+
+
+def test_a_grid_of_large_pictures_has_fewer_of_them():
+    assert albums.pictures_in_a_grid(512, 512) == 64
+    assert albums.pictures_in_a_grid(2048, 1024) == 32
+    assert albums.pictures_in_a_grid(20_000, 20_000) == 1

@@ -284,6 +284,20 @@ def test_means_of_batches_merge_without_rounding():
     assert float(merged.compute()) == pytest.approx(wanted, rel=1e-13)
 
 
+def test_each_held_out_batch_has_draws_of_its_own_and_always_the_same(toy, config):
+    class Drawn(ToyStage):
+        def evaluate(self, params, frozen, batch, key):
+            return {"draw": jax.random.uniform(key)}
+
+    config.update(seed=3)
+    config.eval.update(batch_size=4, batches=2)
+    keys = [jax.random.fold_in(jax.random.key(3), index) for index in range(2)]
+    wanted = np.mean([jax.random.uniform(key) for key in keys])
+    for _ in range(2):
+        found = evaluate(Drawn(), {}, {}, config, mesh_of())
+        assert found["draw"] == pytest.approx(wanted, rel=1e-6)
+
+
 def test_evaluation_compiles_once_per_shape(toy, config, tmp_path):
     config.train.eval_every = 2
     loop.train(config, tmp_path)
