@@ -1,12 +1,9 @@
 """`instella-jax data ...`: pictures in whatever form -> shards -> codes, to train from."""
 
 import argparse
+import contextlib
 import logging
-import math
 import os
-import sys
-import time
-from collections.abc import Callable
 from typing import Any
 
 from instella_jax.config_keys import expand, path_argument
@@ -201,9 +198,7 @@ def _import(options: argparse.Namespace) -> None:
     from instella_jax.reporting.progress import Progress
 
     keys = tuple(key.strip() for key in options.caption_keys.split(",") if key.strip())
-    progress = Progress()
-    show = _Unhurried(progress.update)
-    try:
+    with contextlib.closing(Progress(interval=_INTERVAL)) as progress:
         report = importing.import_dataset(
             options.source,
             options.out,
@@ -219,37 +214,14 @@ def _import(options: argparse.Namespace) -> None:
             ),
             workers=options.workers,
             part=parse_part(options.part),
-            show=show,
+            show=progress.update,
         )
-    finally:
-        show.close()
-        progress.close()
     lines = [_WAITING] if report is None else importing.report_lines(report)
     print("\n".join(lines))
 
 
-class _Unhurried:
-    """Shows a line in ten seconds where lines stay, as in the log of a batch job, and the last."""
-
-    def __init__(self, show: Callable[[str], None]):
-        self._show, self._shown = show, -math.inf
-        self._kept = ""
-
-    def __call__(self, line: str) -> None:
-        now = time.monotonic()
-        if not sys.stdout.isatty() and now - self._shown < 10:
-            self._kept = line
-            return
-        self._shown, self._kept = now, ""
-        self._show(line)
-
-    def close(self) -> None:
-        """Show the last line, if it was not."""
-        if self._kept:
-            self._show(self._kept)
-        self._kept = ""
-
-
+# Seconds between two lines of progress in the log of a batch job.
+_INTERVAL = 10.0
 _WAITING = "this part is done; the data set is complete when the others are"
 
 
@@ -288,10 +260,12 @@ def _encode_part(options: argparse.Namespace, part: tuple[int, int] | None) -> N
             "right become wrong; leave it out where there are such"
         )
     count = jax.process_count()
-    progress = Progress(enabled=jax.process_index() == 0)
-    whose = f"process 0 of {count}: " if count > 1 else ""
-    show = _Unhurried(lambda line: progress.update(whose + line))
-    try:
+    progress = Progress(
+        enabled=jax.process_index() == 0,
+        interval=_INTERVAL,
+        prefix=f"process 0 of {count}: " if count > 1 else "",
+    )
+    with contextlib.closing(progress):
         report = encoding.encode_dataset(
             options.model,
             options.source,
@@ -301,11 +275,8 @@ def _encode_part(options: argparse.Namespace, part: tuple[int, int] | None) -> N
             workers=options.workers,
             part=part,
             run=Execution(dtype=options.dtype),
-            show=show,
+            show=progress.update,
         )
-    finally:
-        show.close()
-        progress.close()
     if report is None:
         if part is not None:
             print(_WAITING)

@@ -135,7 +135,7 @@ def encode_dataset(
       part: (I, N): this is part I of N that are encoded apart and share `out`. None: the
         processes of `jax.distributed` share the work, each with its own devices.
       run: how the network is computed.
-      show: is given a line of progress now and then.
+      show: is given a line of progress after each batch.
 
     Returns:
       {"kept", "dropped", "examples", "bytes"}, or None while other parts are not done, and in
@@ -237,10 +237,10 @@ def _encode(
     # Where in its shard each picture is: workers may hand them over in another order.
     places = [(unit, row) for unit in todo for row in range(shards[unit].records)]
     open_shards: dict[int, _PartialShard] = {}
-    done, begin, shown = 0, time.perf_counter(), -math.inf
+    done, begin = 0, time.perf_counter()
 
     def arrive(batch: dict[str, Any], packed: jax.Array) -> None:
-        nonlocal done, shown
+        nonlocal done
         rows = np.asarray(packed)[: len(batch["index"]) * views.count]
         rows = rows.reshape(len(batch["index"]), views.count, -1)
         for index, header, code in zip(batch["index"], batch["header"], rows, strict=True):
@@ -252,11 +252,8 @@ def _encode(
             if not shard.missing:
                 _write(job, unit, open_shards.pop(unit))
         done += len(rows)
-        clock = time.perf_counter()
-        if clock - shown > 0.5 or done == len(numbers):
-            shown = clock
-            rate = done / max(clock - begin, 1e-6)
-            show(f"{done}/{len(numbers)} pictures  {rate:.0f} pictures/s, compiling included")
+        rate = done / max(time.perf_counter() - begin, 1e-6)
+        show(f"{done}/{len(numbers)} pictures  {rate:.0f} pictures/s, compiling included")
 
     loader = make_loader(
         _Views(images, numbers, views),

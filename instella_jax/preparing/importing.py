@@ -228,7 +228,7 @@ def import_dataset(
       workers: processes; with 1 this one does the work. The main module of a program that asks for
         more must guard its top level by `if __name__ == "__main__"`.
       part: (I, N): this is host I of N that share the work and `out`.
-      show: is given a line of progress twice a second.
+      show: is given a line of progress after each picture.
 
     Returns:
       The report (also `report.json`), or None while other parts are not done.
@@ -249,7 +249,7 @@ def import_dataset(
     with job.claim(part) as todo:
         own = len(range(part[0], len(units), part[1]))
         known = [units[number].pictures for number in todo]
-        progress = _Progress(show, own - len(todo), own, sum(known) if all(known) else 0)
+        progress = _Count(show, own - len(todo), own, sum(known) if all(known) else 0)
         work = [(job, number, units[number], reading, filters) for number in todo]
         if workers <= 1 or len(todo) <= 1:
             for arguments in work:
@@ -358,21 +358,21 @@ def _some(examples: Sequence[str], number: int) -> str:
     return ", ".join(examples) + (", ..." if number > len(examples) else "")
 
 
-class _Progress:
-    """Counts units and pictures, and shows them now and then."""
+class _Count:
+    """Counts units and pictures, and says how many there are."""
 
     def __init__(self, show: Callable[[str], None], done: int, total: int, expected: int):
         """Begin to count.
 
         Args:
-          show: is given a line twice a second, and the last one.
+          show: is given a line.
           done: units that were there already.
           total: units.
           expected: pictures in those that were not, 0 where that is not known.
         """
         self.pictures = 0
         self._show, self._done, self._total, self._expected = show, done, total, expected
-        self._first, self._start, self._shown = done, time.perf_counter(), -math.inf
+        self._first, self._start = done, time.perf_counter()
 
     def tick(self) -> None:
         self.pictures += 1
@@ -380,14 +380,10 @@ class _Progress:
 
     def unit(self) -> None:
         self._done += 1
-        self.show(now=self._done == self._total)
+        self.show()
 
-    def show(self, now: bool = False) -> None:
-        clock = time.perf_counter()
-        if not now and clock - self._shown < 0.5:
-            return
-        self._shown = clock
-        self._show(self._line(clock - self._start))
+    def show(self) -> None:
+        self._show(self._line(time.perf_counter() - self._start))
 
     def _line(self, seconds: float) -> str:
         of = f"/{self._expected}" if self._expected else ""
@@ -408,7 +404,7 @@ class _Progress:
         return line
 
 
-def _spread(work: list[tuple], workers: int, progress: _Progress) -> None:
+def _spread(work: list[tuple], workers: int, progress: _Count) -> None:
     """Do the work in worker processes."""
     context = get_context("spawn")
     others = set(active_children())

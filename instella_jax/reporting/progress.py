@@ -1,7 +1,13 @@
-"""How far a run is, shown on a terminal or in a log, and how fast it goes."""
+"""How far a run is, shown on a terminal or in a log, and how fast it goes.
+
+Neither tqdm nor rich does both: off a terminal tqdm rewrites its line all the same, which makes one
+long line of a log file, and rich writes nothing before the end. Both count pauses, such as an
+evaluation, into the rate and the time left.
+"""
 
 from __future__ import annotations
 
+import math
 import os
 import sys
 import time
@@ -47,7 +53,7 @@ class Throughput:
 
     @property
     def steps_per_second(self) -> float | None:
-        """Step per second, > 0, or None before two updates."""
+        """Steps per second, > 0, or None before two updates."""
         if len(self._marks) < 2:
             return None
         (start, first), (end, last) = self._marks[0], self._marks[-1]
@@ -97,17 +103,42 @@ class Progress:
     Lines that must stay go through `message`, which takes care of the rewritten one.
     """
 
-    def __init__(self, stream: TextIO | None = None, *, enabled: bool = True):
-        """Write to `stream` (standard output when None); say nothing when not `enabled`."""
+    def __init__(
+        self,
+        stream: TextIO | None = None,
+        *,
+        enabled: bool = True,
+        interval: float = 0.0,
+        prefix: str = "",
+        clock: Callable[[], float] = time.monotonic,
+    ):
+        """Show nothing yet.
+
+        Args:
+          stream: Where lines go, standard output when None.
+          enabled: False shows nothing, as in every process but the first.
+          interval: Seconds from one line to the next; at most 0.5 on a terminal. A line that comes
+            sooner is shown by `close` if no other follows.
+          prefix: Stands before every line but messages.
+          clock: Returns seconds.
+        """
         self._stream = sys.stdout if stream is None else stream
-        self._enabled = enabled
+        self._enabled, self._prefix, self._clock = enabled, prefix, clock
         self._rewrites = self._stream.isatty()
+        self._interval = min(interval, 0.5) if self._rewrites else interval
+        self._shown, self._held = -math.inf, ""
         self._open = False
 
     def update(self, line: str) -> None:
         """Show `line`: over the last one on a terminal, as a new line elsewhere."""
         if not self._enabled:
             return
+        now = self._clock()
+        if now - self._shown < self._interval:
+            self._held = line
+            return
+        self._shown, self._held = now, ""
+        line = self._prefix + line
         if self._rewrites:
             columns = os.get_terminal_size(self._stream.fileno()).columns or 80
             # A line that wraps can no longer be rewritten.
@@ -126,7 +157,10 @@ class Progress:
         self._stream.flush()
 
     def close(self) -> None:
-        """End the rewritten line, leaving it to be read."""
+        """Show a line that was held back, and end the rewritten one, leaving it to be read."""
+        if self._held:
+            self._shown = -math.inf
+            self.update(self._held)
         if self._open:
             self._stream.write("\n")
             self._stream.flush()

@@ -117,3 +117,27 @@ def test_a_terminal_gets_one_rewritten_line():
     shown = read_to_end(leader).decode().replace("\r\n", "\n")
     os.close(leader)
     assert screen(shown, 80) == ["saved", "step 3", ""]
+
+
+def test_lines_that_come_too_soon_are_left_out_but_for_the_last():
+    out, clock = io.StringIO(), Clock()
+    progress = Progress(out, interval=10.0, prefix="process 0 of 2: ", clock=clock)
+    for second in (0, 3, 9, 10, 12, 19):
+        clock.now = float(second)
+        progress.update(f"{second} s")
+    progress.message("a message")
+    progress.close()
+    progress.close()
+    shown = ["process 0 of 2: 0 s", "process 0 of 2: 10 s", "a message", "process 0 of 2: 19 s"]
+    assert out.getvalue().splitlines() == shown
+
+
+def test_a_line_that_was_shown_is_not_shown_again():
+    out, clock = io.StringIO(), Clock()
+    progress = Progress(out, interval=10.0, clock=clock)
+    progress.update("1")
+    progress.update("2")
+    clock.now = 10.0
+    progress.update("3")
+    progress.close()
+    assert out.getvalue() == "1\n3\n"
