@@ -25,7 +25,7 @@ def make_counter(config: Config) -> Counter:
     "samples_<height>x<width>" of each of several shapes. `ready` is True; what is summed over
     devices waits for it.
     """
-    names, shapes = part_names(config.data), buckets.shapes(config)
+    shapes = buckets.shapes(config)
 
     def count(batches: dict[str, jax.Array], ready: jax.Array) -> dict[str, jax.Array]:
         def total(rows: jax.Array) -> jax.Array:
@@ -35,7 +35,7 @@ def make_counter(config: Config) -> Counter:
         if "skipped_before" in batches:
             counts["skipped_samples"] = total(batches["skipped_before"])
         if "source" in batches:
-            for number, name in enumerate(names):
+            for number, name in enumerate(part_names(config.data)):
                 counts[f"samples_{name}"] = total(batches["source"] == number)
         if "image" in batches and len(shapes) > 1:
             *leading, height, width, _ = batches["image"].shape

@@ -21,7 +21,9 @@ from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.binary_diffusion import Scalar, Target
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import Params
-from instella_jax.models.joint_attention import TextKeysValues
+
+# Keys and values of the 2B rows of text.
+RowsKeysValues = tuple[Float[Array, "layers rows L H Dh"], Float[Array, "layers rows L H Dh"]]
 
 
 def image_keys(seeds: Integer[Array, " B"]) -> Key[Array, " B"]:
@@ -37,7 +39,7 @@ def _bound(network: nn.Module, params: Params) -> Callable[..., Any]:
 def sample_diffusion(
     network: DiffusionTransformer,
     params: Params,
-    text: Float[Array, "layers rows L Dt"] | TextKeysValues,
+    text: Float[Array, "layers rows L Dt"] | RowsKeysValues,
     text_mask: Shaped[Array, "rows L"],
     keys: Key[Array, " B"],
     *,
@@ -106,7 +108,7 @@ def sample_diffusion(
 def sample_ar(
     network: ArTransformer,
     params: Params,
-    text: Float[Array, "layers rows L Dt"] | TextKeysValues,
+    text: Float[Array, "layers rows L Dt"] | RowsKeysValues,
     text_mask: Shaped[Array, "rows L"],
     keys: Key[Array, " B"],
     *,

@@ -12,6 +12,7 @@ import sys
 import time
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
@@ -257,7 +258,7 @@ def test_the_loss_of_codes_is_that_of_their_pictures(code_config, pictures):
     with_pictures = code_config.copy_and_resolve_references()
     with_pictures.data.kind = "shards"
     other = make_stage(with_pictures)
-    code = stage.code_of({}, batch)
+    code = stage.code_of({}, {"code": jnp.asarray(batch["code"])})
     encoded = jax.jit(other.encode)(jax.tree.map(lambda x: getattr(x, "value", x), other.frozen(),
                                     is_leaf=lambda x: hasattr(x, "value")), images)  # fmt: skip
     assert np.mean(np.asarray(code) == np.asarray(encoded)) > 0.99
