@@ -3,6 +3,7 @@
 import json
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from safetensors.numpy import load_file
@@ -62,7 +63,7 @@ def test_hidden_states_are_those_of_transformers(name, tmp_path):
             output_hidden_states=True,
         ).hidden_states
     with jax.default_matmul_precision("highest"):
-        got = np.asarray(apply(ours, params, ids.astype(np.int32), mask))
+        got = np.asarray(apply(ours, params, jnp.asarray(ids, jnp.int32), jnp.asarray(mask)))
     assert len(got) == len(expected) == config.num_hidden_layers + 1
     for layer, (a, b) in enumerate(zip(got, expected, strict=True)):
         # What padding sees differs, and no generator reads it.

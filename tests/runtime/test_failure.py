@@ -50,7 +50,9 @@ def test_both_refuse_a_workdir_that_another_run_holds(tmp_path):
 def test_a_full_disk_ends_both_and_the_last_checkpoint_goes_on(tmp_path):
     run(tmp_path, 1, "--config.train.steps=4")
     begin = time.monotonic()
-    printed = finish(start(tmp_path, 2, "--config.train.steps=40", largest_file=100), expected=2)
+    # Less than the list of a checkpoint's arrays takes (71 KiB), which every save writes; how the
+    # arrays are spread over files differs from save to save.
+    printed = finish(start(tmp_path, 2, "--config.train.steps=40", largest_file=50), expected=2)
     assert time.monotonic() - begin < SOON
     for text in printed:
         assert re.search("a checkpoint cannot be written .*File too large", sentence(text))
