@@ -1,11 +1,12 @@
 """Training of the binary-latent diffusion generator on a frozen tokenizer.
 
-Axes: B batch, N latent tokens, K bits, L text length, Dt text width.
+Axes: B batch, R = B * draws noisy codes, N latent tokens, K bits, L text length, Dt text width.
 """
 
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float, Key
 
 from instella_jax.config import Config
@@ -29,16 +30,26 @@ class DiffusionStage(GeneratorStage):
         """Return what the network was trained to predict."""
         return {"target": self.config.loss.target}
 
+    @property
+    def draws(self) -> int:
+        """How many noisy versions of a code, each at its own time, a step learns from."""
+        return self.config.loss.draws
+
     def code_metrics(
         self,
         params: Params,
         code: Float[Array, "B N K"],
         text: Float[Array, "layers B L Dt"],
-        mask: Bool[Array, "B L"],
+        mask: Bool[Array, "R L"],
         key: Key[Array, ""],
         train: bool,
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return loss and bit accuracy (0 to 1) of codes at random times."""
+        code, features = jnp.repeat(code, self.draws if train else 1, axis=0), text
+        if code.shape[0] > text.shape[1]:
+            # Neither keys nor values of the text depend on noise or time.
+            features = apply(self.network, params["generator"], text, method="text_kv")
+            features = jax.tree.map(lambda x: jnp.repeat(x, self.draws, axis=1), features)
         time_key, noise_key = jax.random.split(key)
         if train:
             t = binary_diffusion.sample_times(time_key, code.shape[0], self.config.loss.times)
@@ -46,7 +57,7 @@ class DiffusionStage(GeneratorStage):
             # The same distribution, evenly spread: less noise in the held-out figure.
             t = binary_diffusion.spread_times(code.shape[0], self.config.loss.times)
         z = binary_diffusion.add_noise(code, t, jax.random.uniform(noise_key, code.shape))
-        f = apply(self.network, params["generator"], z, t, text, mask)
+        f = apply(self.network, params["generator"], z, t, features, mask)
         logits = binary_diffusion.clean_logits(f, z, self.config.loss.target)
         return binary_diffusion.loss(logits, code), {
             "bit_accuracy": binary_diffusion.bit_accuracy(logits, code)

@@ -1,6 +1,7 @@
 """What the stages of both generators share: frozen tokenizer, text encoder, caption dropout.
 
-Axes: B batch, N latent tokens, K bits, L text length, Dt text width.
+Axes: B batch, R rows of which the network sees `draws` for each in the batch, N latent tokens,
+K bits, L text length, Dt text width.
 """
 
 import abc
@@ -107,13 +108,18 @@ class GeneratorStage(abc.ABC):
         """Return what sampling must know beside the sizes."""
         return {}
 
+    @property
+    def draws(self) -> int:
+        """How many rows the network sees of each picture in training."""
+        return 1
+
     @abc.abstractmethod
     def code_metrics(
         self,
         params: Params,
         code: Float[Array, "B N K"],
         text: Float[Array, "layers B L Dt"],
-        mask: Bool[Array, "B L"],
+        mask: Bool[Array, "R L"],
         key: Key[Array, ""],
         train: bool,
     ) -> tuple[Float[Array, ""], Metrics]:
@@ -207,10 +213,9 @@ class GeneratorStage(abc.ABC):
         """Return the loss with captions dropped at the configured rate."""
         del step
         drop_key, key = jax.random.split(key)
-        keep = jax.random.uniform(drop_key, batch["mask"].shape[:1]) >= (
-            self.config.loss.caption_dropout
-        )
-        return self._metrics(params, frozen, batch, batch["mask"] & keep[:, None], key, True)
+        mask = jnp.repeat(batch["mask"], self.draws, axis=0)
+        keep = jax.random.uniform(drop_key, mask.shape[:1]) >= self.config.loss.caption_dropout
+        return self._metrics(params, frozen, batch, mask & keep[:, None], key, True)
 
     def evaluate(
         self, params: Params, frozen: Params, batch: Batch, key: Key[Array, ""]
@@ -224,7 +229,7 @@ class GeneratorStage(abc.ABC):
         params: Params,
         frozen: Params,
         batch: Batch,
-        mask: Bool[Array, "B L"],
+        mask: Bool[Array, "R L"],
         key: Key[Array, ""],
         train: bool,
     ) -> tuple[Float[Array, ""], Metrics]:

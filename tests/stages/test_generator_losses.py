@@ -49,9 +49,16 @@ class KnownDiffusion(DiffusionTransformer):
 
     def __call__(self, z, t, text, mask):
         given.append(
-            {name: np.asarray(x) for name, x in dict(z=z, t=t, text=text, mask=mask).items()}
+            {
+                name: jax.tree.map(np.asarray, x)
+                for name, x in dict(z=z, t=t, text=text, mask=mask).items()
+            }
         )
         return jnp.asarray(known_output(np.asarray(z), np.asarray(t)), jnp.float32)
+
+    def text_kv(self, features):
+        given.append(dict(text=np.asarray(features)))
+        return features, -features
 
 
 class KnownAr(ArTransformer):
@@ -93,6 +100,14 @@ def stand_in(config, network, **loss):
     return stage
 
 
+def with_draws(config, draws):
+    """The config on codes, with so many draws of each."""
+    config = config.copy_and_resolve_references()
+    config.data.kind = "codes"
+    config.loss.draws = draws
+    return config
+
+
 @pytest.fixture
 def diffusion(tiny_diffusion_config):
     return lambda **loss: stand_in(tiny_diffusion_config, KnownDiffusion, **loss)
@@ -127,14 +142,14 @@ def batch(rows=ROWS):
     return jax.tree.map(jnp.asarray, arrays), bits.astype(np.float64)
 
 
-def draws_of(key):
+def draws_of(key, rows=ROWS):
     """The uniforms of a training step: of dropped captions, times and noise."""
     drop, rest = jax.random.split(key)
     time, noise = jax.random.split(rest)
     return (
-        np.asarray(jax.random.uniform(drop, (ROWS,))),
-        np.asarray(jax.random.uniform(time, (ROWS,))),
-        np.asarray(jax.random.uniform(noise, (ROWS, N, K))),
+        np.asarray(jax.random.uniform(drop, (rows,))),
+        np.asarray(jax.random.uniform(time, (rows,))),
+        np.asarray(jax.random.uniform(noise, (rows, N, K))),
     )
 
 
@@ -162,6 +177,45 @@ def test_the_diffusion_loss_is_that_of_numpy(diffusion, target, times):
     logits = np.where((seen["z"] == 1) & (target == "epsilon"), -output, output)
     assert float(loss) == pytest.approx(cross_entropy(logits, bits), rel=1e-5)
     assert float(metrics["bit_accuracy"]) == pytest.approx(np.mean((logits > 0) == (bits == 1)))
+
+
+def test_draws_of_one_code_have_their_own_noise_times_and_dropped_captions(diffusion):
+    stage, (rows, bits) = diffusion(caption_dropout=0.25, draws=3), batch(64)
+    loss, _ = stage.loss(PARAMS, {}, rows, jax.random.key(3), STEP)
+    dropped, quantiles, noise = draws_of(jax.random.key(3), 3 * 64)
+    text, keys_of, seen = given
+    assert text["ids"].shape[0] == 64 and keys_of["text"].shape[1] == 64
+    # Row 3 i + j is draw j of caption i.
+    caption = np.repeat(np.arange(64), 3)
+    np.testing.assert_array_equal(
+        seen["mask"], np.asarray(rows["mask"])[caption] & (dropped >= 0.25)[:, None]
+    )
+    keys, values = seen["text"]
+    np.testing.assert_array_equal(keys, keys_of["text"][:, caption])
+    np.testing.assert_array_equal(values, -keys)
+    t = logit_normal(quantiles)
+    np.testing.assert_allclose(seen["t"], t, rtol=1e-4, atol=1e-6)
+    z, decided = noisy(bits[caption], t, noise)
+    np.testing.assert_array_equal((seen["z"] == 1)[decided], z[decided])
+    output = known_output(seen["z"], seen["t"])
+    logits = np.where(seen["z"] == 1, -output, output)
+    assert float(loss) == pytest.approx(cross_entropy(logits, bits[caption]), rel=1e-5)
+    given.clear()
+    stage.evaluate(PARAMS, {}, rows, jax.random.key(3))
+    assert given[-1]["z"].shape[0] == 64
+
+
+def test_draws_change_no_gradient_but_by_their_noise(tiny_diffusion_config):
+    """Three draws are three rows with the same code and caption, in the real network."""
+    stage = make_stage(with_draws(tiny_diffusion_config, 1))
+    several = make_stage(with_draws(tiny_diffusion_config, 3))
+    (rows, _), key = batch(4), jax.random.key(5)
+    params = {"generator": shaken(stage.network), "text": shaken(stage.text_network)}
+    repeated = jax.tree.map(lambda x: jnp.repeat(x, 3, axis=0), rows)
+    one = jax.jit(jax.grad(lambda p: stage.loss(p, {}, repeated, key, STEP)[0]))(params)
+    other = jax.jit(jax.grad(lambda p: several.loss(p, {}, rows, key, STEP)[0]))(params)
+    for a, b in zip(jax.tree.leaves(one), jax.tree.leaves(other), strict=True):
+        np.testing.assert_allclose(b, a, rtol=1e-3, atol=1e-5)
 
 
 def test_held_out_diffusion_loss_has_spread_times_and_every_caption(diffusion):
