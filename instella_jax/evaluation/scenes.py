@@ -37,9 +37,7 @@ def tokenizer_report(network: BinaryTokenizer, params: Any, config: Config) -> d
     """Return held-out PSNR of the tokenizer and of PCA with as many bits, in dB."""
     heldout, train = (scenes_source(config.data, split) for split in ("heldout", "train"))
     pictures = np.stack([heldout[i]["image"] for i in range(512)])
-    # Far from the first indices, which a short training run has seen.
-    start = len(train) // 2
-    fitted = np.stack([train[start + i]["image"] for i in range(PCA_PICTURES)])
+    fitted = np.stack([train[i]["image"] for i in range(PCA_PICTURES)])
     bits = network.config.num_tokens * network.config.bits
     codec = PcaCodec(fitted.reshape(len(fitted), -1).astype(np.float32), bits)
     coded = codec(pictures.reshape(len(pictures), -1)).reshape(pictures.shape)

@@ -10,6 +10,7 @@ from typing import Any
 
 import flax.linen as nn
 import jax
+import jax.numpy as jnp
 import numpy as np
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
@@ -72,6 +73,41 @@ def constrain(x: jax.Array) -> jax.Array:
     if mesh.empty or x.shape[0] % batch_parts(mesh):
         return x
     return nn.with_logical_constraint(x, ("batch", "sequence", "width"))
+
+
+def share_layers(function: Callable[[Any], Any], tree: Any) -> Any:
+    """Apply a function to arrays [layers, ...], on a data mesh each device to its share of layers.
+
+    On other meshes, which divide the layers themselves, and where the devices do not divide the
+    number of layers, all is left to the compiler.
+
+    Args:
+      function: treats every layer by itself and keeps the shapes.
+      tree: of arrays that all devices hold in full.
+    """
+    mesh = jax.sharding.get_abstract_mesh()
+    arrays, structure = jax.tree.flatten(tree)
+    parts = 1 if mesh.empty or mesh.size != mesh.shape["data"] else mesh.size
+    if parts == 1 or any(x.shape[0] % parts for x in arrays):
+        return function(tree)
+    counts = [x.shape[0] // parts for x in arrays]
+
+    def of_one_device(*whole: jax.Array) -> jax.Array:
+        number = jax.lax.axis_index("data")
+        shares = [
+            jax.lax.dynamic_slice_in_dim(x, number * n, n)
+            for x, n in zip(whole, counts, strict=True)
+        ]
+        done = jax.tree.leaves(function(structure.unflatten(shares)))
+        # One row of all, so that one collective brings them together: a CPU has a thread for one.
+        row = jnp.concatenate([x.reshape(-1) for x in done])
+        return jax.lax.all_gather(row, "data")
+
+    # Arrays that came divided would make the compiler divide what they are made of, too.
+    rows = jax.shard_map(of_one_device, in_specs=P(), out_specs=P(), check_vma=False)(*arrays)
+    ends = np.cumsum([x.size // parts for x in arrays])[:-1]
+    pieces = jnp.split(rows, ends, axis=1)
+    return structure.unflatten([y.reshape(x.shape) for x, y in zip(arrays, pieces, strict=True)])
 
 
 def arrays(batch: dict[str, Any]) -> dict[str, np.ndarray]:

@@ -7,6 +7,7 @@ import optax
 from optax import contrib
 
 from instella_jax.config import Config
+from instella_jax.runtime.sharding import share_layers
 
 
 def make_schedule(config: Config, steps: int, peak: float | None = None) -> optax.Schedule:
@@ -71,13 +72,21 @@ def _muon(config: Config, steps: int) -> optax.GradientTransformation:
     widths.
     """
     return optax.chain(
-        contrib.scale_by_muon(
-            beta=config.muon.momentum, weight_dimension_numbers=_stacked_matrices
-        ),
+        optax.trace(config.muon.momentum, nesterov=True),
+        optax.stateless(lambda updates, _: share_layers(_orthogonalise, updates)),
         optax.stateless(lambda updates, _: jax.tree.map(_scale_for_width, updates)),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(make_schedule(config, steps, config.muon.learning_rate)),
     )
+
+
+def _orthogonalise(tree: Any) -> Any:
+    # Without a momentum of its own, since each device of a mesh sees its layers alone.
+    muon = contrib.scale_by_muon(
+        beta=0.0, nesterov=False, weight_dimension_numbers=_stacked_matrices
+    )
+    orthogonal, _ = muon.update(tree, muon.init(tree))
+    return orthogonal
 
 
 def _scale_for_width(update: jax.Array) -> jax.Array:

@@ -170,8 +170,10 @@ def make_step(
         state, (metrics, skipped) = jax.lax.scan(scanned, state, batches)
         # A sum over devices that waits for nothing could be begun beside those of the gradients. On
         # a CPU each holds a thread, and there are as many as devices: two begun by some devices may
-        # leave none for the others, and all wait for ever. So these sums wait for the last step.
-        counts = {"skipped": jnp.sum(skipped), **count(batches, state.skipped >= 0)}
+        # leave none for the others, and all wait for ever. So these sums wait for the last step, of
+        # which the parameters come last.
+        done = (state.skipped >= 0) | (optax.tree.sum(state.params) > 0)  # always true
+        counts = {"skipped": jnp.sum(skipped & done), **count(batches, done)}
         metrics = jax.tree.map(jnp.mean, metrics)
         return state, {**metrics, "skipped_in_a_row": state.skipped, "counts": counts}
 
