@@ -307,8 +307,8 @@ KEYS: dict[str, Key] = {
         "what the network is asked: is the bit flipped, or the clean bit", "epsilon", "x"
     ),
     "loss.draws": whole(
-        "noisy versions of each code in a batch, each at its own time; the image is encoded and the "
-        "text read once for all of them",
+        "noisy versions of each code in a batch, each at its own time; the image is encoded and "
+        "the text read once for all of them",
         1,
     ),
     "loss.times": choice("how times are distributed", "logit_normal", "uniform"),
