@@ -26,9 +26,15 @@ def get_config(variant: str = "") -> ConfigDict:
     c = base("diffusion", variant)
     c.update(generator(variant))
     # What the network is asked, "epsilon" (is the bit flipped) or "x" (the clean bit); how times
-    # are drawn, "logit_normal" or "uniform"; how many noisy versions of each code, each at its own
-    # time, a batch has; how often a caption is dropped for guidance.
-    c.loss = dict(target="epsilon", times="logit_normal", draws=1, caption_dropout=0.1)
+    # are drawn, "logit_normal" or "uniform", and their shift towards noise, if over 1; how many
+    # noisy versions of each code, each at its own time, a batch has; how often a caption is dropped
+    # for guidance.
+    c.loss = dict(
+        target="epsilon", times="logit_normal", time_shift=1.0, draws=1, caption_dropout=0.1
+    )
+    if not variant:
+        c.loss.update(time_shift=3.0, draws=2)
+        c.train.update(steps=1_600, eval_every=320, save_every=160, image_every=320)
     c.sample.update(steps=20, temperature=1.0, rho=1.0, protocol=1)
     c.sample.guidance = 7.5 if variant else 1.0
     return c

@@ -311,6 +311,10 @@ KEYS: dict[str, Key] = {
         "the text read once for all of them",
         1,
     ),
+    "loss.time_shift": real(
+        "s, which moves training times t to s t / (1 + (s - 1) t): more noise if over 1",
+        0, above=True,
+    ),
     "loss.times": choice("how times are distributed", "logit_normal", "uniform"),
     "sample.prompt": text("one prompt"),
     "sample.prompts_file": path("a text file with one prompt a line"),

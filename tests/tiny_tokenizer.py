@@ -9,7 +9,7 @@ def shrink(config):
     config.data.image_size = 32
     config.data.scenes.max_objects = 1
     config.run.unroll = False
-    config.optimizer.update(warmup_steps=2, schedule="constant", eps=1e-4)
+    config.optimizer.update(kind="adamw", warmup_steps=2, schedule="constant", eps=1e-4)
     config.train.update(
         steps=8, batch_size=8, steps_per_call=1, log_every=1, eval_every=0, save_every=4,
         image_every=0, keep=2, ema_decay=0.9,

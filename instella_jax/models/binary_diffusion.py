@@ -38,9 +38,12 @@ def add_noise(
 
 
 def times_at(
-    quantiles: Float[Array, " B"], distribution: str = "logit_normal"
+    quantiles: Float[Array, " B"], distribution: str = "logit_normal", shift: Scalar = 1.0
 ) -> Float[Array, " B"]:
     """Return the times at quantiles of their distribution, "logit_normal" or "uniform".
+
+    A shift s over 1 moves them towards noise, to s t / (1 + (s - 1) t), which adds log s to the
+    logit (Esser et al., 2024).
 
     Raises:
       UserError: the distribution is unknown.
@@ -48,21 +51,25 @@ def times_at(
     if distribution not in TIME_DISTRIBUTIONS:
         raise UserError(f"loss.times is {distribution!r}: expected one of {TIME_DISTRIBUTIONS}")
     if distribution == "uniform":
-        return quantiles
-    return jax.nn.sigmoid(jax.scipy.special.ndtri(quantiles))
+        times = quantiles
+    else:
+        times = jax.nn.sigmoid(jax.scipy.special.ndtri(quantiles))
+    return shift * times / (1.0 + (shift - 1.0) * times)
 
 
 def sample_times(
-    key: Key[Array, ""], count: int, distribution: str = "logit_normal"
+    key: Key[Array, ""], count: int, distribution: str = "logit_normal", shift: Scalar = 1.0
 ) -> Float[Array, " {count}"]:
     """Sample times of a distribution that `times_at` knows."""
     tiny = jnp.finfo(jnp.float32).tiny
-    return times_at(jax.random.uniform(key, (count,), minval=tiny), distribution)
+    return times_at(jax.random.uniform(key, (count,), minval=tiny), distribution, shift)
 
 
-def spread_times(count: int, distribution: str = "logit_normal") -> Float[Array, " {count}"]:
+def spread_times(
+    count: int, distribution: str = "logit_normal", shift: Scalar = 1.0
+) -> Float[Array, " {count}"]:
     """Return times spread evenly over a distribution, for evaluation with less noise."""
-    return times_at((jnp.arange(count) + 0.5) / count, distribution)
+    return times_at((jnp.arange(count) + 0.5) / count, distribution, shift)
 
 
 def clean_logits(

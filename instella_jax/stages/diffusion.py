@@ -51,11 +51,14 @@ class DiffusionStage(GeneratorStage):
             features = apply(self.network, params["generator"], text, method="text_kv")
             features = jax.tree.map(lambda x: jnp.repeat(x, self.draws, axis=1), features)
         time_key, noise_key = jax.random.split(key)
+        times = self.config.loss.times
         if train:
-            t = binary_diffusion.sample_times(time_key, code.shape[0], self.config.loss.times)
+            shift = self.config.loss.time_shift
+            t = binary_diffusion.sample_times(time_key, code.shape[0], times, shift)
         else:
-            # The same distribution, evenly spread: less noise in the held-out figure.
-            t = binary_diffusion.spread_times(code.shape[0], self.config.loss.times)
+            # Evenly spread, for less noise in the held-out figure, and without the shift, so that
+            # the figures of different shifts can be compared.
+            t = binary_diffusion.spread_times(code.shape[0], times)
         z = binary_diffusion.add_noise(code, t, jax.random.uniform(noise_key, code.shape))
         f = apply(self.network, params["generator"], z, t, features, mask)
         logits = binary_diffusion.clean_logits(f, z, self.config.loss.target)

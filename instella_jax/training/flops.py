@@ -64,12 +64,19 @@ def _attention(queries: int, keys: int, width: int) -> int:
     return 4 * queries * keys * width
 
 
+def text_keys_values(sizes: Any, text_width: int, text_length: int) -> int:
+    """Count what a generator makes of a prompt alone, in all blocks; see `diffusion_forward`."""
+    width = sizes["num_heads"] * sizes["head_dim"]
+    text = _dense(text_length, text_width, width) + 2 * _dense(text_length, width, width)
+    return sizes["num_layers"] * text
+
+
 def _generator_blocks(sizes: Any, text_width: int, text_length: int) -> int:
     width, tokens = sizes["num_heads"] * sizes["head_dim"], sizes["num_tokens"]
-    text = _dense(text_length, text_width, width) + 2 * _dense(text_length, width, width)
     image = 4 * _dense(tokens, width, width) + 2 * _dense(tokens, width, 4 * width)
     mixing = _attention(tokens, tokens + text_length, width)
-    return sizes["num_layers"] * (text + image + mixing)
+    text = text_keys_values(sizes, text_width, text_length)
+    return text + sizes["num_layers"] * (image + mixing)
 
 
 def diffusion_forward(sizes: Any, text_width: int, text_length: int) -> int:
@@ -165,8 +172,12 @@ def training(config: Config, shape: tuple[int, int] | None = None) -> dict[str, 
     length = config.text.max_length
     text = model_folder.build(OlmoConfig, config.text.model, "text.model")
     forward = diffusion_forward if config.stage == "diffusion" else ar_forward
+    generator = forward(config.model, text.hidden_size, length)
+    if config.stage == "diffusion":
+        again = generator - text_keys_values(config.model, text.hidden_size, length)
+        generator += (config.loss.draws - 1) * again
     parts = {
-        "generator": 3 * forward(config.model, text.hidden_size, length),
+        "generator": 3 * generator,
         "text encoder": (3 if config.text.trainable else 1) * olmo_forward(text, length),
     }
     if config.data.kind != "codes":

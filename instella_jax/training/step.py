@@ -171,8 +171,8 @@ def make_step(
         # A sum over devices that waits for nothing could be begun beside those of the gradients. On
         # a CPU each holds a thread, and there are as many as devices: two begun by some devices may
         # leave none for the others, and all wait for ever. So these sums wait for the last step, of
-        # which the parameters come last.
-        done = (state.skipped >= 0) | (optax.tree.sum(state.params) > 0)  # always true
+        # which the parameters come last; what they say is always true.
+        done = (state.skipped >= 0) | (jnp.asarray(optax.tree.sum(state.params)) > 0)
         counts = {"skipped": jnp.sum(skipped & done), **count(batches, done)}
         metrics = jax.tree.map(jnp.mean, metrics)
         return state, {**metrics, "skipped_in_a_row": state.skipped, "counts": counts}

@@ -75,6 +75,15 @@ def test_times_follow_their_distribution():
         assert np.isfinite(spread).all() and np.abs(drawn - spread).max() < 0.03
 
 
+def test_a_shift_adds_its_logarithm_to_the_logit_of_a_time():
+    for kind in bd.TIME_DISTRIBUTIONS:
+        plain = np.float64(bd.sample_times(jax.random.key(3), 1_000, kind))
+        shifted = np.float64(bd.sample_times(jax.random.key(3), 1_000, kind, 3.0))
+        logits = [np.log(t / (1 - t)) for t in (plain, shifted)]
+        np.testing.assert_allclose(logits[1] - logits[0], np.log(3.0), atol=2e-3)
+        np.testing.assert_array_equal(bd.sample_times(jax.random.key(3), 1_000, kind, 1.0), plain)
+
+
 def test_unknown_names_are_refused():
     with pytest.raises(UserError, match="loss.times"):
         bd.sample_times(jax.random.key(0), 1, "cosine")

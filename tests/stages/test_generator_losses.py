@@ -161,14 +161,18 @@ def noisy(bits, t, uniforms):
 
 
 @pytest.mark.parametrize("target", ["epsilon", "x"])
-@pytest.mark.parametrize("times", ["logit_normal", "uniform"])
-def test_the_diffusion_loss_is_that_of_numpy(diffusion, target, times):
-    stage, (rows, bits) = diffusion(target=target, times=times, caption_dropout=0.25), batch()
+@pytest.mark.parametrize(
+    ("times", "shift"), [("logit_normal", 1.0), ("uniform", 1.0), ("logit_normal", 3.0)]
+)
+def test_the_diffusion_loss_is_that_of_numpy(diffusion, target, times, shift):
+    stage = diffusion(target=target, times=times, time_shift=shift, caption_dropout=0.25)
+    rows, bits = batch()
     loss, metrics = stage.loss(PARAMS, {}, rows, jax.random.key(3), STEP)
     dropped, quantiles, noise = draws_of(jax.random.key(3))
     _, seen = given
     np.testing.assert_array_equal(seen["mask"], rows["mask"] & (dropped >= 0.25)[:, None])
     t = quantiles if times == "uniform" else logit_normal(quantiles)
+    t = shift * t / (1 + (shift - 1) * t)
     np.testing.assert_allclose(seen["t"], t, rtol=1e-4, atol=1e-6)
     z, decided = noisy(bits, t, noise)
     assert decided.mean() > 0.999
@@ -219,7 +223,8 @@ def test_draws_change_no_gradient_but_by_their_noise(tiny_diffusion_config):
 
 
 def test_held_out_diffusion_loss_has_spread_times_and_every_caption(diffusion):
-    stage, (rows, bits) = diffusion(caption_dropout=1.0), batch()
+    # The shift is of training alone.
+    stage, (rows, bits) = diffusion(caption_dropout=1.0, time_shift=3.0), batch()
     metrics = stage.evaluate(PARAMS, {}, rows, jax.random.key(3))
     _, seen = given
     np.testing.assert_array_equal(seen["mask"], rows["mask"])

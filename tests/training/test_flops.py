@@ -109,6 +109,17 @@ def test_what_is_frozen_counts_once_and_codes_leave_the_encoder_out():
     assert set(flops.training(frozen)) == {"generator", "text encoder"}
 
 
+def test_draws_repeat_the_image_and_not_the_text():
+    config = importlib.import_module("configs.t2i_diffusion").get_config("instella_512")
+    once = flops.training(config)
+    config.loss.draws = 3
+    thrice = flops.training(config)
+    assert {**thrice, "generator": 0} == {**once, "generator": 0}
+    # Text features to the width, and keys and values of them: 128 rows in 16 blocks.
+    text = 3 * 16 * 128 * 2 * 3 * 2048**2
+    assert thrice["generator"] == 3 * once["generator"] - 2 * text
+
+
 @pytest.mark.parametrize(
     ("kind", "name"),
     [
