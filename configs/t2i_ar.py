@@ -19,5 +19,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c.update(generator(variant))
     # How often a caption is dropped for guidance.
     c.loss = dict(caption_dropout=0.1)
+    if not variant:
+        c.train.update(steps=2_300, eval_every=460, save_every=230, image_every=460)
     c.sample.update(guidance=9.0 if variant else 1.0, temperature=0.5)
     return c

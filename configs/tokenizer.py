@@ -15,7 +15,7 @@ A second stage, in which the encoder and so every code stays and the decoder lea
       --workdir=runs/decoder --config.init_from=runs/tokenizer-instella_512/model \
       --config.loss.freeze_encoder=True --config.data.folder.path=/my/pictures \
       --config.data.buckets=512x512,768x768,1024x1024
-The README's "Shipped weights" says what the demo costs and reaches.
+docs/demo.md says what the demo costs and reaches.
 """
 
 from typing import Any
@@ -73,6 +73,8 @@ def get_config(variant: str = "") -> ConfigDict:
         scale=64,
         latent_grid=True,
     )
+    # As the demo's generators have it.
+    c.data.scenes.places = "thirds"
     c.loss.update(code_weight=0.0, temperature=dict(start=0.5, end=0.1, steps=2_000))
     c.optimizer.update(
         learning_rate=2e-3, warmup_steps=200, b2=0.95, schedule="cosine", final_fraction=0.02

@@ -131,9 +131,10 @@ def generator(variant: str) -> dict:
         # Model folder of the image tokenizer; "demo" is the shipped one.
         tokenizer="" if variant else "demo",
         text=dict(
-            # Folder with a text tokenizer and, unless it is trained here, the weights.
+            # Folder with a text tokenizer and, unless it is trained here, the weights; "demo" is
+            # the shipped one.
             encoder="" if variant else "demo",
-            trainable=not variant,
+            trainable=False,
             max_length=128 if variant else 28,
             # models.olmo.OlmoConfig
             model=dict(
@@ -176,10 +177,10 @@ def generator(variant: str) -> dict:
         # As many places as captions can tell apart: with more, a prompt leaves too much open.
         sections["scenes"] = dict(places="thirds")
         shared["train"] = dict(
-            steps=1_500, batch_size=64, steps_per_call=10, ema_decay=0.998, keep=2,
-            log_every=50, eval_every=500, save_every=250, image_every=500,
-        )  # fmt: skip
-        shared["optimizer"] = dict(
-            learning_rate=2.5e-3, warmup_steps=200, b2=0.98, schedule="cosine", final_fraction=0.02
+            batch_size=32, steps_per_call=10, ema_decay=0.998, keep=2, log_every=50
         )
+        shared["optimizer"] = dict(
+            kind="muon", muon=dict(learning_rate=0.02, momentum=0.95), learning_rate=2.5e-3,
+            warmup_steps=200, b2=0.98, schedule="cosine", final_fraction=0.02,
+        )  # fmt: skip
     return shared

@@ -28,10 +28,12 @@ wait $first && wait $second
 
 
 def launch(script, *arguments, **environ):
+    # What is set already stays as it is, so nothing may be.
+    ours = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
     return subprocess.run(
         ["bash", f"launch/{script}", *arguments],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=500,
-        env={**os.environ, "PYTHON": sys.executable, **environ},
+        env={**ours, "PYTHON": sys.executable, **environ},
     )  # fmt: skip
 
 

@@ -252,4 +252,9 @@ def test_a_network_that_does_not_split_is_neither_evaluated_nor_drawn_from(tiny_
         evaluate_config(config, None)
     mesh = mesh_of(dict(data=1, fsdp=1, tensor=8))
     with pytest.raises(UserError, match="4 heads of the generator"):
-        InstellaPipeline.from_folder(ASSETS / "demo_ar", ASSETS / "demo_tokenizer", mesh=mesh)
+        InstellaPipeline.from_folder(
+            ASSETS / "demo_ar",
+            ASSETS / "demo_tokenizer",
+            text_encoder=ASSETS / "demo_text",
+            mesh=mesh,
+        )
