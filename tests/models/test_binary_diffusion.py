@@ -1,6 +1,8 @@
 import itertools
 from typing import get_args
 
+from statistics import NormalDist
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -76,12 +78,17 @@ def test_times_follow_their_distribution():
 
 
 def test_a_shift_adds_its_logarithm_to_the_logit_of_a_time():
-    for kind in bd.TIME_DISTRIBUTIONS:
-        plain = np.float64(bd.sample_times(jax.random.key(3), 1_000, kind))
-        shifted = np.float64(bd.sample_times(jax.random.key(3), 1_000, kind, 3.0))
-        logits = [np.log(t / (1 - t)) for t in (plain, shifted)]
-        np.testing.assert_allclose(logits[1] - logits[0], np.log(3.0), atol=2e-3)
-        np.testing.assert_array_equal(bd.sample_times(jax.random.key(3), 1_000, kind, 1.0), plain)
+    quantiles = np.float64(jax.random.uniform(jax.random.key(3), (1_000,)))
+    unshifted = {
+        "uniform": np.log(quantiles / (1 - quantiles)),
+        "logit_normal": np.array([NormalDist().inv_cdf(q) for q in quantiles]),
+    }
+    for kind, logits in unshifted.items():
+        for shift in (1.0, 3.0):
+            times = np.float64(bd.sample_times(jax.random.key(3), 1_000, kind, shift))
+            np.testing.assert_allclose(
+                np.log(times / (1 - times)), logits + np.log(shift), atol=2e-3
+            )
 
 
 def test_unknown_names_are_refused():
