@@ -1,7 +1,6 @@
 import itertools
-from typing import get_args
-
 from statistics import NormalDist
+from typing import get_args
 
 import jax
 import jax.numpy as jnp
