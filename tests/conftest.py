@@ -14,6 +14,7 @@ import pytest
 # anything of these modules is imported.
 CHECKED = (
     "instella_jax.kernels",
+    "instella_jax.losses",
     "instella_jax.models",
     "instella_jax.sampling.loops",
     "instella_jax.sampling.pipeline",

@@ -10,8 +10,8 @@ PACKAGE = "instella_jax"
 # What stands above may import what stands below it, never the other way.
 LAYERS = (
     "cli", "main", "commands", "planning", "training", "evaluation", "sampling", "preparing",
-    "stages", "weights", "checkpoints", "data", "kernels", "models", "reporting", "runtime",
-    "config_keys", "config", "errors",
+    "stages", "losses", "weights", "checkpoints", "data", "kernels", "models", "reporting",
+    "runtime", "config_keys", "config", "errors",
 )  # fmt: skip
 
 

@@ -39,10 +39,14 @@ def import_torch() -> Any:
 
 
 @contextlib.contextmanager
-def open_torch(path: Path) -> Iterator[Tensors]:
-    """Open a torch file that holds its weights under the key "module".
+def open_torch(path: Path, key: str | None = WEIGHTS) -> Iterator[Tensors]:
+    """Open a torch file that holds its weights under a key.
 
     The file is mapped, not read; only torch's loader of weights looks at its pickle.
+
+    Args:
+      path: of the file.
+      key: what they are under, None where the file holds them alone.
 
     Raises:
       UserError: torch is missing, or the file is, or it is damaged, or holds something else.
@@ -56,11 +60,10 @@ def open_torch(path: Path) -> Iterator[Tensors]:
         raise UserError(
             f"{path} was refused: it is damaged or holds more than plain tensors ({_reason(error)})"
         ) from None
-    weights = loaded.get(WEIGHTS) if isinstance(loaded, dict) else None
+    weights = loaded.get(key) if isinstance(loaded, dict) and key is not None else loaded
     if not isinstance(weights, dict) or not weights:
-        raise UserError(
-            f"{path} has no weights under the key {WEIGHTS!r}: expected a mapping there"
-        )
+        where = "" if key is None else f" under the key {key!r}"
+        raise UserError(f"{path} has no weights{where}: expected a mapping there")
     dtypes = {
         torch.float64: np.dtype(np.float64),
         torch.float32: np.dtype(np.float32),

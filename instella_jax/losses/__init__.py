@@ -1,0 +1,1 @@
+"""Losses of the tokenizer: pure functions, and the networks that some of them need."""
