@@ -128,6 +128,8 @@ def generator(variant: str) -> dict:
     demo = dict(num_layers=4, num_heads=4, head_dim=32, num_tokens=16, bits=32)
     shared: dict[str, Any] = dict(
         model=published if variant else demo,
+        # Standard deviation of the initial position embeddings; 0 as published.
+        pos_emb_std=0.0 if variant else 0.5,
         # Model folder of the image tokenizer; "demo" is the shipped one.
         tokenizer="" if variant else "demo",
         text=dict(

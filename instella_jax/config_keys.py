@@ -168,6 +168,9 @@ KEYS: dict[str, Key] = {
     "seed": whole("of initial weights, noise and dropout", 0),
     "profile": whole("steps that a profiler trace in WORKDIR/profile records; 0 for none", 0),
     "init_from": path('model folder whose weights training starts from; "" for random ones'),
+    "pos_emb_std": real(
+        "standard deviation of the generator's initial position embeddings; 0 as published", 0
+    ),
     "shipped": text("shipped weights that sampling and evaluation use without a workdir"),
     "tokenizer": path('model folder of the image tokenizer; "demo" is the shipped one'),
     "mesh.data": whole("devices that split the batch; -1 is the rest", 1, also=(-1,)),

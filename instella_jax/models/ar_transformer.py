@@ -29,16 +29,10 @@ class Block(JointBlock):
     """RMS norms, joint attention and an MLP, at all positions or at one with a cache."""
 
     def setup(self):
-        width = self.num_heads * self.head_dim
         self.attention_norm, self.mlp_norm = rms_norm(self.run), rms_norm(self.run)
         self.attention = JointAttention(self.num_heads, self.head_dim, self.text_width, self.run)
         # The published weights have one position more than there are tokens.
-        self.pos_emb = self.param(
-            "pos_emb",
-            partitioned(nn.initializers.zeros_init(), (None, "embed")),
-            (self.num_tokens + 1, width),
-            self.run.param_dtype,
-        )
+        self.pos_emb = self.learned_positions(self.num_tokens + 1)
         self.mlp = GeluMLP(self.run)
 
     def __call__(
@@ -107,7 +101,8 @@ class ArTransformer(JointTransformer):
                 "text_kv": 0,
             },
         )
-        self.blocks = blocks(self.num_heads, self.head_dim, self.num_tokens, self.text_width, run)
+        sizes = self.num_heads, self.head_dim, self.num_tokens, self.text_width
+        self.blocks = blocks(*sizes, run, self.pos_emb_std)
         self.out_norm = rms_norm(run)
         self.bits_out = linear(self.bits, width, ("embed", None), run, use_bias=True)
 

@@ -20,7 +20,7 @@ from instella_jax.models.joint_attention import (
     KeysValues,
     TextKeysValues,
 )
-from instella_jax.models.layers import GeluMLP, layer_norm, linear, partitioned, repeat
+from instella_jax.models.layers import GeluMLP, layer_norm, linear, repeat
 from instella_jax.runtime.sharding import constrain
 
 
@@ -42,12 +42,7 @@ class Block(JointBlock):
         self.modulation = linear(
             6 * width, width, ("embed", None), self.run, use_bias=True, xavier=True
         )
-        self.pos_emb = self.param(
-            "pos_emb",
-            partitioned(nn.initializers.zeros_init(), (None, "embed")),
-            (self.num_tokens, width),
-            self.run.param_dtype,
-        )
+        self.pos_emb = self.learned_positions(self.num_tokens)
         self.mlp = GeluMLP(self.run, xavier=True)
 
     def __call__(
@@ -97,7 +92,8 @@ class DiffusionTransformer(JointTransformer):
                 "text_kv": 0,
             },
         )
-        self.blocks = blocks(self.num_heads, self.head_dim, self.num_tokens, self.text_width, run)
+        sizes = self.num_heads, self.head_dim, self.num_tokens, self.text_width
+        self.blocks = blocks(*sizes, run, self.pos_emb_std)
         self.modulation = linear(2 * width, width, ("embed", None), run, **options)
         self.bits_out = linear(self.bits, width, ("embed", None), run, **options)
 

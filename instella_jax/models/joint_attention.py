@@ -11,7 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from instella_jax.models.layers import Execution, attend, linear, rms_norm
+from instella_jax.models.layers import Execution, attend, linear, partitioned, rms_norm
 
 # Keys and values of one layer's positions, of all layers', of one position, and of a cache, which
 # has the heads before the positions.
@@ -105,6 +105,16 @@ class JointBlock(nn.Module):
     num_tokens: int
     text_width: int
     run: Execution
+    pos_emb_std: float = 0.0
+
+    def learned_positions(self, positions: int) -> Float[Array, "positions D"]:
+        """Return the parameter that is added to the normed input of the attention."""
+        return self.param(
+            "pos_emb",
+            partitioned(nn.initializers.normal(self.pos_emb_std), (None, "embed")),
+            (positions, self.num_heads * self.head_dim),
+            self.run.param_dtype,
+        )
 
     def text_kv(self, carry: None, features: Float[Array, "B L Dt"]) -> tuple[None, KeysValues]:
         """Return keys and values of one layer's text features."""
@@ -122,6 +132,9 @@ class JointTransformer(nn.Module):
       bits: K.
       text_width: Dt, width of the text features.
       run: how it is computed.
+      pos_emb_std: standard deviation of the initial position embeddings; 0 as published. Codes have
+        a meaning of their own at each position, which a small model with few steps learns several
+        times as fast from embeddings that differ from the start.
     """
 
     num_layers: int
@@ -131,6 +144,7 @@ class JointTransformer(nn.Module):
     bits: int
     text_width: int
     run: Execution = Execution()
+    pos_emb_std: float = 0.0
 
     def text_kv(self, features: Float[Array, "layers B L Dt"]) -> TextKeysValues:
         """Return keys and values of a prompt for all layers, the same at every sampling step."""

@@ -49,7 +49,12 @@ class GeneratorStage(abc.ABC):
         run = model_folder.execution(config.run)
         self.text_sizes = model_parts.text_sizes(config.text.model)
         self.text_network = Olmo(self.text_sizes, run)
-        self.network = network(**config.model, text_width=self.text_sizes.hidden_size, run=run)
+        self.network = network(
+            **config.model,
+            text_width=self.text_sizes.hidden_size,
+            run=run,
+            pos_emb_std=config.pos_emb_std,
+        )
         layers = self.text_sizes.num_hidden_layers
         if layers != config.model.num_layers:
             raise UserError(

@@ -124,3 +124,13 @@ def test_initial_values():
         elif path.endswith("kernel"):
             bound = value.shape[-2] ** -0.5
             assert 0.7 * bound < np.abs(value).max() <= bound, path
+
+
+@pytest.mark.parametrize("kind", [DiffusionTransformer, ArTransformer])
+def test_position_embeddings_begin_with_the_spread_that_is_asked_for(kind):
+    network = kind(**SIZES, pos_emb_std=0.5)
+    params = nn.unbox(network.init(jax.random.key(0), *inputs(kind)))["params"]
+    value = params["blocks"]["pos_emb"]
+    error = 0.5 / np.sqrt(2 * value.size)
+    assert abs(value.std() - 0.5) < 4 * error
+    assert abs(value.mean()) < 4 * 0.5 / np.sqrt(value.size)
