@@ -42,6 +42,8 @@ EXTRAS = {
     "rocm": ["jax[rocm7-local]!=0.12.0.1"],
     "tpu": ["jax[tpu]"],
     "app": ["gradio>=6,<7"],
+    # Model folders from and to the Hugging Face hub.
+    "hub": ["huggingface-hub>=1"],
     # Pictures in HEIC and HEIF files, as telephones write them.
     "heif": ["pillow-heif>=1"],
     # The weights of LPIPS, 64 MB; nothing of its code is used.

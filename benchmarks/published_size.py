@@ -22,16 +22,16 @@ PROMPT = "a lighthouse on a rocky coast at sunset, oil painting"
 def generate(folder: Path, kind: str, side: int, steps: int) -> None:
     """Sample one image twice, compiling included and not."""
     from instella_jax.models.layers import Execution
-    from instella_jax.sampling.pipeline import InstellaPipeline, Options
+    from instella_jax.sampling.sampler import Options, Sampler
 
     start = time.perf_counter()
     run = Execution(param_dtype="bfloat16", dtype="bfloat16")
-    pipeline = InstellaPipeline.from_folder(folder, run=run, kind=kind)
+    sampler = Sampler.from_folder(folder, run=run, kind=kind)
     print(f"  load {time.perf_counter() - start:.1f} s", flush=True)
     for seed, what in enumerate(("with compiling", "again")):
         start = time.perf_counter()
         options = Options(height=side, width=side, steps=steps, seed=seed)
-        shape = pipeline([PROMPT], options).shape
+        shape = sampler([PROMPT], options).shape
         print(f"  {what} {time.perf_counter() - start:.1f} s, {shape}", flush=True)
 
 

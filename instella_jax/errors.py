@@ -17,6 +17,21 @@ class UserError(Exception):
     """
 
 
+class BadValue(UserError, ValueError):
+    """A `UserError` for those who call from Python, and expect a `ValueError`."""
+
+
+@contextlib.contextmanager
+def value_errors() -> Iterator[None]:
+    """Raise a `BadValue` in the place of any other `UserError`; also a decorator."""
+    try:
+        yield
+    except BadValue:
+        raise
+    except UserError as error:
+        raise BadValue(str(error)) from error.__cause__
+
+
 _DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
 
 

@@ -18,6 +18,7 @@ CHECKED = (
     "instella_jax.models",
     "instella_jax.sampling.loops",
     "instella_jax.sampling.pipeline",
+    "instella_jax.sampling.sampler",
     "instella_jax.stages.autoregressive",
     "instella_jax.stages.diffusion",
     "instella_jax.stages.generator",

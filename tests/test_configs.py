@@ -213,8 +213,8 @@ def pretend_to_train(config, workdir, monkeypatch):
 def pretend_to_draw(config, monkeypatch):
     """Reads prompts and options as --mode=sample does."""
     with monkeypatch.context() as patch:
-        blank = SimpleNamespace(batches=lambda *_: [np.zeros((1, 8, 8, 3), np.uint8)])
-        patch.setattr(generate, "load_pipeline", lambda *_: (blank, Weights("nothing", None, {})))
+        blank = SimpleNamespace(batches=lambda *_: [(np.zeros((1, 8, 8, 3), np.uint8), None)])
+        patch.setattr(generate, "load_sampler", lambda *_: (blank, Weights("nothing", None, {})))
         generate.generate(config, None)
 
 

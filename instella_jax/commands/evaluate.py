@@ -14,8 +14,8 @@ from instella_jax.evaluation.heldout import evaluate
 from instella_jax.models.functional import check_tensor
 from instella_jax.reporting.pictures import save_grid
 from instella_jax.runtime import sharding
-from instella_jax.sampling.pipeline import InstellaPipeline
 from instella_jax.sampling.previews import Preview, preview
+from instella_jax.sampling.sampler import Sampler
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import Stage
 from instella_jax.stages.generator import GeneratorStage
@@ -62,7 +62,7 @@ def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> d
 def report_scenes(stage: Stage, params: Any, config: Config, mesh: Mesh, out: Path) -> None:
     """Print the metrics that the facts of emoji scenes allow, and save a grid of images."""
     if isinstance(stage, GeneratorStage):
-        report = scenes.prompts_report(InstellaPipeline.from_stage(stage, params, mesh), config)
+        report = scenes.prompts_report(Sampler.from_stage(stage, params, mesh), config)
         print_line(f"share right of {scenes.PROMPTS} held-out prompts:")
         show(report.sampled)
         print_line("the same of true pictures through the tokenizer (the ceiling):")

@@ -12,8 +12,8 @@ from instella_jax.config_keys import check_values
 from instella_jax.errors import UserError
 from instella_jax.reporting.progress import Progress, Throughput, progress_line
 from instella_jax.sampling.album import Album
-from instella_jax.sampling.load import load_pipeline
-from instella_jax.sampling.pipeline import options_from_config
+from instella_jax.sampling.load import load_sampler
+from instella_jax.sampling.sampler import options_from_config, requests_of
 from instella_jax.training.workdir import USED, check_config
 
 MAX_PROMPTS = 100_000
@@ -69,7 +69,7 @@ def generate(config: Config, workdir: str | os.PathLike[str] | None) -> Path | N
       Path of the last grid, None in other processes than the first.
 
     Raises:
-      UserError: see `read_prompts`, `load_pipeline`, `Options` and `Album`.
+      UserError: see `read_prompts`, `load_sampler`, `Options` and `Album`.
     """
     if "sample" not in config:
         raise UserError(f"a {config.stage} has no prompts; use a t2i config")
@@ -80,15 +80,15 @@ def generate(config: Config, workdir: str | os.PathLike[str] | None) -> Path | N
     first = jax.process_index() == 0
     if workdir is not None:
         check_config(workdir, config, free=USED)
-    pipeline, weights = load_pipeline(config, workdir)
-    batches = pipeline.batches(prompts, options)
+    sampler, weights = load_sampler(config, workdir)
+    batches = sampler.batches(requests_of(prompts, options), options)
     captions = [p for p in prompts for _ in range(options.images_per_prompt)]
     progress, rate = Progress(enabled=first), Throughput()
     progress.message(f"sampling {len(captions)} picture(s) with {weights}")
     album = Album(out, captions, config.sample, weights.record()) if first else None
     start, done = time.perf_counter(), 0
     with contextlib.closing(progress):
-        for pictures in batches:
+        for pictures, _ in batches:
             if album is not None:
                 album.add(pictures)
             done += len(pictures)

@@ -13,7 +13,7 @@ from instella_jax.evaluation.pca import PcaCodec
 from instella_jax.models.pixels import psnr
 from instella_jax.models.tokenizer import BinaryTokenizer
 from instella_jax.runtime import sharding
-from instella_jax.sampling.pipeline import InstellaPipeline, options_from_config
+from instella_jax.sampling.sampler import Sampler, options_from_config
 from instella_jax.stages.tokenizer import reconstruct
 
 PCA_PICTURES = 4_096
@@ -64,9 +64,7 @@ class PromptsReport:
     prompts: list[str]
 
 
-def prompts_report(
-    pipeline: InstellaPipeline, config: Config, count: int = PROMPTS
-) -> PromptsReport:
+def prompts_report(sampler: Sampler, config: Config, count: int = PROMPTS) -> PromptsReport:
     """Sample held-out prompts and judge the images by the facts the prompts were made of."""
     scenes = config.data.scenes
     prompts = heldout_prompts(
@@ -78,9 +76,9 @@ def prompts_report(
         scenes.max_objects,
     )
     texts, facts = [text for text, _ in prompts], [scene for _, scene in prompts]
-    images = pipeline(texts, options_from_config(config.sample))
+    images = sampler(texts, options_from_config(config.sample))
     true = np.stack([render(scene, config.data.image_size) for scene in facts])
-    copies = through_code(pipeline.tokenizer, pipeline.params["tokenizer"], true)
+    copies = through_code(sampler.tokenizer, sampler.params["tokenizer"], true)
     return PromptsReport(
         summarise(judge(images, facts)), summarise(judge(copies, facts)), images, texts
     )

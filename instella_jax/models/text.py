@@ -15,6 +15,7 @@ import numpy as np
 from jaxtyping import Bool, Int32
 
 from instella_jax.errors import UserError
+from instella_jax.runtime.files import write_json
 
 DEMO_FOLDER = Path(__file__).parents[1] / "assets" / "demo_text"
 # How the demo's vocabulary marks the start and the end of a word.
@@ -41,10 +42,12 @@ class TextTokenizer:
     Attributes:
       vocab_size: the highest id, of a token or the padding, + 1.
       pad_id: the id that fills masked positions.
+      folder: where it was read from, None for nowhere.
     """
 
-    def __init__(self, tokenizer: Any, pad_id: int | None = None):
+    def __init__(self, tokenizer: Any, pad_id: int | None = None, folder: Path | None = None):
         """Wrap a `tokenizers.Tokenizer`; without a pad id it is looked up in the vocabulary."""
+        self.folder = folder
         tokenizer.no_padding()
         tokenizer.no_truncation()
         self._tokenizer = tokenizer
@@ -77,7 +80,20 @@ class TextTokenizer:
         tokenizer, own = _read_tokenizer(folder)
         ours, language = _configured_pad_ids(folder / "config.json")
         named = (number for number in (ours, own, language) if number is not None)
-        return cls(tokenizer, next(named, None))
+        return cls(tokenizer, next(named, None), folder)
+
+    def save(self, folder: Path) -> None:
+        """Write the tokenizer's files into a folder, which is made, so that `from_folder` reads it.
+
+        Raises:
+          UserError: it was not read from a folder, or that cannot be read any more.
+        """
+        if self.folder is None:
+            raise UserError("this text tokenizer was read from no folder, so there is none to copy")
+        folder.mkdir(parents=True, exist_ok=True)
+        for name, content in tokenizer_files(self.folder).items():
+            (folder / name).write_bytes(content)
+        write_json(folder / "config.json", {"pad_token_id": self.pad_id})
 
     @functools.cached_property
     def words(self) -> tuple[str, ...]:

@@ -1,16 +1,20 @@
 """Where the weights to sample with come from."""
 
 import dataclasses
+import functools
 import os
 from pathlib import Path
 from typing import Any
 
+import jax
+
 from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.models.functional import check_tensor
+from instella_jax.models.layers import Execution
 from instella_jax.runtime import sharding
 from instella_jax.runtime.digest import digest
-from instella_jax.sampling.pipeline import InstellaPipeline
+from instella_jax.sampling.sampler import Sampler
 from instella_jax.stages import make_stage
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.stages.parameters import load_average, load_frozen
@@ -19,17 +23,23 @@ from instella_jax.weights import model_folder, model_parts
 
 @dataclasses.dataclass(frozen=True)
 class Weights:
-    """Which weights a pipeline samples with.
+    """Which weights a sampler samples with.
 
     Attributes:
       folder: the model folder, or the workdir of a run.
       step: of the run's checkpoint, None for a model folder.
-      digests: by the part that the weights are of; "checkpoint" is a run's, by its manifest.
+      paths: files, or folders, by the part that their weights are of; "checkpoint" is a run's, by
+        its manifest.
     """
 
     folder: str
     step: int | None
-    digests: dict[str, str]
+    paths: dict[str, Path]
+
+    @functools.cached_property
+    def digests(self) -> dict[str, str]:
+        """What tells the bytes of each part from those of others."""
+        return {name: digest(path) for name, path in self.paths.items()}
 
     def __str__(self) -> str:
         """Say it in words."""
@@ -37,7 +47,8 @@ class Weights:
 
     def record(self) -> dict[str, Any]:
         """Return it as JSON has it."""
-        return {k: v for k, v in dataclasses.asdict(self).items() if v is not None}
+        step = {} if self.step is None else {"step": self.step}
+        return {"folder": self.folder, **step, "digests": self.digests}
 
 
 def _of_run(workdir: Path, step: int, stage: GeneratorStage) -> Weights:
@@ -49,17 +60,15 @@ def _of_run(workdir: Path, step: int, stage: GeneratorStage) -> Weights:
     }
     if not stage.config.text.trainable:
         paths["text"] = model_folder.weights_path(stage.text_folder, "text")
-    found = {name: digest(path) for name, path in paths.items() if path.exists()}
+    found = {name: path for name, path in paths.items() if path.exists()}
     return Weights(str(workdir), step, found)
 
 
-def load_pipeline(
-    config: Config, workdir: str | os.PathLike[str] | None
-) -> tuple[InstellaPipeline, Weights]:
+def load_sampler(config: Config, workdir: str | os.PathLike[str] | None) -> tuple[Sampler, Weights]:
     """Find the weights: a workdir's checkpoint > `init_from` > the shipped demo weights.
 
     Returns:
-      The pipeline, and which weights it has.
+      The sampler, and which weights it has.
 
     Raises:
       UserError: there are no such weights.
@@ -72,8 +81,8 @@ def load_pipeline(
         check_tensor({**stage.frozen_networks, **stage.networks}, mesh)
         step, params = load_average(stage, mesh, workdir)
         params = {**load_frozen(stage, mesh), **params}
-        pipeline = InstellaPipeline.from_stage(stage, params, mesh)
-        return pipeline, _of_run(Path(workdir), step, stage)
+        sampler = Sampler.from_stage(stage, params, mesh)
+        return sampler, _of_run(Path(workdir), step, stage)
     folder = model_folder.find_weights(config)
     description = model_folder.read_description(folder)
     tokenizer = (
@@ -81,20 +90,43 @@ def load_pipeline(
     )
     encoder = config.text.encoder
     text_encoder = model_folder.find(encoder, "text.encoder") if encoder else None
-    pipeline = InstellaPipeline.from_folder(
+    run = model_folder.execution(config.run)
+    return open_folders(folder, tokenizer, text_encoder, kind=config.stage, run=run, mesh=mesh)
+
+
+def open_folders(
+    folder: Path,
+    tokenizer: Path | None = None,
+    text_encoder: Path | None = None,
+    text_tokenizer: Path | None = None,
+    *,
+    kind: str | None = None,
+    run: Execution = Execution(),  # noqa: B008 (frozen)
+    mesh: jax.sharding.Mesh | None = None,
+) -> tuple[Sampler, Weights]:
+    """Read model folders that hold a generator, a tokenizer and a text encoder between them.
+
+    Args: see `Sampler.from_folder`.
+
+    Raises:
+      UserError: likewise.
+    """
+    sampler = Sampler.from_folder(
         folder,
         tokenizer,
-        model_folder.execution(config.run),
-        kind=config.stage,
+        run,
+        kind=kind,
         text_encoder=text_encoder,
+        text_tokenizer=text_tokenizer,
         mesh=mesh,
     )
-    generator = model_parts.find_generator(folder, description, config.stage)
+    description = model_folder.read_description(folder)
+    generator = model_parts.find_generator(folder, description, kind)
     own_text = model_folder.has_weights(folder, "text") or text_encoder is None
     places = {
         "generator": (folder, generator),
         "text": (folder if own_text else text_encoder, "text"),
         "tokenizer": (tokenizer or folder, "tokenizer"),
     }
-    digests = {name: digest(model_folder.weights_path(*place)) for name, place in places.items()}
-    return pipeline, Weights(str(folder), None, digests)
+    paths = {name: model_folder.weights_path(*place) for name, place in places.items()}
+    return sampler, Weights(str(folder), None, paths)

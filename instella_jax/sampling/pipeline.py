@@ -1,379 +1,347 @@
-"""What a user imports: prompts in, pictures out.
+"""What a user imports: `InstellaPipeline`, prompts in and pictures out, as diffusers has it."""
 
-Axes: B pictures, U different prompts, N latent tokens, K bits, L text length.
-"""
-
-import contextlib
-import dataclasses
-import functools
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+import tempfile
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
-from typing import Any
+from typing import Any, Literal, NamedTuple
 
 import jax
-import jax.numpy as jnp
 import numpy as np
-from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
+from PIL import Image
 
-from instella_jax.config import Config
-from instella_jax.config_keys import check_value
-from instella_jax.errors import UserError
-from instella_jax.kernels import binary_sampling
-from instella_jax.models.ar_transformer import ArTransformer
-from instella_jax.models.binary_diffusion import Target
-from instella_jax.models.diffusion_transformer import DiffusionTransformer
-from instella_jax.models.functional import Params, apply, check_tensor
+from instella_jax.errors import UserError, value_errors
 from instella_jax.models.layers import Execution
-from instella_jax.models.olmo import Olmo
-from instella_jax.models.pixels import to_uint8
-from instella_jax.models.text import TextTokenizer
-from instella_jax.models.tokenizer import BinaryTokenizer
-from instella_jax.runtime import sharding
-from instella_jax.sampling import loops
-from instella_jax.stages.generator import GeneratorStage
-from instella_jax.weights import model_folder, model_parts
+from instella_jax.runtime.compile_cache import use_cache
+from instella_jax.runtime.sharding import fetch
+from instella_jax.sampling.load import Weights
+from instella_jax.sampling.pretrained import Pretrained, open_model, save_model
+from instella_jax.sampling.sampler import Options, Request, Sampler
+from instella_jax.weights import hub
 
 logger = logging.getLogger(__name__)
 
-Generator = DiffusionTransformer | ArTransformer
+OutputType = Literal["pil", "np", "codes"]
+OUTPUT_TYPES = ("pil", "np", "codes")
 
-# Text is padded to a multiple of this, so that few lengths are ever compiled.
-TEXT_BLOCK = 32
+# Called with the pipeline, the number of the step from 0, how many there are, and a dict.
+Callback = Callable[["InstellaPipeline", int, int, dict[str, Any]], Any]
 
 
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How prompts are sampled; the defaults are the published ones.
+class PipelineOutput(NamedTuple):
+    """Pictures, those of a prompt together.
 
     Attributes:
-      negative_prompt: what guidance leads away from; "" is the unconditional prompt.
-      images_per_prompt: pictures of each prompt; picture j has the seed `seed` + j.
-      seed: of the first picture of every prompt.
-      steps: of the diffusion sampler.
-      guidance: g in (1 + g) conditional - g unconditional; 0 is none. g is the scale of other
-        systems less 1.
-      temperature: of the guided logits; 0 takes the likelier bit.
-      rho: exponent of the schedule of times.
-      protocol: how bits are sampled between steps, 1 or 2 (the posterior).
-      height: of the pictures in pixels; 0 is the size that the model was trained at.
-      width: likewise.
-      batch_size: pictures sampled at a time.
-      kernel: what samples the bits, see `kernels.binary_sampling.resolve`.
+      images: PIL images; with output_type "np" float32 [n, height, width, 3] from 0 to 1; with
+        "codes" None.
+      codes: bool [n, N, K], what `pipe.tokenizer.decode` makes pictures of.
+      seeds: n numbers; each picture comes again from its prompt and its seed alone.
     """
 
-    negative_prompt: str = ""
-    images_per_prompt: int = 1
-    seed: int = 0
-    steps: int = 20
-    guidance: float = 7.5
-    temperature: float = 1.0
-    rho: float = 1.0
-    protocol: int = 1
-    height: int = 0
-    width: int = 0
-    batch_size: int = 16
-    kernel: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-          UserError: a value is out of range.
-        """
-        for field in dataclasses.fields(self):
-            name = field.name
-            check_value(f"sample.{name}", getattr(self, name), called=name)
-
-
-def options_from_config(config: Config) -> Options:
-    """Read the options out of a config's `sample` section."""
-    names = {field.name for field in dataclasses.fields(Options)}
-    return Options(**{name: config[name] for name in names if name in config})
-
-
-@functools.partial(jax.jit, static_argnames="network")
-def text_features(
-    network: Olmo, params: Params, ids: Int[Array, "U L"], mask: Bool[Array, "U L"]
-) -> Float[Array, "layers U L Dt"]:
-    """Return the text features that the blocks of a generator attend to."""
-    return apply(network, params, ids, mask)[1:]
-
-
-image_keys = jax.jit(loops.image_keys)
-
-
-@functools.partial(jax.jit, static_argnames=("network", "height", "width"))
-def decode(
-    network: BinaryTokenizer, params: Params, code: Float[Array, "B N K"], height: int, width: int
-) -> UInt8[Array, "B height width 3"]:
-    """Decode codes to images."""
-    return to_uint8(apply(network, params, code, height, width, method="decode"))
+    images: Any
+    codes: np.ndarray
+    seeds: list[int]
 
 
 class InstellaPipeline:
-    """A text encoder, a generator and a tokenizer, ready to sample.
+    """Text to image with one call, by diffusion or autoregressive, whichever the model is.
 
-    A picture depends on the parameters, its prompt, its seed and the options alone. The order in
-    which a matrix product is summed up goes by its shape, though: in a batch of another size the
-    features of a prompt differ by about 1e-6 of their largest. Its code has the same bits unless
-    one is on the very edge, and a pixel may be another by one grey level.
-    With a mesh,
-    each batch is spread over its devices; where they are those of several processes, all of them
-    must ask for the same pictures, and all get them.
+    >>> from instella_jax import InstellaPipeline
+    >>> pipe = InstellaPipeline.from_pretrained("demo")
+    >>> output = pipe("a cat above a blue square", seed=7)
+    >>> output.images[0].size, output.codes.shape, output.seeds
+    ((64, 64), (1, 16, 32), [7])
+
+    The first call of a shape (number of pictures, height and width, length of the text) compiles,
+    and says so; whatever else changes, the later ones do not.
+
+    Attributes:
+      sampler: the networks and what runs them.
+      weights: which weights they have.
+      guidance_scale: the model's own, used where a call names none.
+      temperature: likewise.
+      results: measured figures by name, for the model card.
     """
 
-    def __init__(
-        self,
-        *,
-        generator: Generator,
-        text: Olmo,
-        tokenizer: BinaryTokenizer,
-        params: Mapping[str, Params],
-        text_tokenizer: TextTokenizer,
-        max_length: int,
-        image_size: int,
-        target: Target = "epsilon",
-        mesh: Mesh | None = None,
-    ):
-        """Join the parts.
-
-        Args:
-          generator: the network that makes codes.
-          text: the network that describes prompts.
-          tokenizer: the network that decodes codes.
-          params: parameters of the three, under "generator", "text" and "tokenizer".
-          text_tokenizer: cuts prompts into ids.
-          max_length: longest prompt in tokens.
-          image_size: side in pixels that the model was trained at.
-          target: what a diffusion generator was trained to tell, see `binary_diffusion`.
-          mesh: devices to sample on, on which the parameters are; None is the default device.
-        """
-        self.generator, self.text, self.tokenizer = generator, text, tokenizer
-        self.params = params
-        self.text_tokenizer, self.max_length = text_tokenizer, max_length
-        self.image_size, self.target, self.mesh = image_size, target, mesh
+    def __init__(self, model: Pretrained):
+        """Wrap what `sampling.pretrained.open_model` returns; see `from_pretrained`."""
+        self.sampler: Sampler = model.sampler
+        self.weights: Weights = model.weights
+        self.guidance_scale = 1.0 + model.sampling["guidance"]
+        self.temperature = model.sampling["temperature"]
+        self.results = dict(model.results)
+        self._compiled: set[tuple[Any, ...]] = set()
 
     @classmethod
-    def from_folder(
+    @value_errors()
+    def from_pretrained(
         cls,
-        folder: str | os.PathLike[str],
-        tokenizer: str | os.PathLike[str] | None = None,
-        run: Execution = Execution(),  # noqa: B008 (frozen)
+        model: str | os.PathLike[str],
         *,
-        kind: str | None = None,
+        tokenizer: str | os.PathLike[str] | None = None,
         text_encoder: str | os.PathLike[str] | None = None,
-        mesh: Mesh | None = None,
+        kind: Literal["diffusion", "ar"] | None = None,
+        dtype: Literal["float32", "bfloat16"] = "float32",
+        revision: str | None = None,
     ) -> "InstellaPipeline":
-        """Read a model folder.
+        """Open a model; see `sampling.pretrained` for the kinds of folders.
+
+        Nothing is fetched unless the id of a repository is given, and that once: with
+        HF_HUB_OFFLINE=1 the copy in the hub's cache is used.
 
         Args:
-          folder: with a generator, a text encoder and its `tokenizer.json`.
-          tokenizer: folder of the image tokenizer, None where `folder` holds it.
-          run: how the networks are computed.
-          kind: "diffusion" or "ar", which generator is wanted where the folder holds both; None
-            for the one there is, or the diffusion one.
-          text_encoder: folder of the text encoder; not looked at where `folder` holds it.
-          mesh: devices to sample on; None is the default device.
+          model: "demo" (diffusion) or "demo_ar", which come with the package; a folder; or an id
+            on the Hugging Face hub, "owner/name".
+          tokenizer: folder or id of the tokenizer of images, for a model that comes without.
+          text_encoder: likewise of the text encoder.
+          kind: which generator, where the model has both.
+          dtype: what the networks compute in and hold their parameters in.
+          revision: branch, tag or commit of the id.
 
         Raises:
-          UserError: a part is missing, damaged, or the parts do not fit each other or the mesh.
+          ValueError: there is no such model, or it is damaged; one sentence.
         """
-        folder = Path(folder)
-        description = model_folder.read_description(folder)
-        generator = model_parts.find_generator(folder, description, kind)
-        # A generator that was trained on top of a frozen text encoder comes without it.
-        text_folder = folder
-        if text_encoder is not None and not model_folder.has_weights(folder, "text"):
-            text_folder = Path(text_encoder)
-        tokenizer_folder = Path(folder if tokenizer is None else tokenizer)
-        places = {
-            "generator": (folder, generator),
-            "text": (text_folder, "text"),
-            "tokenizer": (tokenizer_folder, "tokenizer"),
-        }
-        networks, params = {}, {}
-        for part, (place, name) in places.items():
-            values = model_folder.read_description(place)
-            networks[part] = model_parts.make_network(place, values, name, run)
-        if mesh is not None:
-            check_tensor(networks, mesh)
-        for part, (place, name) in places.items():
-            params[part] = model_folder.load(place, name, networks[part], run.param_dtype, mesh)
+        if jax.config.values["jax_compilation_cache_dir"] is None:
+            use_cache()
+
+        def text(name: str | os.PathLike[str] | None) -> str | None:
+            return None if name is None else os.fspath(name)
+
         return cls(
-            **networks,
-            params=params,
-            text_tokenizer=TextTokenizer.from_folder(text_folder),
-            max_length=description["text"]["max_length"],
-            image_size=description["image_size"],
-            target=description.get("target", "epsilon"),
-            mesh=mesh,
-        )
-
-    @classmethod
-    def from_stage(
-        cls, stage: GeneratorStage, params: Mapping[str, Params], mesh: Mesh | None = None
-    ) -> "InstellaPipeline":
-        """Make a pipeline of a stage's networks and given parameters, on their mesh.
-
-        The image tokenizer's are read from its folder where they are not given: training on codes
-        has no use for them.
-        """
-        tokenizer = stage.tokenizer_network
-        if "tokenizer" not in params:
-            dtype = stage.run.param_dtype
-            loaded = model_folder.load(stage.tokenizer_folder, "tokenizer", tokenizer, dtype, mesh)
-            params = {**params, "tokenizer": loaded}
-        return cls(
-            generator=stage.network,
-            text=stage.text_network,
-            tokenizer=tokenizer,
-            params=params,
-            text_tokenizer=stage.text_tokenizer,
-            max_length=stage.config.text.max_length,
-            image_size=stage.config.data.image_size,
-            target=stage.config.loss.get("target", "epsilon"),
-            mesh=mesh,
-        )
-
-    def __call__(self, prompts: str | Sequence[str], options: Options = Options()) -> np.ndarray:
-        """Generate images of prompts.
-
-        Args:
-          prompts: U texts, or one.
-          options: see `Options`.
-
-        Returns:
-          uint8 [U * images_per_prompt, height, width, 3], the pictures of a prompt together.
-
-        Raises:
-          UserError: there is no prompt, one is no text, or the tokenizer cannot decode to the size.
-        """
-        return np.concatenate(list(self.batches(prompts, options)))
-
-    def batches(
-        self, prompts: str | Sequence[str], options: Options = Options()
-    ) -> Iterator[np.ndarray]:
-        """Generate images in the order of `__call__`, a batch at a time.
-
-        What cannot be generated is refused here, before the first batch is asked for.
-        """
-        prompts = [prompts] if isinstance(prompts, str) else prompts
-        for prompt in (*prompts, options.negative_prompt):
-            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-                raise UserError(f"prompt {prompt!r} is not UTF-8: give it as UTF-8 text")
-        if options.negative_prompt and not options.guidance:
-            logger.warning(
-                "the negative prompt does nothing with guidance 0: it is what guidance leads away "
-                "from"
+            open_model(
+                os.fspath(model),
+                tokenizer=text(tokenizer),
+                text_encoder=text(text_encoder),
+                kind=kind,
+                run=Execution(dtype=dtype, param_dtype=dtype),
+                revision=revision,
             )
-        if not len(prompts):
-            raise UserError("there is no prompt")
-        height, width = options.height or self.image_size, options.width or self.image_size
-        self.tokenizer.config.grid(height, width)
-        return self._batches(prompts, options, height, width)
+        )
 
-    def _batches(
-        self, prompts: Sequence[str], options: Options, height: int, width: int
-    ) -> Iterator[np.ndarray]:
-        rows = np.repeat(np.arange(len(prompts)), options.images_per_prompt)
-        seeds = options.seed + np.tile(np.arange(options.images_per_prompt), len(prompts))
-        negative = options.negative_prompt
-        tokens = self.tokenise([*prompts, negative])
-        parts = sharding.batch_parts(self.mesh) if self.mesh else 1
-        size = -(-min(options.batch_size, len(rows)) // parts) * parts
-        for start in range(0, len(rows), size):
-            # The last batch is filled up, so that all have the compiled shape.
-            chosen = np.minimum(np.arange(start, start + size), len(rows) - 1)
-            texts = [*(prompts[row] for row in rows[chosen]), *[negative] * size]
-            with sharding.use(self.mesh) if self.mesh else contextlib.nullcontext():
-                features, mask = self.describe(texts, tokens)
-                code = self.codes(features, mask, seeds[chosen], options)
-                images = decode(self.tokenizer, self.params["tokenizer"], code, height, width)
-            yield sharding.fetch(images)[: len(rows) - start]
-
-    def tokenise(self, prompts: Sequence[str]) -> dict[str, tuple[np.ndarray, np.ndarray]]:
-        """Return ids int32 [L] and mask bool [L] of each prompt.
-
-        L is that of the longest prompt with padding, so that few lengths are compiled.
-        """
-        unique = list(dict.fromkeys(prompts))
-        ids, mask = self.text_tokenizer.encode(unique, max_length=self.max_length)
-        length = min(-(-mask.shape[1] // TEXT_BLOCK) * TEXT_BLOCK, self.max_length)
-        padding = ((0, 0), (length - mask.shape[1], 0))
-        ids = np.pad(ids, padding, constant_values=self.text_tokenizer.pad_id)
-        return dict(zip(unique, zip(ids, np.pad(mask, padding), strict=True), strict=True))
-
-    def describe(
-        self, prompts: Sequence[str], tokens: Mapping[str, tuple[np.ndarray, np.ndarray]]
-    ) -> tuple[Float[Array, "layers rows L Dt"], Bool[np.ndarray, "rows L"]]:
-        """Encode prompts, each different one once and the empty one once ever.
-
-        Args:
-          prompts: 2B texts.
-          tokens: of all of them, see `tokenise`.
-
-        Returns:
-          features and mask of rows = 2B.
-        """
-        unique = list(dict.fromkeys(prompt for prompt in prompts if prompt))
-        length = len(next(iter(tokens.values()))[1])
-        # Nothing sees the states of the empty prompt, so that any padding does for them.
-        features = jnp.pad(self._empty, ((0, 0), (0, 0), (length - 1, 0), (0, 0)))
-        mask = np.zeros((1, length), bool)
-        if unique:
-            ids, seen = map(np.stack, zip(*(tokens[prompt] for prompt in unique), strict=True))
-            described = text_features(self.text, self.params["text"], ids, seen)
-            features = jnp.concatenate([features, described], axis=1)
-            mask = np.concatenate([mask, seen])
-        rows = np.array([unique.index(prompt) + 1 if prompt else 0 for prompt in prompts])
-        return jnp.take(features, rows, axis=1), mask[rows]
-
-    @functools.cached_property
-    def _empty(self) -> Float[Array, "layers 1 1 Dt"]:
-        """Features of the empty prompt."""
-        ids, mask = self.text_tokenizer.encode([""], pad_to=1)
-        return text_features(self.text, self.params["text"], ids, mask)
-
-    def codes(
+    @value_errors()
+    def __call__(
         self,
-        features: Float[Array, "layers rows L Dt"],
-        mask: Any,
-        seeds: Integer[np.ndarray, " B"],
-        options: Options,
-    ) -> Float[Array, "B N K"]:
-        """Sample codes for text of rows = 2B, conditional ones first."""
-        rows: Any = seeds.astype(np.uint32)
-        if self.mesh is not None:
-            rows, mask = jax.device_put((rows, mask), sharding.batch_sharding(self.mesh))
-            features = jax.device_put(features, sharding.batch_sharding(self.mesh, leading=1))
-        keys = image_keys(rows)
-        params = self.params["generator"]
-        kernel = binary_sampling.resolve(options.kernel, jax.default_backend())
-        if isinstance(self.generator, ArTransformer):
-            return loops.sample_ar(
-                self.generator,
-                params,
-                features,
-                mask,
-                keys,
-                guidance=options.guidance,
-                temperature=options.temperature,
-                kernel=kernel,
-            )
-        return loops.sample_diffusion(
-            self.generator,
-            params,
-            features,
-            mask,
-            keys,
-            steps=options.steps,
-            guidance=options.guidance,
-            temperature=options.temperature,
-            rho=options.rho,
-            protocol=options.protocol,
-            target=self.target,
-            kernel=kernel,
+        prompt: str | Sequence[str],
+        negative_prompt: str | Sequence[str] | None = None,
+        num_inference_steps: int = 20,
+        guidance_scale: float | None = None,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] = 0,
+        temperature: float | None = None,
+        rho: float = 1.0,
+        protocol: int = 1,
+        output_type: OutputType = "pil",
+        callback_on_step_end: Callback | None = None,
+        batch_size: int = 16,
+    ) -> PipelineOutput:
+        """Generate pictures.
+
+        Args:
+          prompt: a text, or several.
+          negative_prompt: what guidance leads away from, one for all or one for each prompt.
+          num_inference_steps: of the diffusion sampler; an autoregressive one takes a step for each
+            token.
+          guidance_scale: diffusers' w, 1 more than the published g; at most 1 is no guidance. None
+            for the model's own.
+          num_images_per_prompt: pictures of each prompt.
+          height: in pixels, any multiple of the tokenizer's patches; None for the size that the
+            model was trained at.
+          width: likewise.
+          seed: picture j of a prompt has seed + j; or a list, with one for each prompt or one for
+            each picture.
+          temperature: of the guided logits; 0 takes the likelier bit. None for the model's own.
+          rho: exponent of the diffusion sampler's times.
+          protocol: how its bits are sampled between steps, 1 or 2 (the posterior).
+          output_type: "pil", "np" or "codes", see `PipelineOutput`.
+          callback_on_step_end: called after each step as callback(pipe, step, total, values), with
+            step from 0 and values of "codes" (bool [b, N, K]), "seeds", and "first", the number of
+            the batch's first picture. It changes no bit; what it returns is not looked at.
+          batch_size: pictures sampled at a time.
+
+        Raises:
+          ValueError: an argument is out of its range or does not fit another one; one sentence.
+        """
+        options = self.options(
+            guidance_scale=guidance_scale,
+            num_inference_steps=num_inference_steps,
+            num_images_per_prompt=num_images_per_prompt,
+            height=height,
+            width=width,
+            temperature=temperature,
+            rho=rho,
+            protocol=protocol,
+            batch_size=batch_size,
         )
+        if output_type not in OUTPUT_TYPES:
+            raise UserError(f"output_type is {output_type!r}: expected one of {OUTPUT_TYPES}")
+        requests = make_requests(prompt, negative_prompt, seed, num_images_per_prompt)
+        self._tell_of_compiling(requests, options)
+        seeds = [request.seed for request in requests]
+        size = self.sampler.batch_size(len(requests), options)
+        batches, first = [], 0
+
+        def on_step(done: int, total: int, codes: jax.Array) -> None:
+            assert callback_on_step_end is not None
+            own = seeds[first : first + size]
+            values = {"codes": fetch(codes)[: len(own)] > 0.5, "seeds": own, "first": first}
+            callback_on_step_end(self, done - 1, total, values)
+
+        watch = None if callback_on_step_end is None else on_step
+        for samples in self.sampler.batches(
+            requests, options, on_step=watch, decode=output_type != "codes"
+        ):
+            batches.append(samples)
+            first += len(samples.codes)
+        codes = np.concatenate([samples.codes for samples in batches])
+        if output_type == "codes":
+            return PipelineOutput(None, codes, seeds)
+        pixels = np.concatenate([samples.images for samples in batches])
+        if output_type == "np":
+            return PipelineOutput(pixels.astype(np.float32) / 255, codes, seeds)
+        return PipelineOutput([Image.fromarray(picture) for picture in pixels], codes, seeds)
+
+    def options(
+        self,
+        *,
+        guidance_scale: float | None = None,
+        temperature: float | None = None,
+        num_inference_steps: int = 20,
+        num_images_per_prompt: int = 1,
+        height: int | None = None,
+        width: int | None = None,
+        **others: Any,
+    ) -> Options:
+        """Return the sampler's options for arguments of a call, with the model's own for None.
+
+        Raises:
+          UserError: one is out of its range.
+        """
+        scale = self.guidance_scale if guidance_scale is None else guidance_scale
+        if not isinstance(scale, int | float) or not 0 <= scale <= 1_001:
+            raise UserError(f"guidance_scale is {scale!r}: expected a number from 0 to 1001")
+        for name, value in (("height", height), ("width", width)):
+            if value is not None and value < 1:
+                raise UserError(f"{name} is {value!r}: expected at least 1 pixel")
+        for name, value in (
+            ("num_inference_steps", num_inference_steps),
+            ("num_images_per_prompt", num_images_per_prompt),
+        ):
+            if not isinstance(value, int) or value < 1:
+                raise UserError(f"{name} is {value!r}: expected a whole number of at least 1")
+        return Options(
+            guidance=max(0.0, float(scale) - 1.0),
+            temperature=self.temperature if temperature is None else temperature,
+            steps=num_inference_steps,
+            images_per_prompt=num_images_per_prompt,
+            height=height or 0,
+            width=width or 0,
+            **others,
+        )
+
+    @property
+    def kind(self) -> str:
+        """What the generator is, "diffusion" or "ar"."""
+        return self.sampler.kind
+
+    @value_errors()
+    def save_pretrained(
+        self, folder: str | os.PathLike[str], results: Mapping[str, Any] | None = None
+    ) -> None:
+        """Write a folder that `from_pretrained` reads, and the hub shows.
+
+        Args:
+          folder: to make.
+          results: measured figures by name, for the model card; None for those that came along.
+
+        Raises:
+          ValueError: it is there already, or cannot be written.
+        """
+        found = self.results if results is None else dict(results)
+        sampling = {"guidance": self.guidance_scale - 1.0, "temperature": self.temperature}
+        save_model(Pretrained(self.sampler, self.weights, sampling, found), Path(folder))
+
+    @value_errors()
+    def push_to_hub(
+        self,
+        repository: str,
+        *,
+        private: bool = False,
+        results: Mapping[str, Any] | None = None,
+    ) -> str:
+        """Upload the model to the Hugging Face hub, by the token that `hf auth login` stored.
+
+        Args:
+          repository: "owner/name", made if it is not there.
+          private: whether one that is made can be seen by its owner alone.
+          results: see `save_pretrained`.
+
+        Returns:
+          The address of the commit.
+
+        Raises:
+          ValueError: the hub refuses, or cannot be reached.
+        """
+        if not hub.is_id(repository):
+            raise UserError(f"{repository!r} is no id of a repository: expected owner/name")
+        with tempfile.TemporaryDirectory() as scratch:
+            folder = Path(scratch) / "model"
+            self.save_pretrained(folder, results)
+            return hub.push(folder, repository, private=private)
+
+    def _tell_of_compiling(self, requests: Sequence[Request], options: Options) -> None:
+        """Say that a shape is new."""
+        sampler = self.sampler
+        height, width = sampler.size(options)
+        count = sampler.batch_size(len(requests), options)
+        texts = [text for request in requests for text in request[:2]]
+        shape = (count, height, width, sampler.text_length(texts), options.protocol)
+        if shape not in self._compiled:
+            self._compiled.add(shape)
+            logger.warning(
+                "compiling, once for this shape: %d picture(s) of %dx%d", count, height, width
+            )
+
+
+def make_requests(
+    prompt: str | Sequence[str],
+    negative_prompt: str | Sequence[str] | None,
+    seed: int | Sequence[int],
+    each: int,
+) -> list[Request]:
+    """Return a request for each picture, those of a prompt together.
+
+    Args: see `InstellaPipeline.__call__`.
+
+    Raises:
+      UserError: numbers do not fit, or a value is of another type.
+    """
+    prompts = [prompt] if isinstance(prompt, str) else list(prompt)
+    if isinstance(negative_prompt, str) or negative_prompt is None:
+        negatives = [negative_prompt or ""] * len(prompts)
+    else:
+        negatives = list(negative_prompt)
+    if strange := [text for text in (*prompts, *negatives) if not isinstance(text, str)]:
+        raise UserError(f"prompt {strange[0]!r} is a {type(strange[0]).__name__}: expected a text")
+    if len(negatives) != len(prompts):
+        raise UserError(
+            f"there are {len(negatives)} negative prompts for {len(prompts)} prompts: give one, or "
+            "one for each"
+        )
+    if isinstance(seed, int | np.integer):
+        seeds = [int(seed) + number for _ in prompts for number in range(each)]
+    else:
+        seeds = [int(one) for one in seed]
+        if len(seeds) == len(prompts):
+            seeds = [one + number for one in seeds for number in range(each)]
+        elif len(seeds) != len(prompts) * each:
+            raise UserError(
+                f"there are {len(seeds)} seeds for {len(prompts)} prompts with {each} picture(s) "
+                "each: give one for each prompt or one for each picture"
+            )
+    if strange := [one for one in seeds if not 0 <= one < 2**32]:
+        raise UserError(f"seed is {strange[0]}: expected a whole number from 0 to {2**32 - 1}")
+    pairs = [pair for pair in zip(prompts, negatives, strict=True) for _ in range(each)]
+    return [Request(*pair, one) for pair, one in zip(pairs, seeds, strict=True)]

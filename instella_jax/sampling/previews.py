@@ -9,7 +9,7 @@ import numpy as np
 
 from instella_jax.models.functional import Params
 from instella_jax.runtime.sharding import fetch
-from instella_jax.sampling.pipeline import InstellaPipeline, options_from_config
+from instella_jax.sampling.sampler import Sampler, options_from_config
 from instella_jax.stages.base import Stage
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.stages.tokenizer import TokenizerStage, reconstruct
@@ -58,7 +58,5 @@ def _(stage: GeneratorStage, params: Params, frozen: Params, count: int) -> Prev
     """Sample the first held-out captions with the config's sampling settings."""
     texts = next(stage.loader("heldout", batch_size=count, drop_remainder=False))["text"]
     mesh = jax.sharding.get_mesh()
-    pipeline = InstellaPipeline.from_stage(
-        stage, {**frozen, **params}, None if mesh.empty else mesh
-    )
-    return Preview(pipeline(texts, options_from_config(stage.config.sample)), texts)
+    sampler = Sampler.from_stage(stage, {**frozen, **params}, None if mesh.empty else mesh)
+    return Preview(sampler(texts, options_from_config(stage.config.sample)), texts)

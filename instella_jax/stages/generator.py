@@ -244,7 +244,7 @@ class GeneratorStage(abc.ABC):
         return self.code_metrics(params, code, text, mask, key, train)
 
     def describe(self) -> dict[str, Any]:
-        """Return sizes of the generator and the text encoder, and the picture size."""
+        """Return sizes of the generator and the text encoder, how to sample, the picture size."""
         return {
             "generator": {"kind": self.kind, **self.config.model.to_dict()},
             "text": {
@@ -252,5 +252,6 @@ class GeneratorStage(abc.ABC):
                 "max_length": self.config.text.max_length,
             },
             **self.describe_process(),
+            "sampling": {name: self.config.sample[name] for name in ("guidance", "temperature")},
             "image_size": self.config.data.image_size,
         }

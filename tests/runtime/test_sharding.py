@@ -13,7 +13,7 @@ from flax.traverse_util import flatten_dict
 from instella_jax.commands.evaluate import evaluate_config
 from instella_jax.errors import UserError
 from instella_jax.runtime import sharding
-from instella_jax.sampling.pipeline import InstellaPipeline
+from instella_jax.sampling.sampler import Sampler
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import init_stage
 from instella_jax.stages.parameters import load_frozen
@@ -252,7 +252,7 @@ def test_a_network_that_does_not_split_is_neither_evaluated_nor_drawn_from(tiny_
         evaluate_config(config, None)
     mesh = mesh_of(dict(data=1, fsdp=1, tensor=8))
     with pytest.raises(UserError, match="4 heads of the generator"):
-        InstellaPipeline.from_folder(
+        Sampler.from_folder(
             ASSETS / "demo_ar",
             ASSETS / "demo_tokenizer",
             text_encoder=ASSETS / "demo_text",

@@ -1,236 +1,249 @@
-import dataclasses
-import logging
+"""`InstellaPipeline` with the shipped weights, and the kinds of models that it opens."""
 
-import jax
+import json
+import logging
+import shutil
+
+import huggingface_hub
 import jax.numpy as jnp
 import numpy as np
 import pytest
+from huggingface_hub import constants
+from safetensors import safe_open
 
-from instella_jax.errors import UserError
-from instella_jax.runtime import sharding
-from instella_jax.sampling import loops
-from instella_jax.sampling import pipeline as pipeline_module
-from instella_jax.sampling.pipeline import InstellaPipeline, Options
-from instella_jax.stages import make_stage
-from instella_jax.stages.base import init_stage
-from instella_jax.weights import model_folder
+import instella_jax
+from instella_jax import InstellaPipeline
+from instella_jax.sampling.sampler import Options, Sampler
+from instella_jax.weights.model_folder import ASSETS
+from tools import make_random_published
 
-PROMPTS = [
-    "a cat on a red background",
-    "two dogs",
-    "a red heart below a pizza on a blue background",
-]
-OPTIONS = Options(steps=3, guidance=2.0, batch_size=4)
+PROMPTS = ["a cat above a blue square", "two dogs on a red background"]
+QUICK = dict(num_inference_steps=4)
 
 
-@pytest.fixture(params=["diffusion", "ar"])
-def folder(request, tiny_diffusion_config, tiny_ar_config, tiny_tokenizer_folder, tmp_path):
-    """A model folder of a tiny generator with random weights, and its tokenizer's."""
-    config = {"diffusion": tiny_diffusion_config, "ar": tiny_ar_config}[request.param]
-    stage = make_stage(config)
-    params = sharding.values(jax.jit(lambda key: init_stage(stage, key))(jax.random.key(1)))
-    # Far from the initial values, where hardly anything depends on the prompt.
-    params = jax.tree.map(
-        lambda x: x + 0.4 * jax.random.normal(jax.random.key(x.size), x.shape), params
+@pytest.fixture(scope="module")
+def pipes():
+    return {name: InstellaPipeline.from_pretrained(name) for name in ("demo", "demo_ar")}
+
+
+@pytest.fixture(params=["demo", "demo_ar"])
+def pipe(request, pipes):
+    return pipes[request.param]
+
+
+@pytest.fixture(scope="module")
+def saved(pipes, tmp_path_factory):
+    folder = tmp_path_factory.mktemp("saved") / "model"
+    pipes["demo"].save_pretrained(folder, {"objects_right": 0.96875, "prompts": 64})
+    return folder
+
+
+def test_it_gives_what_the_sampler_gives_for_the_published_guidance(pipe):
+    shipped = "demo_diffusion" if pipe.kind == "diffusion" else "demo_ar"
+    sampler = Sampler.from_folder(
+        ASSETS / shipped, ASSETS / "demo_tokenizer", text_encoder=ASSETS / "demo_text"
     )
-    model_folder.save(tmp_path, stage.describe(), params, text_folder=stage.text_folder)
-    return tmp_path, tiny_tokenizer_folder
+    options = Options(guidance=2.5, steps=4, temperature=0.7, seed=3)
+    wanted = sampler(PROMPTS, options)
+    output = pipe(PROMPTS, guidance_scale=3.5, temperature=0.7, seed=3, **QUICK)
+    np.testing.assert_array_equal(np.stack([np.asarray(i) for i in output.images]), wanted)
+    floats = pipe(
+        PROMPTS, guidance_scale=3.5, temperature=0.7, seed=3, output_type="np", **QUICK
+    ).images
+    assert floats.dtype == np.float32 and 0 <= floats.min() < floats.max() <= 1
+    np.testing.assert_array_equal(np.round(floats * 255), wanted)
+
+
+def test_what_a_call_leaves_out_is_the_models_own(pipe):
+    scale, temperature = (2.0, 1.0) if pipe.kind == "diffusion" else (2.0, 0.5)
+    assert (pipe.guidance_scale, pipe.temperature) == (scale, temperature)
+    given = pipe(PROMPTS, guidance_scale=scale, temperature=temperature, output_type="codes")
+    left = pipe(PROMPTS, output_type="codes")
+    assert left.images is None and left.codes.shape == (2, 16, 32) and left.codes.dtype == bool
+    np.testing.assert_array_equal(left.codes, given.codes)
+
+
+def test_seeds_are_of_pictures_or_of_prompts(pipe):
+    def codes(**given):
+        output = pipe(PROMPTS, num_images_per_prompt=2, output_type="codes", **given, **QUICK)
+        return output.codes, output.seeds
+
+    whole, seeds = codes(seed=[5, 6, 5, 6])
+    assert seeds == [5, 6, 5, 6]
+    for seed in (5, [5, 5]):
+        again, same = codes(seed=seed)
+        assert same == seeds
+        np.testing.assert_array_equal(again, whole)
+    swapped, _ = codes(seed=[6, 5, 5, 6])
+    np.testing.assert_array_equal(swapped[[1, 0, 2, 3]], whole)
+
+
+def test_each_prompt_may_have_its_own_negative_prompt(pipe):
+    both = pipe(PROMPTS, ["a dog", ""], output_type="codes", **QUICK).codes
+    for number, negative in enumerate(("a dog", None)):
+        one = pipe([PROMPTS[number]] * 2, negative, output_type="codes", **QUICK, seed=[0, 0])
+        np.testing.assert_array_equal(one.codes[0], both[number])
+    assert (both[0] != pipe(PROMPTS, output_type="codes", **QUICK).codes[0]).any()
+
+
+def test_a_callback_sees_every_step_and_changes_no_bit(pipe):
+    seen = []
+
+    def watch(owner, step, total, values):
+        assert owner is pipe
+        seen.append((step, total, values["first"], values["seeds"], values["codes"]))
+
+    prompts = [*PROMPTS, PROMPTS[0]]
+    plain = pipe(prompts, seed=[1, 2, 3], batch_size=2, **QUICK)
+    watched = pipe(prompts, seed=[1, 2, 3], batch_size=2, callback_on_step_end=watch, **QUICK)
+    np.testing.assert_array_equal(plain.codes, watched.codes)
+    assert [np.array_equal(a, b) for a, b in zip(plain.images, watched.images, strict=True)] == [
+        True
+    ] * 3
+    steps = 4 if pipe.kind == "diffusion" else 16
+    assert [s[:3] for s in seen] == [(i, steps, first) for first in (0, 2) for i in range(steps)]
+    assert seen[0][3] == [1, 2] and seen[-1][3] == [3]
+    np.testing.assert_array_equal(seen[steps - 1][4], plain.codes[:2])
+    np.testing.assert_array_equal(seen[-1][4], plain.codes[2:])
+
+
+def test_a_new_shape_is_said_to_be_compiled_once(pipes, caplog):
+    pipe = InstellaPipeline.from_pretrained("demo")
+    with caplog.at_level(logging.WARNING):
+        for seed in (1, 2):
+            pipe(PROMPTS, seed=seed, guidance_scale=seed, output_type="codes", **QUICK)
+    assert [r.getMessage() for r in caplog.records if "compiling" in r.getMessage()] == [
+        "compiling, once for this shape: 2 picture(s) of 64x64"
+    ]
+
+
+@pytest.mark.parametrize(
+    ("given", "sentence"),
+    [
+        (dict(prompt=[]), "there is no prompt"),
+        (dict(prompt=["a cat", 3]), "prompt 3 is a int: expected a text"),
+        (dict(negative_prompt=["a", "b"]), "there are 2 negative prompts for 1 prompts: give one"),
+        (dict(guidance_scale=-1.0), "guidance_scale is -1.0: expected a number from 0 to 1001"),
+        (dict(guidance_scale="x"), "guidance_scale is 'x': expected a number"),
+        (dict(num_inference_steps=0), "num_inference_steps is 0: expected a whole number of at"),
+        (dict(num_images_per_prompt=0), "num_images_per_prompt is 0: expected a whole number"),
+        (dict(height=60), "image size 60x64 does not fit"),
+        (dict(height=0), "height is 0: expected at least 1 pixel"),
+        (dict(temperature=-1.0), "temperature is -1.0: expected"),
+        (dict(protocol=3), "protocol is 3: expected"),
+        (dict(seed=-1), "seed is -1: expected a whole number from 0 to 4294967295"),
+        (dict(seed=[1, 2]), "there are 2 seeds for 1 prompts with 1 picture"),
+        (dict(output_type="jpg"), "output_type is 'jpg': expected one of"),
+    ],
+)
+def test_a_mistake_is_a_value_error_of_one_sentence(pipes, given, sentence):
+    with pytest.raises(ValueError, match="") as error:
+        pipes["demo"](**{"prompt": "a cat", **given})
+    assert str(error.value).startswith(sentence) and "\n" not in str(error.value)
+
+
+def test_a_saved_model_gives_the_same_pictures(pipes, saved):
+    index = json.loads((saved / "model_index.json").read_text())
+    assert index["_class_name"] == "InstellaPipeline"
+    assert index["_instella_jax_version"] == instella_jax.__version__
+    components = ("generator", "text_encoder", "tokenizer", "text_tokenizer")
+    assert all((saved / name / "config.json").is_file() and name in index for name in components)
+    pipe = InstellaPipeline.from_pretrained(saved)
+    assert (pipe.guidance_scale, pipe.temperature) == (2.0, 1.0)
+    wanted = pipes["demo"](PROMPTS, **QUICK)
+    found = pipe(PROMPTS, **QUICK)
+    np.testing.assert_array_equal(found.codes, wanted.codes)
+    assert all(np.array_equal(a, b) for a, b in zip(found.images, wanted.images, strict=True))
+    with pytest.raises(ValueError, match="is there already"):
+        pipe.save_pretrained(saved)
+
+
+def test_the_card_says_sizes_and_results(pipes, saved):
+    card = (saved / "README.md").read_text()
+    assert card.startswith("---\nlibrary_name: instella-jax\n")
+    assert "64 x 64 pixels" in card and "16 latent tokens of 32\nbits (64 bytes" in card
+    assert "| objects right | 0.9688 |" in card and "| prompts | 64 |" in card
+    with safe_open(saved / "generator/generator.safetensors", framework="numpy") as file:
+        count = sum(file.get_tensor(name).size for name in file.keys())  # noqa: SIM118
+    assert f"{count:,}" in card
+
+
+def test_parts_can_come_from_elsewhere(pipes, saved, tmp_path):
+    alone = shutil.copytree(saved / "generator", tmp_path / "alone")
+    with pytest.raises(ValueError, match="has no tokenizer of images: give tokenizer=FOLDER"):
+        InstellaPipeline.from_pretrained(alone)
+    with pytest.raises(ValueError, match="has no text encoder: give text_encoder=FOLDER"):
+        InstellaPipeline.from_pretrained(alone, tokenizer=saved / "tokenizer")
+    pipe = InstellaPipeline.from_pretrained(
+        alone, tokenizer=saved / "tokenizer", text_encoder=ASSETS / "demo_text"
+    )
+    wanted = pipes["demo"](PROMPTS, output_type="codes", **QUICK)
+    np.testing.assert_array_equal(pipe(PROMPTS, output_type="codes", **QUICK).codes, wanted.codes)
 
 
 @pytest.fixture
-def pipeline(folder):
-    return InstellaPipeline.from_folder(*folder)
+def offline(tmp_path, monkeypatch):
+    """An empty cache of the hub, and no network."""
+    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
+    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
+    return tmp_path / "hub"
 
 
-def test_pictures_are_of_the_prompts_in_order(pipeline):
-    drawn = pipeline(PROMPTS, dataclasses.replace(OPTIONS, images_per_prompt=2))
-    assert drawn.shape == (6, 32, 32, 3) and drawn.dtype == np.uint8
-    assert len({picture.tobytes() for picture in drawn}) == 6
+def test_an_id_is_opened_from_the_cache_without_a_network(pipes, saved, offline):
+    with pytest.raises(ValueError, match="^someone/demo is neither a folder nor in the cache"):
+        InstellaPipeline.from_pretrained("someone/demo")
+    repository = offline / "models--someone--demo"
+    shutil.copytree(saved, repository / "snapshots" / ("a" * 40))
+    (repository / "refs").mkdir()
+    (repository / "refs" / "main").write_text("a" * 40)
+    pipe = InstellaPipeline.from_pretrained("someone/demo")
+    wanted = pipes["demo"](PROMPTS, output_type="codes", **QUICK)
+    np.testing.assert_array_equal(pipe(PROMPTS, output_type="codes", **QUICK).codes, wanted.codes)
 
 
-def test_a_picture_depends_on_prompt_and_seed_alone(pipeline):
-    together = pipeline(PROMPTS, dataclasses.replace(OPTIONS, images_per_prompt=2, seed=5))
-    for index, prompt in enumerate(PROMPTS):
-        for picture in range(2):
-            alone = pipeline([prompt], dataclasses.replace(OPTIONS, seed=5 + picture))
-            np.testing.assert_array_equal(alone[0], together[2 * index + picture])
+@pytest.mark.slow
+def test_a_published_repository_is_imported_once(offline, tmp_path, monkeypatch):
+    made = tmp_path / "made"
+    make_random_published.make(made, "tiny", jnp.float32, torch=False)
+    shutil.copyfile(made / "sizes.json", made / "model" / "sizes.json")
+    monkeypatch.setenv("INSTELLA_JAX_MODELS", str(tmp_path / "imported"))
+    with pytest.raises(ValueError, match="comes without its text encoder: give text_encoder="):
+        InstellaPipeline.from_pretrained(made / "model")
+    opened = [
+        InstellaPipeline.from_pretrained(made / "model", text_encoder=made / "olmo", kind=kind)
+        for kind in (None, "ar")
+    ]
+    (folder,) = (tmp_path / "imported").iterdir()
+    assert {pipe.weights.folder for pipe in opened} == {str(folder)}
+    assert [(p.kind, p.guidance_scale, p.temperature) for p in opened] == [
+        ("diffusion", 8.5, 1.0),
+        ("ar", 10.0, 0.5),
+    ]
 
 
-def test_one_text_is_one_prompt(pipeline):
-    np.testing.assert_array_equal(pipeline(PROMPTS[0], OPTIONS), pipeline(PROMPTS[:1], OPTIONS))
+def test_names_of_no_model_are_refused(tmp_path):
+    (tmp_path / "empty").mkdir()
+    for name, sentence in (("nowhere", "there is no model"), (tmp_path / "empty", "is no model")):
+        with pytest.raises(ValueError, match=sentence):
+            InstellaPipeline.from_pretrained(name)
 
 
-def test_the_bits_of_a_code_are_the_same_alone_and_in_a_batch(pipeline, monkeypatch):
-    codes, sample = [], pipeline.codes
+def test_what_is_pushed_is_the_saved_folder(pipes, saved, monkeypatch):
+    calls = []
 
-    def watched(*args):
-        codes.append(np.asarray(sample(*args)))
-        return codes[-1]
+    class Api:
+        def create_repo(self, repository, **options):
+            calls.append((repository, options))
 
-    monkeypatch.setattr(pipeline, "codes", watched)
-    prompts = [f"{number} {prompt}" for prompt in PROMPTS for number in ("a", "two", "three")][:8]
-    pipeline(prompts, dataclasses.replace(OPTIONS, batch_size=8))
-    for prompt in prompts:
-        pipeline(prompt, dataclasses.replace(OPTIONS, batch_size=8))
-    together, *alone = codes
-    assert together.shape[0] == 8 and 0.2 < together.mean() < 0.8
-    np.testing.assert_array_equal(np.concatenate(alone), together)
+        def upload_folder(self, *, repo_id, folder_path):
+            calls.append((repo_id, {p.relative_to(folder_path) for p in folder_path.rglob("*")}))
+            return "https://hub/commit"
 
-
-def test_a_negative_prompt_without_guidance_is_said_to_do_nothing(pipeline, caplog):
-    options = dataclasses.replace(OPTIONS, negative_prompt=PROMPTS[1])
-    pipeline(PROMPTS[0], options)
-    assert "does nothing" not in caplog.text
-    pipeline(PROMPTS[0], dataclasses.replace(options, guidance=0.0))
-    assert "the negative prompt does nothing with guidance 0" in caplog.text
-
-
-def test_batches_give_what_one_batch_gives(pipeline):
-    whole = pipeline(PROMPTS, dataclasses.replace(OPTIONS, batch_size=8))
-    for size in (1, 2):
-        parts = list(pipeline.batches(PROMPTS, dataclasses.replace(OPTIONS, batch_size=size)))
-        assert [len(part) for part in parts] == {1: [1, 1, 1], 2: [2, 1]}[size]
-        np.testing.assert_array_equal(np.concatenate(parts), whole)
-
-
-def test_settings_change_without_compiling(pipeline):
-    pipeline(PROMPTS[:1], OPTIONS)
-    before = loops.sample_diffusion._cache_size(), loops.sample_ar._cache_size()
-    pipeline(PROMPTS[:1], dataclasses.replace(OPTIONS, steps=7, guidance=0.5, temperature=0.3))
-    pipeline(PROMPTS[1:2], dataclasses.replace(OPTIONS, rho=2.0, seed=9))
-    assert before == (loops.sample_diffusion._cache_size(), loops.sample_ar._cache_size())
-
-
-def test_repeated_prompts_are_encoded_once(pipeline, monkeypatch):
-    rows = []
-    encode = pipeline_module.text_features
-    monkeypatch.setattr(
-        pipeline_module,
-        "text_features",
-        lambda network, params, ids, mask: (
-            rows.append(len(ids)) or encode(network, params, ids, mask)
-        ),
-    )
-    options = dataclasses.replace(OPTIONS, batch_size=6)
-    pipeline([PROMPTS[0]] * 5 + [PROMPTS[1]], options)
-    assert rows == [1, 2]  # the empty prompt, once ever, and two others
-    pipeline([PROMPTS[1], "", PROMPTS[1]], options)
-    pipeline(PROMPTS[:1], dataclasses.replace(options, negative_prompt=PROMPTS[2]))
-    assert rows == [1, 2, 1, 2]
-
-
-def test_prompts_are_tokenised_once(pipeline, monkeypatch):
-    texts, encode = [], pipeline.text_tokenizer.encode
-
-    def watched(prompts, **options):
-        texts.extend(prompts)
-        return encode(prompts, **options)
-
-    monkeypatch.setattr(pipeline.text_tokenizer, "encode", watched)
-    pipeline([*PROMPTS, PROMPTS[0]], dataclasses.replace(OPTIONS, batch_size=2))
-    assert sorted(texts) == sorted([*PROMPTS, "", ""])  # "" as a prompt, and for its features
-
-
-def test_the_empty_prompt_is_what_the_encoder_makes_of_it(pipeline):
-    texts = ["", PROMPTS[0]]
-    tokens = pipeline.tokenise(texts)
-    length = len(tokens[""][1])
-    ids, mask = pipeline.text_tokenizer.encode(texts, pad_to=length)
-    whole = pipeline_module.text_features(pipeline.text, pipeline.params["text"], ids, mask)
-    features, seen = pipeline.describe(texts, tokens)
-    np.testing.assert_array_equal(seen, mask)
-    # Another number of rows is another order of sums, which shows in what is near 0 among numbers
-    # of 6 on average.
-    largest = np.abs(whole[:, mask]).max()
-    np.testing.assert_allclose(features[:, seen], whole[:, mask], rtol=0, atol=1e-6 * largest)
-    keys = np.array([3])
-    ours = pipeline.codes(features[:, ::-1], seen[::-1], keys, OPTIONS)
-    theirs = pipeline.codes(whole[:, ::-1], mask[::-1], keys, OPTIONS)
-    np.testing.assert_array_equal(ours, theirs)
-
-
-def test_a_negative_prompt_and_guidance_change_the_picture(pipeline):
-    plain = pipeline(PROMPTS[:1], dataclasses.replace(OPTIONS, guidance=0.0))
-    guided = pipeline(PROMPTS[:1], dataclasses.replace(OPTIONS, guidance=8.0))
-    away = pipeline(
-        PROMPTS[:1], dataclasses.replace(OPTIONS, guidance=8.0, negative_prompt="two dogs")
-    )
-    without = pipeline(
-        PROMPTS[:1], dataclasses.replace(OPTIONS, guidance=0.0, negative_prompt="two dogs")
-    )
-    assert len({x.tobytes() for x in (plain, guided, away)}) == 3
-    np.testing.assert_array_equal(plain, without)
-
-
-def test_any_grid_can_be_asked_for(pipeline):
-    assert pipeline(PROMPTS[:1], dataclasses.replace(OPTIONS, height=48, width=64)).shape == (
-        1, 48, 64, 3,
-    )  # fmt: skip
-    with pytest.raises(UserError, match="multiples of 16"):
-        pipeline(PROMPTS[:1], dataclasses.replace(OPTIONS, height=40))
-
-
-def test_an_unknown_word_is_named(pipeline, caplog):
-    with caplog.at_level(logging.WARNING):
-        pipeline(["a zeppelin on a red background"], OPTIONS)
-    assert "zeppelin" in caplog.text
-
-
-@pytest.mark.parametrize(
-    ("option", "value"),
-    [("steps", 0), ("temperature", -1.0), ("protocol", 3), ("seed", -1), ("height", 100_000)],
-)
-def test_options_out_of_range_are_refused(option, value):
-    with pytest.raises(UserError, match=option):
-        Options(**{option: value})
-
-
-def test_no_prompt_is_refused(pipeline):
-    with pytest.raises(UserError, match="no prompt"):
-        pipeline([], OPTIONS)
-
-
-def test_a_damaged_folder_is_one_sentence(folder):
-    path, tokenizer = folder
-    weights = path / "generator.safetensors"
-    weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(UserError, match="damaged"):
-        InstellaPipeline.from_folder(path, tokenizer)
-    weights.unlink()
-    with pytest.raises(UserError, match="missing"):
-        InstellaPipeline.from_folder(path, tokenizer)
-
-
-@pytest.mark.usefixtures("quick_compile")
-@pytest.mark.parametrize(
-    ("way", "target"), [("folder", "epsilon"), ("folder", "x"), ("stage", "x")]
-)
-def test_all_options_reach_the_diffusion_sampler(
-    way, target, tiny_diffusion_config, tiny_tokenizer_folder, tmp_path
-):
-    config = tiny_diffusion_config.copy_and_resolve_references()
-    config.loss.target = target
-    stage = make_stage(config)
-    params = sharding.values(jax.jit(lambda key: init_stage(stage, key))(jax.random.key(1)))
-    params = jax.tree.map(
-        lambda x: x + 0.4 * jax.random.normal(jax.random.key(x.size), x.shape), params
-    )
-    if way == "stage":
-        pipeline = InstellaPipeline.from_stage(stage, params)
-    else:
-        model_folder.save(tmp_path, stage.describe(), params, text_folder=stage.text_folder)
-        pipeline = InstellaPipeline.from_folder(tmp_path, tiny_tokenizer_folder)
-    texts = [*PROMPTS, "", "", ""]
-    features, mask = pipeline.describe(texts, pipeline.tokenise(texts))
-    seeds = np.arange(3)
-    options = Options(steps=4, guidance=3.0, temperature=0.6, rho=2.0, protocol=2)
-    codes = np.asarray(pipeline.codes(features, mask, seeds, options))
-    ids, seen = pipeline.text_tokenizer.encode(PROMPTS, pad_to=mask.shape[1])
-    np.testing.assert_array_equal(mask, np.concatenate([seen, np.zeros_like(seen)]))
-    states = jax.jit(stage.text_features)(params, {}, ids, seen)
-    wanted = loops.sample_diffusion(
-        stage.network, params["generator"], jnp.concatenate([states, states], axis=1), mask,
-        loops.image_keys(jnp.asarray(seeds, jnp.uint32)), steps=4, guidance=3.0, temperature=0.6,
-        rho=2.0, protocol=2, target=target,
-    )  # fmt: skip
-    np.testing.assert_array_equal(codes, wanted)
+    monkeypatch.setattr(huggingface_hub, "HfApi", Api)
+    with pytest.raises(ValueError, match="is no id of a repository: expected owner/name"):
+        pipes["demo"].push_to_hub("demo")
+    assert pipes["demo"].push_to_hub("me/demo", private=True) == "https://hub/commit"
+    assert calls == [
+        ("me/demo", dict(private=True, exist_ok=True)),
+        ("me/demo", {path.relative_to(saved) for path in saved.rglob("*")}),
+    ]

@@ -10,8 +10,8 @@ from instella_jax.errors import UserError
 from instella_jax.planning import plan
 from instella_jax.reporting.metrics import read_metrics
 from instella_jax.runtime import sharding
-from instella_jax.sampling.load import load_pipeline
-from instella_jax.sampling.pipeline import options_from_config
+from instella_jax.sampling.load import load_sampler
+from instella_jax.sampling.sampler import options_from_config
 from instella_jax.stages import make_stage
 from instella_jax.stages.parameters import load_average
 from instella_jax.training import loop
@@ -97,8 +97,8 @@ def test_a_stage_trains_goes_on_and_is_used_in_bfloat16(
         np.testing.assert_array_equal(new.astype(jnp.float32), old.astype(jnp.bfloat16))
     if stage != "tokenizer":
         for place in (tmp_path / "whole", None):
-            pipeline, _ = load_pipeline(config, place)
-            images = pipeline(["a cat"], options_from_config(config.sample))
+            sampler, _ = load_sampler(config, place)
+            images = sampler(["a cat"], options_from_config(config.sample))
             assert images.shape == (1, 32, 32, 3) and len(np.unique(images)) > 4
 
 

@@ -23,7 +23,7 @@ from instella_jax.models.layers import Execution
 from instella_jax.models.text import TextTokenizer
 from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
 from instella_jax.runtime import sharding
-from instella_jax.sampling.pipeline import InstellaPipeline, Options
+from instella_jax.sampling.sampler import Options, Sampler
 from instella_jax.stages import make_stage, parameters
 from instella_jax.weights import convert, model_folder, model_parts, reference_sizes
 from instella_jax.weights.export import export_model
@@ -231,10 +231,10 @@ def test_either_generator_draws(model, quick_compile):
     drawn = []
     for kind in ("diffusion", "ar"):
         run = Execution(param_dtype="bfloat16", dtype="bfloat16")
-        pipeline = InstellaPipeline.from_folder(model, run=run, kind=kind)
-        assert isinstance(pipeline.generator, model_parts.GENERATORS[kind])
-        assert pipeline.image_size == 128
-        drawn.append(pipeline(["a"], Options(steps=1, height=32, width=32)))
+        sampler = Sampler.from_folder(model, run=run, kind=kind)
+        assert isinstance(sampler.generator, model_parts.GENERATORS[kind])
+        assert sampler.image_size == 128
+        drawn.append(sampler(["a"], Options(steps=1, height=32, width=32)))
         assert drawn[-1].shape == (1, 32, 32, 3)
     assert not np.array_equal(*drawn)
 
@@ -244,18 +244,18 @@ def test_what_is_trained_on_top_finds_the_frozen_parts(model, tmp_path):
     trained = {"generator": model_folder.load(model, "ar", stage.network, "bfloat16")}
     model_folder.save(tmp_path, stage.describe(), trained)
     with pytest.raises(UserError, match="has no text"):
-        InstellaPipeline.from_folder(tmp_path, model)
-    pipeline = InstellaPipeline.from_folder(tmp_path, model, text_encoder=model)
-    assert pipeline.max_length == stage.config.text.max_length
-    assert pipeline.text_tokenizer.pad_id == 1
-    assert set(pipeline.params) == {"generator", "text", "tokenizer"}
+        Sampler.from_folder(tmp_path, model)
+    sampler = Sampler.from_folder(tmp_path, model, text_encoder=model)
+    assert sampler.max_length == stage.config.text.max_length
+    assert sampler.text_tokenizer.pad_id == 1
+    assert set(sampler.params) == {"generator", "text", "tokenizer"}
 
 
 def test_a_generator_that_is_not_there(source, tmp_path):
     (source / "model/ar.safetensors").unlink()
     import_model(source / "model", source / "olmo", tmp_path / "model", META)
     with pytest.raises(UserError, match="no generator of the kind 'ar'.* 'diffusion'"):
-        InstellaPipeline.from_folder(tmp_path / "model", kind="ar")
+        Sampler.from_folder(tmp_path / "model", kind="ar")
     (source / "model/diffusion.safetensors").unlink()
     refused(source, "has no generator: expected one or both of diffusion.pt and ar.pt")
 
