@@ -9,7 +9,7 @@ from tests.paths import ROOT
 PACKAGE = "instella_jax"
 # What stands above may import what stands below it, never the other way.
 LAYERS = (
-    "cli", "main", "commands", "planning", "training", "evaluation", "sampling", "preparing",
+    "cli", "main", "commands", "app", "planning", "training", "evaluation", "sampling", "preparing",
     "stages", "losses", "weights", "checkpoints", "data", "kernels", "models", "reporting",
     "runtime", "config_keys", "config", "errors",
 )  # fmt: skip
