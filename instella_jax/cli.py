@@ -8,6 +8,8 @@ from collections.abc import Sequence
 
 from instella_jax.commands.data import add_parser as add_data_parser
 from instella_jax.commands.data import run as run_data
+from instella_jax.commands.measure import add_parser as add_measure_parser
+from instella_jax.commands.measure import run as run_measure
 from instella_jax.config_keys import path_argument
 from instella_jax.errors import command_line
 
@@ -59,6 +61,7 @@ def make_parser() -> argparse.ArgumentParser:
         "--out", type=path_argument, required=True, metavar="DIR", help="the folder to make"
     )
     add_data_parser(commands)
+    add_measure_parser(commands)
     keys = commands.add_parser("keys", help="what the keys of the configs mean, and their values")
     keys.add_argument(
         "config",
@@ -80,6 +83,9 @@ def run(arguments: Sequence[str]) -> None:
     options = make_parser().parse_args(arguments)
     if options.command == "data":
         run_data(options)
+        return
+    if options.command == "eval":
+        run_measure(options)
         return
     if options.command == "keys":
         from instella_jax.commands import keys
