@@ -5,6 +5,7 @@ import contextlib
 import dataclasses
 from typing import Any
 
+from instella_jax.commands import measure_pictures
 from instella_jax.commands.sampled_model import add_model_arguments, find_config, joined
 from instella_jax.config_keys import path_argument
 from instella_jax.errors import UserError
@@ -16,6 +17,10 @@ def add_parser(commands: Any) -> None:
     kinds = measure.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_scenes(kinds)
     _add_export(kinds)
+    measure_pictures.add_fid(kinds)
+    measure_pictures.add_rfid(kinds)
+    measure_pictures.add_clip(kinds)
+    measure_pictures.add_inception(kinds)
 
 
 def run(options: argparse.Namespace) -> None:

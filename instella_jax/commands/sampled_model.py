@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from instella_jax.config_keys import expand
+from instella_jax.errors import UserError
 
 # Shipped models by the name of the config that they belong to.
 _SHIPPED = {"demo": "t2i_diffusion", "demo_ar": "t2i_ar"}
@@ -86,7 +87,12 @@ def find_config(options: argparse.Namespace) -> tuple[Any, str | None]:
     if options.text_encoder:
         config.text.encoder = options.text_encoder
     changes = {name: getattr(options, name) for name in _SAMPLING}
-    config.sample.update({k: v for k, v in changes.items() if v is not None and k in config.sample})
+    changes = {name: value for name, value in changes.items() if value is not None}
+    if unknown := sorted(changes.keys() - config.sample.keys()):
+        raise UserError(
+            f"{options.model} takes no --{unknown[0]}: its generator has no such setting"
+        )
+    config.sample.update(changes)
     return config, workdir
 
 

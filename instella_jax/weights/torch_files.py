@@ -138,3 +138,28 @@ def write_torch(path: Path, tensors: Iterable[tuple[str, np.ndarray]]) -> None:
         else:
             weights[name] = torch.from_numpy(value)
     torch.save({WEIGHTS: weights}, path)
+
+
+def read_state(path: Path) -> dict[str, np.ndarray]:
+    """Read a torch file that is a mapping of tensors alone, of any age: {name: float32 array}.
+
+    Only torch's loader of weights looks at its pickle. Counters of whole numbers are left out.
+
+    Raises:
+      UserError: torch is missing, or the file is, or it is damaged, or holds something else.
+    """
+    require_file(path)
+    if zipfile.is_zipfile(path):
+        _check_archive(path)
+    torch = import_torch()
+    try:
+        loaded = torch.load(path, map_location="cpu", weights_only=True)
+    except Exception as error:  # the loader raises many kinds
+        raise UserError(
+            f"{path} was refused: it is damaged or holds more than plain tensors ({_reason(error)})"
+        ) from None
+    values = loaded.values() if isinstance(loaded, dict) else [None]
+    if not all(isinstance(value, torch.Tensor) for value in values):
+        raise UserError(f"{path} is no mapping of tensors: expected a file of weights")
+    floats = {str(k): v for k, v in loaded.items() if v.is_floating_point()}
+    return {k: v.detach().to(torch.float32).contiguous().numpy() for k, v in floats.items()}

@@ -1,0 +1,292 @@
+"""`instella-jax eval fid`, `rfid` and `clip`: numbers about sets of pictures."""
+
+import argparse
+import contextlib
+import json
+import os
+from pathlib import Path
+from typing import Any
+
+from instella_jax.commands.sampled_model import joined
+from instella_jax.config_keys import expand, path_argument
+from instella_jax.errors import UserError
+
+_NAMES = {
+    "fid": "FID",
+    "rfid": "rFID",
+    "vgg_frechet_distance": "Frechet distance of VGG16 features (no FID)",
+}
+_NOTE = "a set of fewer than 10,000 pictures makes the distance larger"
+
+
+def add_fid(kinds: Any) -> None:
+    """Add `fid`."""
+    fid = kinds.add_parser(
+        "fid",
+        help="FID of a set of pictures, precision and recall",
+        description="Compares two sets of pictures. Each is a folder, at any depth, or an .npz "
+        "file with uint8 [n, h, w, 3] in arr_0.",
+    )
+    fid.add_argument("generated", type=path_argument, metavar="GENERATED")
+    fid.add_argument("reference", type=path_argument, metavar="REFERENCE")
+    fid.add_argument(
+        "--crop", type=int, default=0, metavar="PIXELS",
+        help="cut the largest square from the centre of the reference pictures and resize it, as "
+        "the model saw them",
+    )  # fmt: skip
+    fid.add_argument(
+        "--kernel", default="bicubic", choices=("bicubic", "lanczos"),
+        help="of --crop: bicubic is what training takes, lanczos that of COCO-30k "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    _add_features(fid)
+    fid.set_defaults(run=_fid)
+
+
+def add_rfid(kinds: Any) -> None:
+    """Add `rfid`."""
+    rfid = kinds.add_parser(
+        "rfid",
+        help="FID of pictures that have gone through a tokenizer",
+        description="Crops pictures as in training, sends them through their codes, and compares "
+        "the two sets.",
+    )
+    rfid.add_argument(
+        "model", type=expand, metavar="TOKENIZER", help="model folder of a tokenizer, or demo"
+    )
+    rfid.add_argument("reference", type=path_argument, metavar="PICTURES")
+    rfid.add_argument(
+        "--image-size", type=int, default=0, metavar="PIXELS",
+        help="side of the crops (default: the tokenizer's own)",
+    )  # fmt: skip
+    _add_features(rfid)
+    rfid.set_defaults(run=_rfid)
+
+
+def add_inception(kinds: Any) -> None:
+    """Add `inception`."""
+    take = kinds.add_parser(
+        "inception",
+        help="torch's file of FID's Inception weights -> safetensors, once, by torch",
+    )
+    take.add_argument("source", type=path_argument, metavar="FILE.pth")
+    take.add_argument("out", type=path_argument, metavar="FILE.safetensors")
+    take.set_defaults(run=_inception)
+
+
+def add_clip(kinds: Any) -> None:
+    """Add `clip`."""
+    clip = kinds.add_parser(
+        "clip",
+        help="CLIP score of pictures and their captions",
+        description="Returns the mean cosine of pictures and their captions, which are those of "
+        "the metadata.jsonl in their folder, as sampling writes it.",
+    )
+    clip.add_argument("pictures", type=path_argument, metavar="FOLDER")
+    clip.add_argument(
+        "--clip", type=path_argument, required=True, metavar="DIR",
+        help="folder of transformers' CLIPModel, as of openai/clip-vit-base-patch32",
+    )  # fmt: skip
+    _add_common(clip)
+    clip.set_defaults(run=_clip)
+
+
+def _add_features(parser: argparse.ArgumentParser) -> None:
+    which = parser.add_mutually_exclusive_group(required=True)
+    which.add_argument(
+        "--inception", type=path_argument, metavar="FILE",
+        help="Inception weights of FID: torch's file, or what `eval inception` has made of it",
+    )  # fmt: skip
+    which.add_argument(
+        "--vgg", nargs="?", const="", metavar="FILES",
+        help="a Frechet distance of VGG16 features in the place of FID, to be compared with "
+        "itself only, by the weights of the extra [perceptual], or of files as LPIPS takes them",
+    )  # fmt: skip
+    parser.add_argument(
+        "--resize", default="tf1", choices=("tf1", "clean"),
+        help="to Inception's size: tf1 is the protocol of FID and rFID, clean that of clean-fid "
+        "(default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument("--precision-recall", action="store_true", help="these two as well")
+    parser.add_argument(
+        "--no-cache", action="store_true", help="neither read nor keep statistics of the pictures"
+    )
+    _add_common(parser)
+
+
+def _add_common(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--batch-size", type=int, default=32, metavar="N",
+        help="pictures at a time (default: %(default)s)",
+    )  # fmt: skip
+    parser.add_argument(
+        "--out", type=path_argument, metavar="DIR", help="folder to make with the report"
+    )
+    parser.add_argument(
+        "--distributed", default="auto", choices=("auto", "off", "slurm", "tpu"),
+        help="how processes that share the work find each other, as in training "
+        "(default: %(default)s)",
+    )  # fmt: skip
+
+
+def _check(options: argparse.Namespace) -> None:
+    if options.batch_size < 1:
+        raise UserError("--batch-size must be at least 1")
+    if options.out is not None and options.out.exists():
+        raise UserError(f"{options.out} is there already: give another --out or move it away")
+
+
+def _fid(options: argparse.Namespace) -> None:
+    from instella_jax.evaluation.picture_sets import center_crop, open_pictures
+
+    _check(options)
+    generated, reference = open_pictures(options.generated), open_pictures(options.reference)
+    if options.crop:
+        reference = center_crop(reference, options.crop, options.kernel)
+    with joined(options):
+        about = {
+            "generated": os.fspath(options.generated),
+            "reference": os.fspath(options.reference),
+            "crop": options.crop,
+            "kernel": options.kernel,
+        }
+        _compare(options, generated, reference, about, "fid")
+
+
+def _rfid(options: argparse.Namespace) -> None:
+    from instella_jax.evaluation.picture_sets import center_crop, open_pictures
+
+    _check(options)
+    pictures = open_pictures(options.reference)
+    with joined(options):
+        from instella_jax.evaluation.through_codes import open_tokenizer, reconstructed
+
+        tokenizer = open_tokenizer(options.model, options.image_size)
+        reference = center_crop(pictures, tokenizer.side)
+        about = {
+            "tokenizer": os.fspath(options.model),
+            "weights": tokenizer.digest,
+            "reference": os.fspath(options.reference),
+            "image_size": tokenizer.side,
+        }
+        _compare(options, reconstructed(tokenizer, reference), reference, about, "rfid")
+
+
+def _compare(
+    options: argparse.Namespace, generated: Any, reference: Any, about: dict[str, Any], fid: str
+) -> None:
+    import jax
+
+    from instella_jax.evaluation import feature_sets, frechet
+    from instella_jax.reporting.progress import Progress
+
+    if options.inception is not None:
+        extractor = feature_sets.inception_extractor(options.inception, options.resize)
+    else:
+        extractor = feature_sets.vgg_extractor(options.vgg)
+    first = jax.process_index() == 0
+    found = {}
+    with contextlib.closing(Progress(enabled=first, interval=10.0)) as progress:
+        for name, pictures in (("reference", reference), ("generated", generated)):
+            found[name] = feature_sets.measure(
+                pictures,
+                extractor,
+                keep=options.precision_recall,
+                batch_size=options.batch_size,
+                cache=None if options.no_cache else feature_sets.default_cache(),
+                show=lambda done, total, name=name: progress.update(f"{name} {done}/{total}"),
+            )
+    if not first:
+        return
+    a, b = found["generated"], found["reference"]
+    distance = frechet.frechet_distance(a.statistics, b.statistics)
+    name = fid if extractor.name == "fid" else extractor.name
+    scores = {name: distance}
+    if options.precision_recall:
+        scores["precision"], scores["recall"] = frechet.precision_recall(b.features, a.features)
+    counts = {name: one.statistics.count for name, one in found.items()}
+    rows = [(_NAMES[name], distance)]
+    rows += [(name, scores[name]) for name in ("precision", "recall") if name in scores]
+    rows += [(f"{name} pictures", count) for name, count in counts.items()]
+    report = {"scores": scores, "pictures": counts, "settings": extractor.settings, **about}
+    _tell(options, rows, report)
+    if min(counts.values()) < 10_000:
+        print(_NOTE)
+
+
+def _tell(options: argparse.Namespace, rows: list[Any], report: dict[str, Any]) -> None:
+    from instella_jax.evaluation import reports
+    from instella_jax.runtime.files import fresh_folder
+
+    table = reports.markdown_table(("measure", "value"), rows)
+    if options.out is not None:
+        with fresh_folder(options.out) as folder:
+            reports.save_report(folder, report, table)
+    print(table, end="")
+
+
+def _inception(options: argparse.Namespace) -> None:
+    from instella_jax.evaluation.inception import load_inception, save_inception
+
+    if options.out.exists():
+        raise UserError(f"{options.out} is there already: give another name or move it away")
+    if options.out.suffix != ".safetensors":
+        raise UserError(f"{options.out}: expected a name with .safetensors")
+    save_inception(load_inception(options.source), options.out)
+    print(options.out)
+
+
+def _captions(folder: Path) -> dict[str, str]:
+    """Return captions by the names of files.
+
+    Raises:
+      UserError: there are none.
+    """
+    path = folder / "metadata.jsonl"
+    try:
+        rows = [json.loads(line) for line in path.read_text(encoding="utf-8").splitlines() if line]
+        found = {str(row["file_name"]): str(row["text"]) for row in rows}
+    except OSError as error:
+        raise UserError(
+            f"{path} cannot be read ({error.strerror}): it says which caption is of which picture"
+        ) from None
+    except (ValueError, KeyError, TypeError):
+        raise UserError(
+            f"{path} is not as sampling writes it: expected file_name and text in each line"
+        ) from None
+    if not found:
+        raise UserError(f"{path} names no picture")
+    return found
+
+
+def _clip(options: argparse.Namespace) -> None:
+    _check(options)
+    captions = _captions(options.pictures)
+    if missing := [name for name in captions if not (options.pictures / name).is_file()]:
+        raise UserError(f"{options.pictures / missing[0]} is missing, its caption is not")
+    with joined(options):
+        import jax
+        import numpy as np
+
+        from instella_jax.data.images import read_picture
+        from instella_jax.evaluation.clip import clip_scores, load_clip
+        from instella_jax.runtime.digest import digest
+
+        clip = load_clip(options.clip)
+        names, scores = list(captions), []
+        for start in range(0, len(names), options.batch_size):
+            some = names[start : start + options.batch_size]
+            # The last batch is filled up, so that all have the compiled shape.
+            full = [*some, *some[-1:] * (options.batch_size - len(some))]
+            images = np.stack([clip.prepare(read_picture(options.pictures / n)) for n in full])
+            scores.extend(clip_scores(clip, images, [captions[n] for n in full])[: len(some)])
+        if jax.process_index() == 0:
+            mean, error = np.mean(scores), np.std(scores) / np.sqrt(len(scores))
+            report = {
+                "scores": {"clip_score": float(mean), "error": float(error)},
+                "pictures": dict(zip(names, map(float, scores), strict=True)),
+                "weights": digest(options.clip / "model.safetensors"),
+                "folder": os.fspath(options.pictures),
+            }
+            rows = [("CLIP score (cosine)", float(mean)), ("standard error", float(error))]
+            _tell(options, [*rows, ("pictures", len(scores))], report)
