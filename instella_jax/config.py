@@ -113,9 +113,10 @@ def data(image_size: int, kind: str) -> dict:
         # Processes that prepare data; 0 for threads of this one.
         workers=0 if kind == "scenes" else 8,
         scenes=dict(concepts="core", styles=("twemoji",), places="snapped", max_objects=3),
-        folder=dict(path="", heldout=0.02, min_keep=0.8, flip=0.5),
-        # What `instella-jax data import` makes; several folders, with commas between them, are
-        # mixed by weights such as "3:1" ("" is by their sizes).
+        # Several folders, with commas between them, are mixed by weights such as "3:1" ("" is by
+        # their sizes).
+        folder=dict(path="", weights="", heldout=0.02, min_keep=0.8, flip=0.5),
+        # What `instella-jax data import` makes.
         shards=dict(path="", weights="", heldout=0.02, min_keep=0.8, flip=0.5),
         # What `instella-jax data encode` makes of them.
         codes=dict(path="", weights="", heldout=0.02),
@@ -148,6 +149,17 @@ def generator(variant: str) -> dict:
                 num_key_value_heads=16 if variant else 4,
                 rope_theta=10_000.0,
                 clip_qkv=0.0,
+            ),
+        ),
+        # Adapters that are trained in the place of the generator, which stays as `init_from` or the
+        # shipped weights have it; rank 0 trains the generator. Targets are layers by the ends of
+        # their published names.
+        lora=dict(
+            rank=0,
+            alpha=16.0,
+            targets=(
+                *("q_proj", "k_proj", "v_proj", "o_proj"),
+                *("proj_cond", "net.0.proj", "net.2"),
             ),
         ),
         sample=dict(

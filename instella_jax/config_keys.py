@@ -212,7 +212,8 @@ KEYS: dict[str, Key] = {
     "data.scenes.styles": Key("styles of the sprites", str, many=True),
     "data.scenes.places": choice("where things stand", "thirds", "snapped", "free"),
     "data.scenes.max_objects": whole("things in a scene at most", 1, 3),
-    "data.folder.path": path("folder of pictures"),
+    "data.folder.path": path("folder of pictures, or several with commas between them"),
+    "data.folder.weights": _WEIGHTS,
     **_pictures("folder", share(_HELDOUT.meaning, above=True, below=True)),
     "data.shards.path": path(_MANY_PATHS),
     "data.shards.weights": _WEIGHTS,
@@ -319,6 +320,13 @@ KEYS: dict[str, Key] = {
         0, above=True,
     ),
     "loss.times": choice("how times are distributed", "logit_normal", "uniform"),
+    "lora.rank": whole(
+        "of the adapters that are trained in the place of the generator; 0 trains the generator", 0
+    ),
+    "lora.alpha": real("their scale times their rank", 0, above=True),
+    "lora.targets": Key(
+        "layers that get adapters, by their published names or the ends of these", str, many=True
+    ),
     "sample.prompt": text("one prompt"),
     "sample.prompts_file": path("a text file with one prompt a line"),
     "sample.negative_prompt": text(

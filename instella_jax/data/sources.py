@@ -86,7 +86,7 @@ def make_split(
 
 
 def _pictures(config: Config, split: str, captions: bool) -> list[Any]:
-    """Return the data sets of pictures that are mixed, or the one folder.
+    """Return the data sets of pictures that are mixed.
 
     Raises:
       UserError: a value of the section is out of range, or a data set cannot be used.
@@ -102,7 +102,7 @@ def _pictures(config: Config, split: str, captions: bool) -> list[Any]:
         decode_side=math.ceil(config.image_size / section.min_keep),
     )
     if config.kind == "folder":
-        return [FolderSource(section.path, **options)]
+        return [FolderSource(path, **options) for path in part_paths(config)]
     return [ImageShards(path, **options) for path in part_paths(config)]
 
 
@@ -153,9 +153,12 @@ def part_paths(config: Config) -> list[str]:
     Raises:
       UserError: none is given.
     """
-    if config.kind not in ("shards", "codes"):
+    if config.kind == "scenes":
         return []
-    paths = [path.strip() for path in config[config.kind].path.split(",") if path.strip()]
+    given = config[config.kind].path
+    if config.kind == "folder" and given and Path(given).expanduser().is_dir():
+        return [given]  # a folder of pictures may have commas in its name
+    paths = [path.strip() for path in given.split(",") if path.strip()]
     if not paths:
         raise UserError(
             f"data.{config.kind}.path is empty: give --config.data.{config.kind}.path=FOLDER, or "

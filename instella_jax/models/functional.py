@@ -11,12 +11,15 @@ from jaxtyping import Array, Key, Shaped
 from instella_jax.errors import UserError
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.models.lora import Adapters
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import BinaryTokenizer
 
 # A tree of arrays, or of their shapes.
 Params = Any
 Network = BinaryTokenizer | DiffusionTransformer | ArTransformer | Olmo
+# What can be trained.
+Trainable = Network | Adapters
 
 
 def example_inputs(network: Network) -> tuple[Shaped[Array, "..."], ...]:
@@ -34,13 +37,15 @@ def example_inputs(network: Network) -> tuple[Shaped[Array, "..."], ...]:
     return z, jnp.zeros(1), text, mask
 
 
-def init_params(network: Network, key: Key[Array, ""]) -> Params:
-    """Make the network's parameters, with their logical axes."""
+def init_params(network: Trainable, key: Key[Array, ""]) -> Params:
+    """Make the parameters of a network or of adapters, with their logical axes."""
+    if isinstance(network, Adapters):
+        return network.init(key)["params"]
     return network.init(key, *example_inputs(network))["params"]
 
 
-def abstract_params(network: Network) -> Params:
-    """Return shapes of the network's parameters, with their logical axes; nothing is allocated."""
+def abstract_params(network: Trainable) -> Params:
+    """Return shapes of what `init_params` makes, with logical axes; nothing is allocated."""
     return jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
 
 
@@ -49,11 +54,14 @@ def apply(network: Network, params: Params, *inputs: Any, method: str | None = N
     return network.apply({"params": params}, *inputs, method=method)
 
 
-def tensor_sizes(network: Network) -> dict[str, int]:
+def tensor_sizes(network: Trainable) -> dict[str, int]:
     """Return numbers of a network that the mesh axis `tensor` must divide, by what they count.
 
-    An MLP of a width that is a multiple of the heads is split where these are.
+    An MLP of a width that is a multiple of the heads is split where these are, and adapters go by
+    the network that they adapt.
     """
+    if isinstance(network, Adapters):
+        return {}
     if isinstance(network, BinaryTokenizer):
         sizes = network.config
         return {"encoder heads": sizes.encoder_heads, "decoder heads": sizes.decoder_heads}
@@ -67,7 +75,7 @@ def tensor_sizes(network: Network) -> dict[str, int]:
     return {"heads": network.num_heads}
 
 
-def check_tensor(networks: Mapping[str, Network], mesh: jax.sharding.Mesh) -> None:
+def check_tensor(networks: Mapping[str, Trainable], mesh: jax.sharding.Mesh) -> None:
     """Check that networks, by part, can be split over the mesh axis `tensor`.
 
     Raises:

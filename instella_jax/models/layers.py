@@ -7,15 +7,18 @@ Axes: B batch, T sequence, H heads, Dh head width, D width. Kernels carry logica
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal
+from typing import Any, Literal, no_type_check
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from flax.linen.dtypes import promote_dtype
 from jaxtyping import Array, Bool, Float, Float32, Num
 
 NORM_EPSILON = 1e-6
+# Names of low-rank adapters beside a layer's kernel; see `lora`.
+LORA_A, LORA_B = "lora_a", "lora_b"
 
 REMAT_POLICIES = {
     "none": None,
@@ -85,6 +88,23 @@ def matmul(
     return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
 
 
+@no_type_check  # flax's own fields cannot be checked at run time
+class Linear(nn.Dense):
+    """A dense layer that adds the product of its low-rank adapters where its parameters have any.
+
+    They are no parameters of its own: `init` makes none.
+    """
+
+    def __call__(self, inputs: Float[Array, "*axes D"]) -> Float[Array, "*axes E"]:
+        """Return inputs W + (inputs A) B + bias."""
+        out = super().__call__(inputs)
+        if not self.has_variable("params", LORA_A):
+            return out
+        down, up = (self.get_variable("params", name) for name in (LORA_A, LORA_B))
+        inputs, down, up = promote_dtype(inputs, down, up, dtype=self.dtype)
+        return out + matmul(matmul(inputs, down, None), up, None)
+
+
 def linear(
     features: int,
     fan_in: int,
@@ -94,7 +114,7 @@ def linear(
     use_bias: bool = False,
     xavier: bool = False,
     name: str | None = None,
-) -> nn.Dense:
+) -> Linear:
     """Return a dense layer [..., fan_in] -> [..., features] with logical axes on its kernel.
 
     Args:
@@ -108,7 +128,7 @@ def linear(
     """
     kernel_init = nn.initializers.xavier_uniform() if xavier else torch_uniform(fan_in)
     bias_init = nn.initializers.zeros_init() if xavier else torch_uniform(fan_in)
-    return nn.Dense(
+    return Linear(
         features,
         use_bias=use_bias,
         dtype=run.dtype,

@@ -88,7 +88,7 @@ def share_layers(function: Callable[[Any], Any], tree: Any) -> Any:
     mesh = jax.sharding.get_abstract_mesh()
     arrays, structure = jax.tree.flatten(tree)
     parts = 1 if mesh.empty or mesh.size != mesh.shape["data"] else mesh.size
-    if parts == 1 or any(x.shape[0] % parts for x in arrays):
+    if parts == 1 or not arrays or any(x.shape[0] % parts for x in arrays):
         return function(tree)
     counts = [x.shape[0] // parts for x in arrays]
 

@@ -60,6 +60,11 @@ def _of_run(workdir: Path, step: int, stage: GeneratorStage) -> Weights:
     }
     if not stage.config.text.trainable:
         paths["text"] = model_folder.weights_path(stage.text_folder, "text")
+    if stage.adapters is not None:
+        base = stage.base_folder
+        description = model_folder.read_description(base)
+        part = model_parts.find_generator(base, description, stage.kind)
+        paths["generator"] = model_folder.weights_path(base, part)
     found = {name: path for name, path in paths.items() if path.exists()}
     return Weights(str(workdir), step, found)
 

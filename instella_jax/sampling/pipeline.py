@@ -1,6 +1,8 @@
 """What a user imports: `InstellaPipeline`, prompts in and pictures out, as diffusers has it."""
 
+import dataclasses
 import logging
+import math
 import os
 import tempfile
 from collections.abc import Callable, Mapping, Sequence
@@ -18,7 +20,7 @@ from instella_jax.runtime.sharding import fetch
 from instella_jax.sampling.load import Weights
 from instella_jax.sampling.pretrained import Pretrained, open_model, save_model
 from instella_jax.sampling.sampler import Options, Request, Sampler
-from instella_jax.weights import hub
+from instella_jax.weights import hub, lora_files
 
 logger = logging.getLogger(__name__)
 
@@ -72,6 +74,8 @@ class InstellaPipeline:
         self.temperature = model.sampling["temperature"]
         self.results = dict(model.results)
         self._compiled: set[tuple[Any, ...]] = set()
+        # What there was before adapters, where there are any.
+        self._plain: tuple[Sampler, Weights] | None = None
 
     @classmethod
     @value_errors()
@@ -247,10 +251,44 @@ class InstellaPipeline:
         return self.sampler.kind
 
     @value_errors()
+    def load_lora_weights(
+        self, folder: str | os.PathLike[str], *, scale: float = 1.0, merge: bool = False
+    ) -> None:
+        """Let the generator use adapters, in addition to any that it uses already.
+
+        Args:
+          folder: with `adapter_config.json` and `adapter_model.safetensors`, as training leaves it
+            in `lora/` and PEFT saves it.
+          scale: how much of them, 1 being what was trained.
+          merge: whether they become part of the kernels, which samples as fast as without them, and
+            takes the memory of the kernels once more until `unload_lora_weights`.
+
+        Raises:
+          ValueError: there are no adapters, or those of another model; one sentence.
+        """
+        if not isinstance(scale, int | float) or not math.isfinite(scale):
+            raise UserError(f"scale is {scale!r}: expected a number")
+        adapters, own = lora_files.load(folder, self.sampler.generator)
+        self._plain = self._plain or (self.sampler, self.weights)
+        self.sampler = self.sampler.with_adapters(adapters, scale * own, merge)
+        number = sum(name.startswith("lora ") for name in self.weights.paths) + 1
+        path = Path(folder) / lora_files.WEIGHTS
+        paths = {**self.weights.paths, f"lora {number} x {scale:g}": path}
+        self.weights = dataclasses.replace(self.weights, paths=paths)
+        self._compiled.clear()
+
+    def unload_lora_weights(self) -> None:
+        """Let the generator be as it was before `load_lora_weights`."""
+        if self._plain is not None:
+            self.sampler, self.weights = self._plain
+            self._plain = None
+            self._compiled.clear()
+
+    @value_errors()
     def save_pretrained(
         self, folder: str | os.PathLike[str], results: Mapping[str, Any] | None = None
     ) -> None:
-        """Write a folder that `from_pretrained` reads, and the hub shows.
+        """Write a folder that `from_pretrained` reads, and the hub shows; adapters are merged.
 
         Args:
           folder: to make.

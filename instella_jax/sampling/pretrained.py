@@ -14,6 +14,7 @@ from ml_collections import ConfigDict
 
 from instella_jax.config import Config
 from instella_jax.errors import UserError
+from instella_jax.models import lora
 from instella_jax.models.layers import Execution
 from instella_jax.runtime.files import fresh_folder, write_bytes, write_json
 from instella_jax.sampling.card import model_card, version
@@ -182,7 +183,7 @@ def _imported(source: Path, text_encoder: Path | None) -> Path:
 
 
 def save_model(model: Pretrained, folder: Path) -> None:
-    """Write a folder in the manner of the hub.
+    """Write a folder in the manner of the hub, adapters being part of its kernels.
 
     Raises:
       UserError: it is there already, or cannot be written.
@@ -202,7 +203,8 @@ def save_model(model: Pretrained, folder: Path) -> None:
             ("text_encoder", "text", text),
             ("tokenizer", "tokenizer", tokenizer),
         ):
-            model_folder.save(scratch / name, description, {part: sampler.params[part]})
+            params = lora.merge(sampler.params[part])
+            model_folder.save(scratch / name, description, {part: params})
         sampler.text_tokenizer.save(scratch / "text_tokenizer")
         index = {
             "_class_name": "InstellaPipeline",

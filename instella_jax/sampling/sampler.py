@@ -5,6 +5,7 @@ Axes: B pictures, U different prompts, N latent tokens, K bits, L text length.
 
 import collections
 import contextlib
+import copy
 import dataclasses
 import functools
 import logging
@@ -23,7 +24,7 @@ from instella_jax.config import Config
 from instella_jax.config_keys import check_value
 from instella_jax.errors import UserError
 from instella_jax.kernels import binary_sampling
-from instella_jax.models import binary_diffusion
+from instella_jax.models import binary_diffusion, lora
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.binary_diffusion import Target
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
@@ -287,6 +288,7 @@ class Sampler:
             dtype = stage.run.param_dtype
             loaded = model_folder.load(stage.tokenizer_folder, "tokenizer", tokenizer, dtype, mesh)
             params = {**params, "tokenizer": loaded}
+        params = stage.adapted(params)
         return cls(
             generator=stage.network,
             text=stage.text_network,
@@ -298,6 +300,23 @@ class Sampler:
             target=stage.config.loss.get("target", "epsilon"),
             mesh=mesh,
         )
+
+    def with_adapters(self, adapters: Params, scale: float, merged: bool = False) -> "Sampler":
+        """Return a sampler whose generator has adapters, in addition to any it has already.
+
+        Args:
+          adapters: host arrays, as `weights.lora_files.load` reads them.
+          scale: of their product.
+          merged: whether they become part of the kernels.
+        """
+        generator = self.params["generator"]
+        dtype = jax.tree.leaves(generator)[0].dtype
+        place = None if self.mesh is None else sharding.replicated(self.mesh)
+        adapters = jax.tree.map(lambda x: jax.device_put(x.astype(dtype), place), adapters)
+        generator = lora.adapt(generator, adapters, scale)
+        other = copy.copy(self)
+        other.params = {**self.params, "generator": lora.merge(generator) if merged else generator}
+        return other
 
     @property
     def kind(self) -> str:

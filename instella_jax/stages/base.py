@@ -1,12 +1,13 @@
 """What the training loop needs to know of a stage."""
 
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any, Protocol
 
 import jax
 from jaxtyping import Array, Float, Int, Key
 
-from instella_jax.models.functional import Network, Params, init_params
+from instella_jax.models.functional import Network, Params, Trainable, init_params
 
 Batch = dict[str, jax.Array]
 Metrics = dict[str, Float[Array, ""]]
@@ -16,8 +17,8 @@ class Stage(Protocol):
     """What the training loop needs to know of a stage; all functions are pure."""
 
     @property
-    def networks(self) -> dict[str, Network]:
-        """The networks that are trained, by the name of their part in params."""
+    def networks(self) -> Mapping[str, Trainable]:
+        """The networks or adapters that are trained, by the name of their part in params."""
         ...
 
     @property

@@ -7,6 +7,7 @@ K bits, L text length, Dt text width.
 import abc
 import dataclasses
 import functools
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -18,19 +19,21 @@ from instella_jax.config import Config
 from instella_jax.data import codes
 from instella_jax.data.sources import make_split, part_paths
 from instella_jax.errors import UserError
-from instella_jax.models.functional import Network, Params, apply
+from instella_jax.models import lora
+from instella_jax.models.functional import Network, Params, Trainable, apply
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.pixels import to_float
 from instella_jax.models.text import TextTokenizer
 from instella_jax.models.tokenizer import BinaryTokenizer, hard_code
 from instella_jax.stages.base import Batch, Metrics
-from instella_jax.weights import model_folder, model_parts
+from instella_jax.weights import lora_files, model_folder, model_parts
 
 
 class GeneratorStage(abc.ABC):
     """A generator with its text encoder, trained on the codes of a frozen tokenizer.
 
-    Trainable: {"generator": ...} and, with `text.trainable`, {"text": ...}.
+    Trainable: {"generator": ...} and, with `text.trainable`, {"text": ...}; with `lora.rank` only
+    adapters of a generator that is frozen, {"lora": ...}.
     """
 
     kind: str
@@ -62,6 +65,37 @@ class GeneratorStage(abc.ABC):
                 f"{layers}: block i reads layer i, so they must be equal"
             )
         self.run = run
+        self.adapters = self._make_adapters()
+
+    def _make_adapters(self) -> lora.Adapters | None:
+        """Return the adapters that are trained in the place of the generator, if any."""
+        settings = self.config.get("lora")  # which a run of before has not
+        if not settings or not settings.rank:
+            return None
+        if self.config.text.trainable:
+            raise UserError(
+                "lora.rank trains adapters of the generator alone: set text.trainable to False, or "
+                "lora.rank to 0"
+            )
+        return lora_files.make_adapters(
+            self.network, settings.rank, settings.alpha, settings.targets, self.run.param_dtype
+        )
+
+    @property
+    def base_folder(self) -> Path:
+        """Folder of the generator that adapters are trained on.
+
+        Raises:
+          UserError: none is given.
+        """
+        return model_folder.find_weights(self.config)
+
+    def adapted(self, params: Params) -> Params:
+        """Return parameters by part with the adapters in their places in the generator."""
+        if self.adapters is None:
+            return params
+        generator = lora.adapt(params["generator"], params["lora"], self.adapters.scale)
+        return {**params, "generator": generator}
 
     @property
     def tokenizer_folder(self) -> Path:
@@ -102,8 +136,10 @@ class GeneratorStage(abc.ABC):
         return BinaryTokenizer(sizes, self.run)
 
     @property
-    def networks(self) -> dict[str, Network]:
-        """The generator, and the text encoder where it is trained along."""
+    def networks(self) -> Mapping[str, Trainable]:
+        """The generator, and the text encoder where it is trained along; or the adapters."""
+        if self.adapters is not None:
+            return {"lora": self.adapters}
         trained: dict[str, Network] = {"generator": self.network}
         if self.config.text.trainable:
             trained["text"] = self.text_network
@@ -132,8 +168,10 @@ class GeneratorStage(abc.ABC):
 
     @property
     def frozen_networks(self) -> dict[str, Network]:
-        """The image tokenizer, unless codes are given, and the text encoder, unless trained."""
+        """The image tokenizer, unless codes are given, and what is not trained of the rest."""
         networks: dict[str, Network] = {}
+        if self.adapters is not None:
+            networks["generator"] = self.network
         if self.config.data.kind != "codes":
             networks["tokenizer"] = self.tokenizer_network
         if not self.config.text.trainable:
@@ -146,15 +184,28 @@ class GeneratorStage(abc.ABC):
         Raises:
           UserError: a folder lacks them, or has them in other sizes than the config's.
         """
-        loaded = {}
+        loaded, sizes = {}, self.describe()
         for part, network in self.frozen_networks.items():
+            folder, name = self.tokenizer_folder, part
             if part == "text":
-                folder, sizes = self.text_folder, self.describe()["text"]
-                model_parts.matching_part(folder, part, sizes, "text.model")
-            else:
-                folder = self.tokenizer_folder
-            loaded[part] = model_folder.load_boxed(folder, part, network, self.run.param_dtype)
+                folder = self.text_folder
+                model_parts.matching_part(folder, part, sizes[part], "text.model")
+            elif part == "generator":
+                folder = self.base_folder
+                name = model_parts.matching_part(folder, part, sizes[part], "model")
+                self._check_target(folder)
+            loaded[part] = model_folder.load_boxed(folder, name, network, self.run.param_dtype)
         return loaded
+
+    def _check_target(self, folder: Path) -> None:
+        """Check that the generator of a folder was trained to tell what its adapters are to."""
+        theirs = model_folder.read_description(folder).get("target", "epsilon")
+        ours = self.describe_process().get("target", theirs)
+        if theirs != ours:
+            raise UserError(
+                f"{folder} was trained with loss.target={theirs!r}: give "
+                f"--config.loss.target={theirs} to train adapters of it"
+            )
 
     def loader(self, split: str, **options: Any) -> Any:
         """Return batches with "image" or packed "code", "text", "ids" and "mask"."""
@@ -241,6 +292,7 @@ class GeneratorStage(abc.ABC):
         code = self.code_of(frozen, batch)
         # The encoder sees the caption even where it is dropped: its states are masked later.
         text = self.text_features(params, frozen, batch["ids"], batch["mask"])
+        params = self.adapted({**frozen, **params})
         return self.code_metrics(params, code, text, mask, key, train)
 
     def describe(self) -> dict[str, Any]:

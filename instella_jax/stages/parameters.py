@@ -1,6 +1,7 @@
 """The parameters of a stage, read onto a mesh."""
 
 import os
+from pathlib import Path
 
 import jax
 import jax.numpy as jnp
@@ -8,9 +9,11 @@ import jax.numpy as jnp
 from instella_jax.checkpoints.params import restore_average
 from instella_jax.config import Config
 from instella_jax.models.functional import Params
+from instella_jax.models.lora import Adapters
 from instella_jax.runtime import sharding
 from instella_jax.stages.base import Stage, init_stage
-from instella_jax.weights import model_folder, model_parts
+from instella_jax.stages.generator import GeneratorStage
+from instella_jax.weights import lora_files, model_folder, model_parts
 
 
 def load_average(
@@ -35,11 +38,48 @@ def load_frozen(stage: Stage, mesh: jax.sharding.Mesh) -> Params:
     return jax.device_put(sharding.values(boxed), sharding.tree_shardings(boxed, mesh))
 
 
+def save_trained(stage: Stage, average: Params, step: int, workdir: str | os.PathLike[str]) -> Path:
+    """Write averaged parameters as the model folder `model/`, or adapters as `lora/`.
+
+    Args:
+      stage: that trained them.
+      average: host arrays by part.
+      step: of the run.
+      workdir: of the run.
+
+    Returns:
+      The folder.
+    """
+    if isinstance(stage, GeneratorStage) and stage.adapters is not None:
+        folder, base = Path(workdir) / "lora", str(stage.base_folder)
+        network, adapters = stage.network, stage.adapters
+        lora_files.save(folder, network, adapters, average["lora"], base=base, step=step)
+        return folder
+    folder, description = Path(workdir) / "model", {**stage.describe(), "step": step}
+    text = stage.text_folder
+    model_folder.save(folder, description, average, dtype="bfloat16", text_folder=text)
+    return folder
+
+
+def saved_step(workdir: str | os.PathLike[str]) -> int | None:
+    """Return the step that the model folder or the adapters of a run are of, None without any."""
+    folder = Path(workdir) / "model"
+    if (folder / "config.json").exists():
+        return model_folder.read_description(folder).get("step")
+    return lora_files.saved_step(Path(workdir) / "lora")
+
+
 def load_trained(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Params:
-    """Put the trainable parameters of `init_from`, or else the shipped ones, on the mesh."""
+    """Put the trainable parameters of `init_from`, or else the shipped ones, on the mesh.
+
+    Adapters of these change nothing yet.
+    """
     folder = model_folder.find_weights(config)
     sizes, boxed = stage.describe(), {}
     for part, network in stage.networks.items():
+        if isinstance(network, Adapters):
+            key = jax.random.key(config.seed)
+            return sharding.sharded_init(lambda key: init_stage(stage, key), key, mesh)
         key = "text.model" if part == "text" else "model"
         name = model_parts.matching_part(folder, part, sizes[part], key)
         boxed[part] = model_folder.load_boxed(folder, name, network, config.run.param_dtype)

@@ -1,10 +1,10 @@
 """Floating-point operations of the networks by formula, and what chips can do of them.
 
 Counted are matrix products, attention and convolutions, a multiplication and an addition as two;
-for training three times the forward pass of what is trained, once that of what is frozen, and
-nothing for what rematerialisation computes again. This is the count that utilisation is measured
-in: 6 * parameters * tokens would overstate it, since the modulation of the diffusion blocks acts
-once per image.
+for training three times the forward pass of what is trained, once that of what is frozen, twice
+where adapters of it are trained (their own few operations are left out), and nothing for what
+rematerialisation computes again. This is the count that utilisation is measured in: 6 * parameters
+* tokens would overstate it, since the modulation of the diffusion blocks acts once per image.
 
 Axes: B batch, N latent tokens, K bits, L text length, T sequence, D width, P patch.
 """
@@ -177,7 +177,8 @@ def training(config: Config, shape: tuple[int, int] | None = None) -> dict[str, 
         again = generator - text_keys_values(config.model, text.hidden_size, length)
         generator += (config.loss.draws - 1) * again
     parts = {
-        "generator": 3 * generator,
+        # With adapters the generator's own kernels get no gradients.
+        "generator": (2 if config.lora.rank else 3) * generator,
         "text encoder": (3 if config.text.trainable else 1) * olmo_forward(text, length),
     }
     if config.data.kind != "codes":

@@ -26,7 +26,7 @@ from instella_jax.runtime.distributed import Agreement
 from instella_jax.sampling.previews import preview
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import Stage
-from instella_jax.stages.parameters import load_frozen, load_trained
+from instella_jax.stages.parameters import load_frozen, load_trained, save_trained, saved_step
 from instella_jax.training import flops
 from instella_jax.training.optimizer import learning_rate, make_optimizer
 from instella_jax.training.profiling import StepTrace
@@ -44,15 +44,14 @@ from instella_jax.training.workdir import (
     read_config,
     record_config,
 )
-from instella_jax.weights import model_folder
 
 
 def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
     """Train a stage, from the newest checkpoint of the workdir where there is one.
 
     Leaves checkpoints, `metrics.jsonl`, TensorBoard files, pictures in `samples/` and, at the
-    end, the averaged parameters as a model folder `model/`. SIGTERM saves a checkpoint and
-    returns.
+    end, the averaged parameters as a model folder `model/`, or adapters as `lora/`. SIGTERM saves
+    a checkpoint and returns.
 
     Args:
       config: see `configs/`.
@@ -160,7 +159,7 @@ class _Run:
                 # What a finished run has made stays as it is.
                 if not (ended_before and self.found(self.samples_path(step).exists())):
                     self.save_samples(step)
-                if not (ended_before and self.found(self.has_model(step))):
+                if not (ended_before and self.found(saved_step(self.workdir) == step)):
                     self.write_model(step)
                 return result
             finally:
@@ -302,27 +301,16 @@ class _Run:
         """Return the path of the grid of a step."""
         return self.workdir / "samples" / f"{step:08d}.png"
 
-    def has_model(self, step: int) -> bool:
-        """Return whether the model folder is that of a step."""
-        folder = self.workdir / "model"
-        return (folder / "config.json").exists() and (
-            model_folder.read_description(folder).get("step") == step
-        )
-
     def found(self, here: bool) -> bool:
         """Return what the first process found, in every process."""
         return bool(multihost_utils.broadcast_one_to_all(np.bool_(here)))
 
     def write_model(self, step: int) -> None:
-        """Write the average as a model folder."""
+        """Write the average as a model folder, or as adapters."""
         average = sharding.fetch(self.state.ema)
-        if not self.first:
-            return
-        folder = self.workdir / "model"
-        description = {**self.stage.describe(), "step": step}
-        text = self.stage.text_folder
-        model_folder.save(folder, description, average, dtype="bfloat16", text_folder=text)
-        self.progress.message(f"model: {folder}")
+        if self.first:
+            folder = save_trained(self.stage, average, step, self.workdir)
+            self.progress.message(f"{folder.name}: {folder}")
 
 
 def print_overview(params: Any) -> None:

@@ -31,7 +31,7 @@ _FIXED = ("optimizer.kind", "loss.target")
 # What may be other beside these where a run's weights are used, and nothing is trained.
 USED = ("data", "loss")
 # Of model folders that a run only reads the bytes count, not the place.
-_MODELS = ("tokenizer", "text.encoder")
+_MODELS = ("tokenizer", "text.encoder", "init_from")
 
 
 def claim_workdir(workdir: str | os.PathLike[str], config: Config) -> None:
@@ -123,7 +123,9 @@ def check_config(
     for key, files in known.items():
         for name, value in files.items():
             if found.get(key, {}).get(name) != value:
-                folder = model_folder.find(_value(config, key), key)
+                folder = _folder(config, key)
+                if folder is None:
+                    continue
                 fault = "has other bytes" if (folder / name).exists() else "is missing"
                 raise UserError(
                     f"workdir {workdir} belongs to a run with another config.{key}: {name} {fault} "
@@ -139,18 +141,28 @@ def model_digests(config: Config) -> dict[str, dict[str, str]]:
     """
     digests: dict[str, dict[str, str]] = {}
     for key in _MODELS:
-        value = _value(config, key)
-        if not value:
+        if (folder := _folder(config, key)) is None:
             continue
-        folder = model_folder.find(value, key)
         if key == "tokenizer":
             paths = [model_folder.weights_path(folder, "tokenizer")]
+        elif key == "init_from":
+            parts = ("generator", config.stage)
+            paths = [model_folder.weights_path(folder, part) for part in parts]
         else:
             paths = [folder / "tokenizer.json"]
             if not config.text.trainable:
                 paths.append(model_folder.weights_path(folder, "text"))
         digests[key] = {path.name: digest(path) for path in paths if path.exists()}
     return digests
+
+
+def _folder(config: Config, key: str) -> Path | None:
+    """Return the model folder that a run reads by a key of `_MODELS`, if it reads one."""
+    if key == "init_from":
+        # Only adapters need it after the beginning.
+        return model_folder.find_weights(config) if _value(config, "lora.rank") else None
+    value = _value(config, key)
+    return model_folder.find(value, key) if value else None
 
 
 def _recorded_digests(workdir: str | os.PathLike[str]) -> dict[str, dict[str, str]]:
@@ -168,7 +180,7 @@ def _with_tuples(value: Any) -> Any:
     return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
-def _value(config: Config, key: str) -> str:
+def _value(config: Config, key: str) -> Any:
     """Return the value of a key such as "text.encoder", "" where the config has none."""
     for name in key.split("."):
         config = config.get(name, "") if config else ""
