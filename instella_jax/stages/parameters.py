@@ -8,6 +8,7 @@ import jax.numpy as jnp
 
 from instella_jax.checkpoints.params import restore_average
 from instella_jax.config import Config
+from instella_jax.errors import UserError
 from instella_jax.models.functional import Params
 from instella_jax.models.lora import Adapters
 from instella_jax.runtime import sharding
@@ -73,9 +74,18 @@ def load_trained(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Param
     """Put the trainable parameters of `init_from`, or else the shipped ones, on the mesh.
 
     Adapters of these change nothing yet.
+
+    Raises:
+      UserError: there are none, in other sizes, or of a network that predicts something else.
     """
     folder = model_folder.find_weights(config)
     sizes, boxed = stage.describe(), {}
+    theirs = model_folder.read_description(folder).get("target")
+    if theirs and theirs != sizes.get("target", theirs):
+        raise UserError(
+            f"the generator of {folder} predicts {theirs!r}, config.loss.target is "
+            f"{sizes['target']!r}: give --config.loss.target={theirs}"
+        )
     for part, network in stage.networks.items():
         if isinstance(network, Adapters):
             key = jax.random.key(config.seed)

@@ -215,6 +215,14 @@ def test_training_starts_from_it(model, tmp_path, module):
         assert set(parameters.load_frozen(stage, mesh)) == {"tokenizer", "text"}
 
 
+def test_a_generator_that_predicts_something_else_is_refused(model):
+    config = stage_config(configs.t2i_diffusion, model)
+    config.loss.target = "x"
+    message = "predicts 'epsilon', config.loss.target is 'x'"
+    with pytest.raises(UserError, match=message):
+        parameters.load_trained(make_stage(config), config, sharding.make_mesh(config.mesh))
+
+
 def test_sizes_that_disagree_are_named(model):
     config = stage_config(configs.t2i_ar, model)
     config.model.head_dim = 8
