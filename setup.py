@@ -41,7 +41,9 @@ EXTRAS = {
     # jax 0.12.0.1 asks for a ROCm plugin of the same number, which was never published.
     "rocm": ["jax[rocm7-local]!=0.12.0.1"],
     "tpu": ["jax[tpu]"],
-    "app": ["gradio>=6,<7"],
+    # The web demo and the HTTP API, and what tests them (beside a Chromium).
+    "app": ["fastapi>=0.115", "gradio>=6,<7", "starlette>=0.45", "uvicorn>=0.32"],
+    "app-test": ["httpx>=0.28", "openai>=2", "playwright>=1.50"],
     # Model folders from and to the Hugging Face hub.
     "hub": ["huggingface-hub>=1"],
     # Pictures in HEIC and HEIF files, as telephones write them.

@@ -6,6 +6,7 @@ import signal
 import sys
 from collections.abc import Sequence
 
+from instella_jax.commands.app import add_parser as add_app_parser
 from instella_jax.commands.data import add_parser as add_data_parser
 from instella_jax.commands.data import run as run_data
 from instella_jax.commands.measure import add_parser as add_measure_parser
@@ -62,6 +63,7 @@ def make_parser() -> argparse.ArgumentParser:
     )
     add_data_parser(commands)
     add_measure_parser(commands)
+    add_app_parser(commands)
     keys = commands.add_parser("keys", help="what the keys of the configs mean, and their values")
     keys.add_argument(
         "config",
@@ -91,6 +93,11 @@ def run(arguments: Sequence[str]) -> None:
         from instella_jax.commands import keys
 
         keys.main(options.config)
+        return
+    if options.command == "app":
+        from instella_jax.commands import app
+
+        app.run(options)
         return
     if options.command == "doctor":
         from instella_jax.commands import doctor

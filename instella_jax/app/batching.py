@@ -245,25 +245,28 @@ class Batcher:
     def _take(self) -> list[tuple[Job, range]]:
         """Wait for jobs and return the next batch; nothing where the server is to end."""
         with self._changed:
-            while not self._count():
-                self._jobs.clear()
-                if self._stopping:
-                    return []
-                self._changed.wait()
-            if not self._stopping:
-                self._gather()
-            batch, room = [], self.max_batch
-            settings = next((job.settings for job in self._jobs if job.left), None)
-            for job in self._jobs:
-                if room and job.left and job.settings == settings:
-                    batch.append((job, job.take(room)))
-                    room -= len(batch[-1][1])
-            self._jobs = collections.deque(job for job in self._jobs if job.left)
-            return batch or self._nothing()
+            while True:
+                while not self._count():
+                    self._jobs.clear()
+                    if self._stopping:
+                        return []
+                    self._changed.wait()
+                if not self._stopping:
+                    self._gather()
+                # None where all were cancelled in that time.
+                if batch := self._next():
+                    return batch
 
-    def _nothing(self) -> list[tuple[Job, range]]:
-        # All were cancelled in the moment of gathering: an empty batch computes nothing.
-        return [(Job(Settings("", 0, 0, 0, 0.0, 0.0), ()), range(0))]
+    def _next(self) -> list[tuple[Job, range]]:
+        """Take the first job's rows out of the queue, and those of later ones that go with it."""
+        batch, room = [], self.max_batch
+        settings = next((job.settings for job in self._jobs if job.left), None)
+        for job in self._jobs:
+            if room and job.left and job.settings == settings:
+                batch.append((job, job.take(room)))
+                room -= len(batch[-1][1])
+        self._jobs = collections.deque(job for job in self._jobs if job.left)
+        return batch
 
     def _gather(self) -> None:
         """Give those that come at the same moment the time to."""
@@ -272,8 +275,6 @@ class Batcher:
             self._changed.wait(left)
 
     def _run(self, batch: list[tuple[Job, range]], rows: list[Row]) -> None:
-        if not rows:
-            return
         settings = batch[0][0].settings
         sizes = [len(taken) for _, taken in batch]
         starts = np.cumsum([0, *sizes[:-1]])
