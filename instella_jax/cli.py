@@ -1,70 +1,42 @@
-"""The console command `instella-jax`: a config's run, import and export of models, data sets."""
+"""The console command `instella-jax`: pictures, training, models, data sets.
+
+Exit status: 0, or 2 with one sentence on standard error at a mistake; the others are in
+docs/terminal.md.
+"""
 
 import argparse
 import os
-import signal
 import sys
 from collections.abc import Sequence
 
-from instella_jax.commands.app import add_parser as add_app_parser
-from instella_jax.commands.data import add_parser as add_data_parser
-from instella_jax.commands.data import run as run_data
-from instella_jax.commands.measure import add_parser as add_measure_parser
-from instella_jax.commands.measure import run as run_measure
-from instella_jax.config_keys import path_argument
+from instella_jax.commands import app, completion, configured, data, generate, measure, models
 from instella_jax.errors import command_line
+
+EPILOG = """\
+instella-jax COMMAND --help has examples. instella-jax --config=FILE ... is
+python -m instella_jax.main --config=FILE ..."""
 
 
 def make_parser() -> argparse.ArgumentParser:
-    """Return the parser of everything that does not begin with a flag."""
+    """Return the parser of everything that does not begin with a flag.
+
+    What each command runs is in `run` of its arguments.
+    """
     parser = argparse.ArgumentParser(
         prog="instella-jax",
-        description="Imports and exports models, makes data sets.",
-        epilog="instella-jax --config=FILE ... trains, evaluates or samples, as "
-        "python -m instella_jax.main --config=FILE ... does.",
+        description="Generates pictures, trains, makes data sets, imports and exports models.",
+        epilog=EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     commands = parser.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    take = commands.add_parser("import", help="published checkpoints -> a model folder")
-    take.add_argument(
-        "source",
-        type=path_argument,
-        metavar="DIR",
-        help="with bae/model.safetensors and diffusion.pt, ar.pt or both",
-    )
-    take.add_argument(
-        "--text-encoder",
-        type=path_argument,
-        required=True,
-        metavar="OLMO",
-        help="with config.json, model.safetensors or shards, a text tokenizer",
-    )
-    take.add_argument(
-        "--out", type=path_argument, required=True, metavar="MODEL", help="the model folder to make"
-    )
-    take.add_argument(
-        "--sizes",
-        type=path_argument,
-        metavar="FILE.json",
-        help='sizes that shapes do not tell and that are not the published ones: {"bae": '
-        '{"axes_dims_rope": [8, 28, 28], "downsample_idx": [7], "upsample_idx": [7], '
-        '"bae_scale": 1024}, "generator": {...}, "text": {...}}',
-    )
-    give = commands.add_parser("export", help="a model folder -> another form of it")
-    give.add_argument("source", type=path_argument, metavar="MODEL", help="a model folder")
-    give.add_argument(
-        "--to",
-        required=True,
-        choices=("reference", "orbax", "safetensors"),
-        help="reference: the published layout; orbax, safetensors: a model folder whose weights "
-        "are stored so",
-    )
-    give.add_argument(
-        "--out", type=path_argument, required=True, metavar="DIR", help="the folder to make"
-    )
-    add_data_parser(commands)
-    add_measure_parser(commands)
-    add_app_parser(commands)
+    generate.add_parser(commands)
+    configured.add_parsers(commands, _configured)
+    models.add_parsers(commands)
+    data.add_parser(commands)
+    measure.add_parser(commands)
+    app.add_parser(commands)
     keys = commands.add_parser("keys", help="what the keys of the configs mean, and their values")
+    keys.set_defaults(run=_keys)
     keys.add_argument(
         "config",
         nargs="?",
@@ -72,8 +44,32 @@ def make_parser() -> argparse.ArgumentParser:
         help="print its keys with their values, for example t2i_diffusion:instella_512; without, "
         "all keys as docs/config.md has them",
     )
-    commands.add_parser("doctor", help="what jax computes with here, and what is wrong with it")
+    doctor = commands.add_parser(
+        "doctor", help="what jax computes with here, and what is wrong with it"
+    )
+    doctor.set_defaults(run=_doctor)
+    doctor.add_argument("--json", action="store_true", help="for a machine to read")
+    completion.add_parser(commands)
     return parser
+
+
+def _configured(options: argparse.Namespace) -> None:
+    from instella_jax.main import main
+
+    sys.argv = [sys.argv[0], *configured.flags_of(options)]
+    main()
+
+
+def _keys(options: argparse.Namespace) -> None:
+    from instella_jax.commands import keys
+
+    keys.main(options.config)
+
+
+def _doctor(options: argparse.Namespace) -> None:
+    from instella_jax.commands import doctor
+
+    sys.exit(doctor.main(as_json=options.json))
 
 
 def run(arguments: Sequence[str]) -> None:
@@ -82,46 +78,17 @@ def run(arguments: Sequence[str]) -> None:
     Raises:
       UserError: see the command.
     """
-    options = make_parser().parse_args(arguments)
-    if options.command == "data":
-        run_data(options)
-        return
-    if options.command == "eval":
-        run_measure(options)
-        return
-    if options.command == "keys":
-        from instella_jax.commands import keys
-
-        keys.main(options.config)
-        return
-    if options.command == "app":
-        from instella_jax.commands import app
-
-        app.run(options)
-        return
-    if options.command == "doctor":
-        from instella_jax.commands import doctor
-
-        sys.exit(doctor.main())
-    # Nothing is computed: an accelerator that someone trains on stays as it is.
-    os.environ["JAX_PLATFORMS"] = "cpu"
-    # So that a command that is told to stop still clears its unfinished output away.
-    signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
-    if options.command == "import":
-        from instella_jax.weights.published import import_model
-        from instella_jax.weights.tensor_files import read_json_file
-
-        sizes = read_json_file(options.sizes) if options.sizes else None
-        import_model(options.source, options.text_encoder, options.out, sizes)
-    else:
-        from instella_jax.weights.export import export_model
-
-        export_model(options.source, options.to, options.out)
-    print(options.out)
+    options, rest = make_parser().parse_known_args(arguments)
+    if rest and not getattr(options, "takes_more", False):
+        make_parser().parse_args(arguments)  # says what is wrong with them
+    options.rest = rest
+    options.run(options)
 
 
 def main() -> None:
     """Run a command; `instella-jax --config=...` is `python -m instella_jax.main --config=...`."""
+    if "_ARGCOMPLETE" in os.environ:
+        completion.complete(make_parser())
     arguments = sys.argv[1:]
     if arguments in (["--help"], ["-h"]):
         make_parser().print_help()

@@ -11,8 +11,6 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict, FieldReference
-
 from instella_jax.config import Config
 from instella_jax.errors import UserError
 
@@ -354,6 +352,8 @@ KEYS: dict[str, Key] = {
 
 def flat(config: Config, prefix: str = "") -> Iterator[tuple[str, Any]]:
     """Yield the values of a config by their names with dots."""
+    from ml_collections import ConfigDict, FieldReference
+
     # In this way no key counts as read: a test asks for a reader of each.
     for key, value in config.items(preserve_field_references=True):
         if isinstance(value, ConfigDict):

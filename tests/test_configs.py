@@ -16,6 +16,7 @@ from instella_jax.data import sources
 from instella_jax.errors import UserError
 from instella_jax.models.functional import abstract_params
 from instella_jax.runtime import devices, sharding
+from instella_jax.sampling import load
 from instella_jax.sampling.load import Weights
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import init_stage
@@ -213,8 +214,16 @@ def pretend_to_train(config, workdir, monkeypatch):
 def pretend_to_draw(config, monkeypatch):
     """Reads prompts and options as --mode=sample does."""
     with monkeypatch.context() as patch:
-        blank = SimpleNamespace(batches=lambda *_: [(np.zeros((1, 8, 8, 3), np.uint8), None)])
-        patch.setattr(generate, "load_sampler", lambda *_: (blank, Weights("nothing", None, {})))
+        samples = SimpleNamespace(images=np.zeros((1, 8, 8, 3), np.uint8))
+        blank = SimpleNamespace(
+            batches=lambda *_, **__: [samples],
+            batch_size=lambda count, options: count,
+            text_length=lambda texts: 1,
+            size=lambda options: (8, 8),
+            kind="diffusion",
+            generator=SimpleNamespace(run=SimpleNamespace(dtype="float32")),
+        )
+        patch.setattr(load, "load_sampler", lambda *_: (blank, Weights("nothing", None, {})))
         generate.generate(config, None)
 
 

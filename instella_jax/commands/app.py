@@ -22,6 +22,7 @@ def add_parser(commands: "argparse._SubParsersAction[argparse.ArgumentParser]") 
         epilog="examples: instella-jax app; instella-jax app --api --port 8000; "
         "instella-jax app --model runs/t2i_diffusion --model demo_ar",
     )
+    parser.set_defaults(run=run)
     parser.add_argument(
         "--model",
         action="append",

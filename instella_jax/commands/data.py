@@ -11,10 +11,23 @@ from instella_jax.errors import UserError
 
 _PART = "this command's part of the work where several share it and OUT, from 0/N to N-1/N"
 
+EXAMPLES = """\
+examples:
+  instella-jax data scenes data/tars --count=4000
+  instella-jax data import data/tars data/shards --min-side=64
+  instella-jax data encode demo data/shards data/codes"""
+
 
 def add_parser(commands: Any) -> None:
     """Add `data` to the parser of the console command."""
-    data = commands.add_parser("data", help="data sets for training", description=__doc__)
+    data = commands.add_parser(
+        "data",
+        help="data sets for training",
+        description=__doc__,
+        epilog=EXAMPLES,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    data.set_defaults(run=run)
     kinds = data.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_import(kinds)
     _add_encode(kinds)

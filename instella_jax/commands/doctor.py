@@ -3,6 +3,7 @@
 import dataclasses
 import glob
 import importlib.metadata
+import json
 import os
 import platform
 import shutil
@@ -295,11 +296,15 @@ def describe(facts: Facts) -> Iterator[str]:
     yield f"processes   {facts.processes}"
 
 
-def main() -> int:
-    """Print facts and problems; return the exit status, 1 where there is a problem."""
+def main(as_json: bool = False) -> int:
+    """Print facts and problems, or their JSON; return 1 where there is a problem, else 0."""
     facts = examine()
-    print("\n".join(describe(facts)))
     problems = list(diagnose(facts))
+    if as_json:
+        values = {k: getattr(facts, k) for k in (f.name for f in dataclasses.fields(facts))}
+        print(json.dumps({**values, "problems": problems}, default=sorted))
+        return 1 if problems else 0
+    print("\n".join(describe(facts)))
     for problem in problems:
         print(f"PROBLEM: {problem}.")
     if not problems:

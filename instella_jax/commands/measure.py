@@ -23,15 +23,6 @@ def add_parser(commands: Any) -> None:
     measure_pictures.add_inception(kinds)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run the action that the arguments name.
-
-    Raises:
-      UserError: an argument cannot be used, or see the action.
-    """
-    options.run(options)
-
-
 def _add_scenes(kinds: Any) -> None:
     scenes = kinds.add_parser(
         "scenes",

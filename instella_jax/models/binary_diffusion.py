@@ -10,7 +10,6 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
-import optax
 from jaxtyping import Array, Bool, Float, Float32, Key, Shaped
 
 from instella_jax.errors import UserError
@@ -94,6 +93,8 @@ def flip_logits(
 
 def loss(logits: Float[Array, "B N K"], bits: Float[Array, "B N K"]) -> Float[Array, ""]:
     """Return the mean binary cross-entropy of logits with bits, in nats per bit."""
+    import optax  # which sampling does without
+
     return optax.sigmoid_binary_cross_entropy(logits.astype(jnp.float32), bits).mean()
 
 

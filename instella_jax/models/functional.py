@@ -46,7 +46,8 @@ def init_params(network: Trainable, key: Key[Array, ""]) -> Params:
 
 def abstract_params(network: Trainable) -> Params:
     """Return shapes of what `init_params` makes, with logical axes; nothing is allocated."""
-    return jax.eval_shape(lambda key: init_params(network, key), jax.random.key(0))
+    # A key made outside would be computed, and compiled for that.
+    return jax.eval_shape(lambda: init_params(network, jax.random.key(0)))
 
 
 def apply(network: Network, params: Params, *inputs: Any, method: str | None = None) -> Any:

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import os
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -23,16 +23,27 @@ _MAX_LINES = 8
 _READABLE = 128
 
 
-def save_png(path: str | os.PathLike[str], picture: np.ndarray) -> None:
-    """Write a picture, uint8 [H, W, 3], as PNG, whole or not at all; folders are made."""
-    from PIL import Image
+def save_png(
+    path: str | os.PathLike[str], picture: np.ndarray, texts: Mapping[str, str] | None = None
+) -> None:
+    """Write a picture, uint8 [H, W, 3], as PNG, whole or not at all; folders are made.
+
+    Args:
+      path: of the file.
+      picture: its pixels.
+      texts: what the file says beside the picture, by keyword (iTXt chunks).
+    """
+    from PIL import Image, PngImagePlugin
 
     if picture.dtype != np.uint8 or picture.ndim != 3 or picture.shape[-1] != 3:
         raise ValueError(f"expected uint8 [H, W, 3]; got {picture.dtype} {list(picture.shape)}")
     path = Path(path)
     path.parent.mkdir(parents=True, exist_ok=True)
+    chunks = PngImagePlugin.PngInfo()
+    for keyword, text in (texts or {}).items():
+        chunks.add_itxt(keyword, text)
     with replacing(path) as scratch:
-        Image.fromarray(picture).save(scratch, format="PNG")
+        Image.fromarray(picture).save(scratch, format="PNG", pnginfo=chunks)
 
 
 def draw_grid(

@@ -27,8 +27,8 @@ def cache_folder() -> Path | None:
     return Path(root) / "instella_jax" / "xla"
 
 
-def use_cache() -> None:
-    """Turn the persistent compilation cache on."""
+def use_cache(seconds: float = 1.0) -> None:
+    """Turn the persistent compilation cache on, for programs that took so long to compile."""
     import jax
 
     if not os.environ.get("JAX_COMPILATION_CACHE_DIR"):
@@ -45,7 +45,7 @@ def use_cache() -> None:
         except OSError as error:
             logger.warning("no compilation cache: %s cannot be written (%s)", folder, error)
     if not os.environ.get("JAX_PERSISTENT_CACHE_MIN_COMPILE_TIME_SECS"):
-        jax.config.update("jax_persistent_cache_min_compile_time_secs", 1.0)
+        jax.config.update("jax_persistent_cache_min_compile_time_secs", seconds)
 
 
 def can_keep() -> bool:

@@ -1,28 +1,23 @@
-"""`--mode=sample`: prompts of a config -> PNG files and a grid."""
+"""A folder of pictures: PNG files with their records, `metadata.jsonl`, and grids."""
 
 import json
 import re
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
-from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.reporting.pictures import save_grid, save_png
+from instella_jax.sampling.records import as_texts
 
 
 class Album:
     """Writes pictures as they come: PNG files, `metadata.jsonl`, and a grid every so often."""
 
-    def __init__(self, out: Path, captions: list[str], sample: Config, weights: dict[str, Any]):
+    def __init__(self, out: Path):
         """Make the folder, or go on after the numbers that are there.
-
-        Args:
-          out: the folder.
-          captions: prompt of each picture that will come, those of a prompt together.
-          sample: the config's `sample` section, which `metadata.jsonl` repeats.
-          weights: what `metadata.jsonl` says of the weights, see `load.Weights`.
 
         Raises:
           UserError: the folder cannot be made.
@@ -31,27 +26,39 @@ class Album:
             out.mkdir(parents=True, exist_ok=True)
         except OSError as error:
             raise _cannot_write(out, error) from None
-        self._out, self._captions, self._sample = out, captions, sample
-        self._weights = weights
+        self._out = out
         self._first, self._done = next_number(out), 0
-        self._sheet: list[np.ndarray] = []
+        self._sheet: list[tuple[np.ndarray, str]] = []
         self._grid = out
 
-    def add(self, pictures: np.ndarray) -> None:
-        """Write the next pictures, uint8 [n, height, width, 3].
+    def add(self, pictures: np.ndarray, records: Sequence[Mapping[str, Any]]) -> list[Path]:
+        """Write the next pictures.
+
+        Args:
+          pictures: uint8 [n, height, width, 3].
+          records: what each says of itself, see `records.make_record`.
+
+        Returns:
+          The n files.
 
         Raises:
           UserError: the folder cannot be written; what was written before stays.
         """
+        paths = []
         try:
             with (self._out / "metadata.jsonl").open("a", encoding="utf-8") as lines:
-                for picture in pictures:
-                    lines.write(json.dumps(self._write(picture)) + "\n")
-                    self._sheet.append(picture)
+                for picture, record in zip(pictures, records, strict=True):
+                    if self._sheet and self._sheet[-1][0].shape != picture.shape:
+                        self._write_grid()
+                    name = self._write(picture, record)
+                    lines.write(json.dumps({"file_name": name, **record}) + "\n")
+                    paths.append(self._out / name)
+                    self._sheet.append((picture, record["text"]))
                     if len(self._sheet) == pictures_in_a_grid(*picture.shape[:2]):
                         self._write_grid()
         except OSError as error:
             raise _cannot_write(self._out, error) from None
+        return paths
 
     def close(self) -> Path:
         """Write the last grid and return its path."""
@@ -62,29 +69,20 @@ class Album:
             raise _cannot_write(self._out, error) from None
         return self._grid
 
-    def _write(self, picture: np.ndarray) -> dict[str, Any]:
-        """Write one PNG and return its line of metadata."""
-        caption = self._captions[self._done]
-        seed = self._sample.seed + self._done % self._sample.images_per_prompt
-        words = re.sub(r"[^a-z0-9]+", "-", caption.lower()).strip("-")[:60]
-        name = f"{self._first + self._done:05d}-{words}-seed{seed}.png"
-        save_png(self._out / name, picture)
+    def _write(self, picture: np.ndarray, record: Mapping[str, Any]) -> str:
+        """Write one PNG and return its name."""
+        words = re.sub(r"[^a-z0-9]+", "-", record["text"].lower()).strip("-")[:60]
+        name = f"{self._first + self._done:05d}-{words}-seed{record['seed']}.png"
+        save_png(self._out / name, picture, as_texts(record))
         self._done += 1
-        left_out = ("prompt", "prompts_file", "out")
-        settings = {k: v for k, v in self._sample.items() if k not in left_out}
-        return {
-            "file_name": name,
-            "text": caption,
-            **settings,
-            "seed": seed,
-            "weights": self._weights,
-        }
+        return name
 
     def _write_grid(self) -> None:
         """Write the grid of the pictures since the last one, with the number of its first."""
         start = self._done - len(self._sheet)
         self._grid = self._out / f"grid-{self._first + start:05d}.png"
-        save_grid(self._grid, np.stack(self._sheet), self._captions[start : self._done])
+        pictures, captions = zip(*self._sheet, strict=True)
+        save_grid(self._grid, np.stack(pictures), captions)
         self._sheet = []
 
 

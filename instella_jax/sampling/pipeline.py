@@ -107,7 +107,7 @@ class InstellaPipeline:
           ValueError: there is no such model, or it is damaged; one sentence.
         """
         if jax.config.values["jax_compilation_cache_dir"] is None:
-            use_cache()
+            use_cache(0.0)
 
         def text(name: str | os.PathLike[str] | None) -> str | None:
             return None if name is None else os.fspath(name)

@@ -10,8 +10,6 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from ml_collections import ConfigDict
-
 from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.models import lora
@@ -78,6 +76,18 @@ def open_model(
         for key, value in (("tokenizer", tokenizer), ("text_encoder", text_encoder))
         if value is not None
     }
+    opened = _open_named(name, given, kind, run, revision)
+    # As it was named: the name goes into pictures, where no path of this machine belongs.
+    return dataclasses.replace(opened, weights=dataclasses.replace(opened.weights, folder=name))
+
+
+def _open_named(
+    name: str,
+    given: Mapping[str, Path],
+    kind: str | None,
+    run: Execution,
+    revision: str | None,
+) -> Pretrained:
     if name in DEMOS and not Path(name).exists():
         folder = model_folder.ASSETS / DEMOS[name]
         shipped = {
@@ -140,6 +150,8 @@ def _open(folder: Path, others: Mapping[str, Path], kind: str | None, run: Execu
 
 
 def _open_run(workdir: Path, config: dict[str, Any], run: Execution) -> Pretrained:
+    from ml_collections import ConfigDict
+
     own: Config = ConfigDict(config)
     own.run.update(dtype=run.dtype, param_dtype=run.param_dtype)
     own.mesh.update(data=-1, fsdp=1, tensor=1)

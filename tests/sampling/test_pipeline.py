@@ -215,7 +215,7 @@ def test_a_published_repository_is_imported_once(offline, tmp_path, monkeypatch)
         for kind in (None, "ar")
     ]
     (folder,) = (tmp_path / "imported").iterdir()
-    assert {pipe.weights.folder for pipe in opened} == {str(folder)}
+    assert {pipe.weights.paths["text"].parent for pipe in opened} == {folder}
     assert [(p.kind, p.guidance_scale, p.temperature) for p in opened] == [
         ("diffusion", 8.5, 1.0),
         ("ar", 10.0, 0.5),
