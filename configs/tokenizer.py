@@ -47,8 +47,8 @@ def get_config(variant: str = "") -> ConfigDict:
         latent_grid=False,
     )
     c.model = sizes
-    # The draw of the bits gets colder: linear from start to end over so many steps. With a frozen
-    # encoder nothing is drawn, and only decoder and bit vectors are trained.
+    # Temperature of the sampled bits: linear from start to end over so many steps. With a frozen
+    # encoder no bits are sampled, and only decoder and bit vectors are trained.
     c.loss = dict(
         code_weight=0.01,
         temperature=dict(start=1.0, end=0.1, steps=50_000),

@@ -23,8 +23,6 @@ from instella_jax.weights import reference_sizes
 from tests.paths import PARITY
 from tests.reference_params import to_params
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 FOLDER = PARITY
 META = json.loads((FOLDER / "meta.json").read_text())
 SAMPLES = META["samples"]

@@ -4,8 +4,8 @@ Subfolders are read too, and folders that links lead to. Captions are in
 
 - `metadata.jsonl`, `.csv` or `.parquet`, in the folder or in those of its splits, a row for each
   picture: "file_name", relative to that file, and "text" or another of `CAPTION_KEYS`;
-- files beside a picture, of its name: `.txt` and `.caption` (a caption a line), `.json` (an object
-  with `CAPTION_KEYS`);
+- files beside a picture, of its name with its own suffix or without: `.txt` and `.caption` (a
+  caption a line), `.json` (an object with `CAPTION_KEYS`);
 - the names of folders, one for each class, where there are no captions at all.
 """
 
@@ -154,17 +154,19 @@ def walk(root: Path, *, hidden: bool = False) -> Iterator[tuple[str, list[str]]]
 
 
 def _with_json(entry: Entry, tree: Mapping[str, list[str]]) -> Entry:
-    """Add the `.json` file beside a picture of a metadata file, if there is one."""
-    path = PurePosixPath(entry.name).with_suffix(".json")
-    there = path.name in tree.get(str(path.parent), ())
-    return entry._replace(files=(str(path),)) if there else entry
+    """Add the `.json` files beside a picture of a metadata file, if there are any."""
+    path = PurePosixPath(entry.name)
+    names = (path.stem + ".json", path.name + ".json")
+    present = tree.get(str(path.parent), ())
+    return entry._replace(files=tuple(str(path.with_name(n)) for n in names if n in present))
 
 
 def _beside(folder: str, files: Iterable[str], pictures: Iterable[str]) -> Iterator[Entry]:
     present = set(files)
     for name in pictures:
-        stem = os.path.splitext(name)[0]
-        found = (stem + suffix for suffix in _BESIDE if stem + suffix in present)
+        stems = os.path.splitext(name)[0], name
+        names = (stem + suffix for suffix in _BESIDE for stem in stems)
+        found = (file for file in names if file in present)
         where = PurePosixPath(folder)
         yield Entry(str(where / name), (), tuple(str(where / file) for file in found))
 

@@ -1,6 +1,6 @@
-"""Which samples of an endless stream each row of the batches reads.
+"""Assign the samples of an endless stream to the rows of a batch.
 
-Axes: G steps per call, B rows of one process in a batch.
+Axes: G steps per call, B rows of a batch in one process.
 """
 
 import collections
@@ -14,13 +14,13 @@ import numpy as np
 
 
 class Rows(grain.IterDataset):
-    """Items of G batches, each a list of G * B samples; every row reads the stream on its own.
+    """Items of G batches, each a list of G * B samples; every row has its share of the stream.
 
-    Of `count` rows in all, row r reads samples r, r + count, r + 2 * count ... and leaves out those
-    that cannot be used. No row knows of another, so that processes that each have some of the rows
-    make together the batches that one process would make, whatever is left out.
+    Of `count` rows in total, row r reads samples r, r + count, r + 2 * count, ... and skips those
+    that are unusable. Rows are independent of each other, so several processes that divide the rows
+    among them produce the same batches as a single process, whatever is skipped.
 
-    A sample gets "skipped_before", int32: how many its row has just left out.
+    "skipped_before" of a sample, int32, is the number of samples its row skipped just before it.
     """
 
     def __init__(
@@ -33,15 +33,15 @@ class Rows(grain.IterDataset):
         threads: int,
         ahead: int,
     ):
-        """Divide a stream.
+        """Divide a stream among rows.
 
         Args:
-          stream: endless; a sample is a dict, or None where it cannot be used.
-          rows: those of this process, B of them.
-          count: rows of all processes.
+          stream: endless; a sample is a dict, or None if it is unusable.
+          rows: the B rows of this process.
+          count: number of rows of all processes.
           groups: G.
-          threads: that read; 0 reads in the thread that asks.
-          ahead: samples that the threads read ahead.
+          threads: number of reader threads; 0 reads in the calling thread.
+          ahead: number of samples that the threads prefetch.
         """
         super().__init__(stream)
         self.stream, self.rows, self.count, self.groups = stream, rows, count, groups
@@ -53,23 +53,23 @@ class Rows(grain.IterDataset):
         self.stream = self.stream.slice(sl)
 
     def __iter__(self) -> grain.DatasetIterator:
-        """Begin with the first samples."""
+        """Start at the first samples."""
         return _RowsIterator(self)
 
 
 class _RowsIterator(grain.DatasetIterator):
-    """Its state is how far in the stream each row is: it is whole after every item."""
+    """Iterates over items; its state, the position of each row, is consistent after every item."""
 
     def __init__(self, of: Rows):
         self._pool: ThreadPoolExecutor | None = None
         super().__init__()
         self._of = of
-        # Slots of an item, in order, by the number of their row.
+        # The row of each slot of an item.
         self._slots = list(range(len(of.rows))) * of.groups
         self._go_to([0] * len(of.rows))
 
     def _go_to(self, read: Sequence[int]) -> None:
-        """Begin where each row has read so many samples."""
+        """Start where each row has read the given number of samples."""
         self._stop_reading()
         self._read, self._ordered = list(read), list(read)
         self._orders = [collections.deque() for _ in read]
@@ -81,8 +81,8 @@ class _RowsIterator(grain.DatasetIterator):
             self._pool = None
 
     def _order(self, slot: int) -> None:
-        """Have one more sample read for the row of a slot: now by a thread, or when it is
-        wanted."""
+        """Request one more sample for the row of a slot: a thread reads it now, or the caller
+        later."""
         row = slot % len(self._of.rows)
         place = self._ordered[row] * self._of.count + self._of.rows[row]
         read = functools.partial(self._of.stream.__getitem__, place)
@@ -100,7 +100,7 @@ class _RowsIterator(grain.DatasetIterator):
         return [self._sample(slot, row) for slot, row in enumerate(self._slots)]
 
     def _sample(self, slot: int, row: int) -> dict[str, Any]:
-        """Return the next sample of a row that can be used."""
+        """Return the next usable sample of a row."""
         skipped = 0
         while (sample := self._take(row)) is None:
             skipped += 1
@@ -114,14 +114,14 @@ class _RowsIterator(grain.DatasetIterator):
         return sample
 
     def get_state(self) -> dict[str, Any]:
-        """Return how many samples each row has read, as numbers that JSON can hold."""
+        """Return the number of samples that each row has read; can be written as JSON."""
         return {"rows": list(self._read)}
 
     def set_state(self, state: dict[str, Any]) -> None:
-        """Go to a state of an iterator of as many rows.
+        """Restore a state of an iterator with the same number of rows.
 
         Raises:
-          ValueError: it is one of another number of rows.
+          ValueError: the number of rows differs.
         """
         if len(state["rows"]) != len(self._of.rows):
             raise ValueError(

@@ -31,7 +31,7 @@ class TrainTransform:
 
     def __call__(self, sample: dict[str, Any], rng: np.random.Generator) -> dict[str, Any]:
         """Return the sample with "image" and "text" made ready."""
-        # Always four draws: the picture's numbers do not depend on the options.
+        # Always four numbers, so that the options do not change the random stream of a picture.
         keep, x, y, mirror = rng.random(4)
         scale = self._min_keep + (1 - self._min_keep) * keep
         image = crop_resize(sample["image"], *self._size, scale=scale, x=x, y=y)

@@ -44,7 +44,7 @@ class Views:
 
     Attributes:
       image_size: side in pixels.
-      crops: the first is the largest from the centre, the others are drawn at random.
+      crops: the first is the largest from the centre, the others are random.
       flip: also the mirror image of each crop; leave it where captions speak of left and right.
       min_keep: the smallest part of the limiting side that a random crop keeps, in (0, 1].
       seed: of the random crops.

@@ -19,6 +19,7 @@ from concurrent.futures.process import BrokenProcessPool
 from multiprocessing import active_children, get_context
 from typing import Any
 
+from instella_jax.data import jpeg_damage
 from instella_jax.data.captions import CAPTION_KEYS
 from instella_jax.data.images import (
     TOO_LARGE,
@@ -120,6 +121,11 @@ def check_picture(
         decode_picture(io.BytesIO(item.image), item.name, decode_side=256, on_flaw=on_flaw)
     except BadPicture as error:
         raise _LeftOut(error.reason) from None
+    if item.image.startswith(jpeg_damage.START):
+        if jpeg_damage.is_damaged(item.image):
+            raise _LeftOut(jpeg_damage.DAMAGED)
+        if not jpeg_damage.can_check():
+            on_flaw(jpeg_damage.NOT_CHECKED)
     return item.image, (width, height)
 
 

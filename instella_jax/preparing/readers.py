@@ -180,6 +180,7 @@ def _others(root: Path, units: Sequence[Unit]) -> Iterator[NotRead]:
 _SUFFIXES = {
     "webdataset": (
         ".tar", ".tar.gz", ".tgz", ".tar.bz2", ".tbz2", ".tbz", ".tar.xz", ".txz",
+        ".tar.zst", ".tar.zstd", ".tzst",
     ),
     "parquet": (".parquet",),
 }  # fmt: skip

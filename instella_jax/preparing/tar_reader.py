@@ -1,18 +1,16 @@
 """Webdataset shards: tar files in which files of one name are a picture and what goes with it.
 
 `000123.jpg`, `000123.txt` (a caption) and `000123.json` (captions and columns) are one sample,
-wherever in the tar they are: its headers are read first, and its contents by their place then.
-Memory holds about 1 KB a sample, one picture, and, of a compressed tar, up to 64 MiB of captions,
-the rest of which waits in a temporary file. A damaged tar is read past the damage, as far as there
-are headers to go by.
+wherever in the tar they are, and so are `000123.jpg` and `000123.jpg.json`: headers are read first,
+and contents by their place then. Memory holds about 1 KB a sample, one picture, and, of a
+compressed tar, up to 64 MiB of captions, the rest of which waits in a temporary file. A damaged tar
+is read past the damage, as far as there are headers to go by.
 """
 
 from __future__ import annotations
 
-import bz2
 import contextlib
 import dataclasses
-import gzip
 import io
 import lzma
 import os
@@ -20,13 +18,14 @@ import posixpath
 import tarfile
 import tempfile
 import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import IO, Any
 
 from instella_jax.data.captions import caption_lines, captions, read_json
 from instella_jax.data.images import is_picture
 from instella_jax.data.samples import BadSample
 from instella_jax.errors import UserError
+from instella_jax.preparing.decompression import decompressed
 from instella_jax.preparing.items import (
     MAX_BYTES,
     UNPAIRED,
@@ -149,8 +148,9 @@ class _Index:
             for sample in versions:
                 if not sample.pictures:
                     continue
-                sample.sidecars = {**self._inherited(key, sample.sidecars), **sample.sidecars}
                 first, *others = sorted(sample.pictures, key=lambda file: file.name)
+                own = sample.sidecars | self._of_file(first.name, versions.index(sample))
+                sample.sidecars = {**self._inherited(key, own), **own}
                 for other in others:
                     yield Problem(printable(other.name), "second picture of a sample")
                 reason = self._resolve(sample, first)
@@ -163,6 +163,18 @@ class _Index:
                 if not (sample.pictures or sample.used):
                     yield Problem(printable(key), UNPAIRED)
         self._samples, self._files = {}, {}
+
+    def _of_file(self, name: str, version: int) -> dict[str, _File]:
+        """Return what `a.jpg.txt` and `a.jpg.json` say of `a.jpg`, by `.jpg.txt` and `.jpg.json`.
+
+        The second of them goes with the second `a.jpg`.
+        """
+        versions = [s for s in self._samples.get(name, ()) if not s.pictures]
+        if version >= len(versions):
+            return {}
+        versions[version].used = True
+        whole = posixpath.splitext(name)[1]
+        return {whole + suffix: file for suffix, file in versions[version].sidecars.items()}
 
     def _inherited(self, key: str, own: Mapping[str, _File]) -> dict[str, _File]:
         """Return what `a.txt` and `a.json` without a picture say of the picture `a.left.jpg`."""
@@ -203,9 +215,15 @@ def _item(sample: _Sample, contents: _Contents, keys: Sequence[str]) -> Item | P
     try:
         image = contents.read(sample.pictures[0])
         parts = {suffix: contents.read(file) for suffix, file in sample.sidecars.items()}
-        meta = read_json(parts[".json"]) if ".json" in parts else {}
-        lines = [line for kind in _TEXTS for line in caption_lines(parts.get(kind, b""))]
-        texts = captions({"text": lines}, ("text",)) + captions(meta, keys)
+        by_kind = {
+            kind: [content for suffix, content in parts.items() if suffix.endswith(kind)]
+            for kind in _SIDECARS
+        }
+        lines = [line for kind in _TEXTS for text in by_kind[kind] for line in caption_lines(text)]
+        objects = [read_json(content) for content in by_kind[".json"]]
+        texts = captions({"text": lines}, ("text",))
+        texts += tuple(text for found in objects for text in captions(found, keys))
+        meta = {name: value for found in objects for name, value in found.items()}
     except _BROKEN:
         return Problem(name, "file cannot be read")
     except BadSample as reason:
@@ -261,11 +279,9 @@ class _Contents:
     def _decompressed(self) -> IO[bytes]:
         """Open the file, whatever its name says that it is."""
         file = self._open.enter_context(open(self._path, "rb", buffering=_SWEEP))
-        start = file.read(8)
-        file.seek(0)
-        opened = next((o for magic, o in _DECOMPRESSORS.items() if start.startswith(magic)), None)
-        self._plain = opened is None
-        self._stream = self._open.enter_context(opened(file)) if opened else file
+        stream = decompressed(file)
+        self._plain = stream is file
+        self._stream = file if self._plain else self._open.enter_context(stream)
         return self._stream
 
     def _found(self, stream: IO[bytes], member: tarfile.TarInfo) -> _File | NotRead:
@@ -337,13 +353,6 @@ class _Contents:
         if len(content) < size:
             raise EOFError
         return content
-
-
-_DECOMPRESSORS: dict[bytes, Callable[[Any], Any]] = {
-    b"\x1f\x8b": lambda file: gzip.GzipFile(fileobj=file),
-    b"BZh": bz2.BZ2File,
-    b"\xfd7zXZ\0": lzma.LZMAFile,
-}
 
 
 @dataclasses.dataclass(slots=True)

@@ -10,7 +10,6 @@ import numpy as np
 from instella_jax.models.functional import Params
 from instella_jax.runtime.sharding import fetch
 from instella_jax.sampling.sampler import Sampler, options_from_config
-from instella_jax.stages.base import Stage
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.stages.tokenizer import TokenizerStage, reconstruct
 
@@ -30,7 +29,7 @@ class Preview(NamedTuple):
 
 
 @functools.singledispatch
-def preview(stage: Stage, params: Params, frozen: Params, count: int) -> Preview:
+def preview(stage: object, params: Params, frozen: Params, count: int) -> Preview:
     """Make images with a stage's parameters.
 
     Args:

@@ -221,7 +221,7 @@ class GeneratorStage(abc.ABC):
         )
 
     def check_codes(self) -> None:
-        """Check that the codes are those of the generator and of the tokenizer that draws them.
+        """Check that the codes are those of the generator and of the tokenizer that decodes them.
 
         Raises:
           UserError: they are not, or pictures are wanted and there is no tokenizer.

@@ -1,10 +1,10 @@
-"""Floating-point operations of the networks by formula, and what chips can do of them.
+"""FLOPs of the networks by formula, and the peak rates of chips.
 
-Counted are matrix products, attention and convolutions, a multiplication and an addition as two;
-for training three times the forward pass of what is trained, once that of what is frozen, twice
-where adapters of it are trained (their own few operations are left out), and nothing for what
-rematerialisation computes again. This is the count that utilisation is measured in: 6 * parameters
-* tokens would overstate it, since the modulation of the diffusion blocks acts once per image.
+Matrix products, attention and convolutions count, a multiply-add as two operations. Training takes
+three forward passes of each trained network, one of each frozen network and two of a frozen network
+with trained adapters, whose own few operations are left out; recomputation under rematerialisation
+does not count. Utilisation is measured by this count: 6 * parameters * tokens would be too high,
+since the modulation of the diffusion blocks runs once per image.
 
 Axes: B batch, N latent tokens, K bits, L text length, T sequence, D width, P patch.
 """
@@ -26,10 +26,10 @@ class Chip:
     """An accelerator.
 
     Attributes:
-      name: as people call it.
-      tflops: dense bfloat16 peak, 10^12 operations a second.
-      memory_gb: 10^9 bytes of device memory.
-      kinds: how `jax.Device.device_kind` begins.
+      name: its usual name.
+      tflops: dense bfloat16 peak, in TFLOP/s.
+      memory_gb: device memory, in units of 10^9 bytes.
+      kinds: prefixes of `jax.Device.device_kind`.
     """
 
     name: str
@@ -65,7 +65,7 @@ def _attention(queries: int, keys: int, width: int) -> int:
 
 
 def text_keys_values(sizes: Any, text_width: int, text_length: int) -> int:
-    """Count what a generator makes of a prompt alone, in all blocks; see `diffusion_forward`."""
+    """Count the keys and values of a prompt in all blocks; see `diffusion_forward`."""
     width = sizes["num_heads"] * sizes["head_dim"]
     text = _dense(text_length, text_width, width) + 2 * _dense(text_length, width, width)
     return sizes["num_layers"] * text
@@ -80,11 +80,11 @@ def _generator_blocks(sizes: Any, text_width: int, text_length: int) -> int:
 
 
 def diffusion_forward(sizes: Any, text_width: int, text_length: int) -> int:
-    """Count the forward pass of the diffusion generator, one image.
+    """Count a forward pass of the diffusion generator for one image.
 
     Args:
       sizes: num_layers, num_heads, head_dim, num_tokens (N), bits (K).
-      text_width: of the text features.
+      text_width: width of the text features.
       text_length: L.
     """
     width = sizes["num_heads"] * sizes["head_dim"]
@@ -95,8 +95,10 @@ def diffusion_forward(sizes: Any, text_width: int, text_length: int) -> int:
 
 
 def ar_forward(sizes: Any, text_width: int, text_length: int) -> int:
-    """Return forward pass of the autoregressive generator over all tokens; see
-    `diffusion_forward`."""
+    """Count a forward pass of the autoregressive generator over all tokens of one image.
+
+    See `diffusion_forward` for the arguments.
+    """
     width, tokens = sizes["num_heads"] * sizes["head_dim"], sizes["num_tokens"]
     ends = _dense(tokens - 1, sizes["bits"], width) + _dense(tokens, sizes["bits"], width)
     return _generator_blocks(sizes, text_width, text_length) + ends
@@ -112,8 +114,10 @@ def olmo_forward(sizes: OlmoConfig, text_length: int) -> int:
 
 
 def _convolution(grid: tuple[int, int], padding: int, fan_in: int, fan_out: int) -> int:
-    """Return 3x3, at each point of the output grid; each axis leaves out `padding` rows of
-    zeros."""
+    """Count a 3x3 convolution at each point of the output grid.
+
+    Each axis leaves out `padding` rows of zeros.
+    """
     rows, columns = grid
     return _dense((3 * rows - padding) * (3 * columns - padding), fan_in, fan_out)
 
@@ -141,7 +145,7 @@ def encoder_forward(sizes: TokenizerConfig, height: int, width: int) -> int:
 
 
 def decoder_forward(sizes: TokenizerConfig, height: int, width: int) -> int:
-    """Return forward pass from a code to an image of height x width pixels."""
+    """Count the forward pass from a code to an image of height x width pixels."""
     levels = len(sizes.upsample_after)
     rows, columns = sizes.grid(height, width, levels)
     wide, ends = sizes.decoder_width, [i + 1 for i in sorted(sizes.upsample_after)]
@@ -155,10 +159,10 @@ def decoder_forward(sizes: TokenizerConfig, height: int, width: int) -> int:
 
 
 def training(config: Config, shape: tuple[int, int] | None = None) -> dict[str, int]:
-    """Return operations that training takes per image, by part of the model.
+    """Return the FLOPs of one training step per image, by part of the model.
 
     Args:
-      config: of any stage.
+      config: config of any stage.
       shape: height and width of the image in pixels; None for the largest that the config has.
 
     Raises:
@@ -191,17 +195,17 @@ def training(config: Config, shape: tuple[int, int] | None = None) -> dict[str, 
 def speed(
     images_per_second: float, per_image: float, device_kind: str, devices: int
 ) -> dict[str, float]:
-    """Return metrics of a training speed.
+    """Return throughput metrics.
 
     Args:
-      images_per_second: of all devices together.
-      per_image: operations, the sum of `training`.
-      device_kind: what the devices call themselves.
-      devices: how many.
+      images_per_second: throughput of all devices together.
+      per_image: FLOPs per image, the sum of `training`.
+      device_kind: `jax.Device.device_kind` of the devices.
+      devices: number of devices.
 
     Returns:
-      images a second in all and per device, 10^12 operations a second per device and, where the
-      chip's peak is known, the share of it (0 to 1).
+      Images per second in total and per device, TFLOP/s per device and, for a chip whose peak is
+      known, the utilisation (0 to 1).
     """
     one = images_per_second / devices
     metrics = {

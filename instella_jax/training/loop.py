@@ -151,11 +151,14 @@ class _Run:
                     self.report(0)
                 finished = self.loop(start, stop)
                 step = int(self.state.step)
-                self.checkpoints.save(self.state, self.loader, step)
+                # Saved before it is evaluated, but where it is kept or not by its metrics.
+                ranked = finished and train.keep_best
+                result = self.report(step) if ranked else {}
+                self.checkpoints.save(self.state, self.loader, step, result)
                 if not finished:
                     self.progress.message(f"stopped at step {step}; run again to continue")
                     return {}
-                result = self.report(step)
+                result = result or self.report(step)
                 # What a finished run has made stays as it is.
                 if not (ended_before and self.found(self.samples_path(step).exists())):
                     self.save_samples(step)

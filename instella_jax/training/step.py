@@ -32,7 +32,7 @@ class TrainState(flax.struct.PyTreeNode):
       params: trainable parameters, in the type `run.param_dtype`.
       ema: their exponential moving average, float32.
       opt_state: of the optimizer, its moments in float32.
-      key: random key of the run; step s draws from fold_in(key, s).
+      key: random key of the run; step s uses fold_in(key, s).
     """
 
     step: jax.Array

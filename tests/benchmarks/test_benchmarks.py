@@ -16,8 +16,7 @@ from instella_jax.sampling import loops
 from tests.paths import ROOT
 
 
-@pytest.mark.usefixtures("quick_compile")
-def test_the_sampler_that_recomputes_the_text_draws_the_same():
+def test_the_sampler_that_recomputes_the_text_samples_the_same():
     size = dict(num_layers=2, num_heads=2, head_dim=4, bits=5, text_width=6)
     text, mask = benchmark.prompts(size, 2, 3)
     assert text.shape == (2, 4, 3, 6) and mask.sum(1).tolist() == [3, 3, 0, 0]

@@ -38,7 +38,6 @@ def command(monkeypatch, capsys):
 
 
 @pytest.mark.slow
-@pytest.mark.usefixtures("quick_compile")
 def test_from_tars_to_pictures(command, tmp_path, tiny_tokenizer_folder):
     tars, shards, codes = tmp_path / "tars", tmp_path / "shards", tmp_path / "codes"
     config = tiny_diffusion.get_config()

@@ -50,7 +50,7 @@ def test_bad_prompt_files_are_one_sentence(config, tmp_path, content, message):
         generate.configured_prompts(config.sample)
 
 
-def test_nothing_to_draw_is_said(config):
+def test_nothing_to_sample_is_said(config):
     with pytest.raises(UserError, match="there is no prompt"):
         generate.configured_prompts(config.sample)
 
@@ -107,7 +107,7 @@ def test_many_pictures_make_several_grids(tmp_path):
     assert albums.next_number(tmp_path) == 130
 
 
-def test_pictures_drawn_before_an_interruption_are_there(tmp_path):
+def test_images_sampled_before_an_interruption_are_there(tmp_path):
     album = albums.Album(tmp_path)
     album.add(pictures(2), records(["a cat"] * 2))
     rows = (tmp_path / "metadata.jsonl").read_text().splitlines()

@@ -243,7 +243,6 @@ def code_config(pictures, tiny_tokenizer_folder, tmp_path_factory):
     return config
 
 
-@pytest.mark.usefixtures("quick_compile")
 def test_the_loss_of_codes_is_that_of_their_pictures(code_config, pictures):
     stage = make_stage(code_config)
     loader = stage.loader("train", batch_size=4)
@@ -297,7 +296,7 @@ def test_training_begins_with_no_codes_of_another_tokenizer(
             make_stage(config).loader(split, batch_size=2)
 
 
-def test_a_variant_is_drawn_in_training_and_the_first_taken_else():
+def test_a_variant_is_sampled_in_training_and_the_first_taken_else():
     sample = {"code": np.arange(6, dtype=np.uint8).reshape(3, 2), "texts": ("a", "b")}
     rng = np.random.default_rng(0)
     drawn = [PickVariant(True)(dict(sample), rng) for _ in range(60)]

@@ -122,8 +122,9 @@ def test_broken_metadata_is_one_sentence(tmp_path, name, content, message):
 
 def test_files_beside_pictures(tmp_path):
     root = tmp_path / "in"
-    put(root, *(f"{name}.png" for name in "abcdef"))
+    put(root, *(f"{name}.png" for name in "abcdefg"))
     files = {
+        "g.png.json": json.dumps({"caption": "of the file"}), "g.png.txt": "so", "g.txt": "too",
         "a.txt": "one\n\n two  words\r\none\n",
         "b.caption": "of kohya", "c.caption": "first\nsecond",
         "c.txt": "third", "d.json": json.dumps({"caption": "of JSON", "pwatermark": 0.1}),
@@ -133,6 +134,7 @@ def test_files_beside_pictures(tmp_path):
     expected = {
         "a.png": ("one", "two words"), "b.png": ("of kohya",),
         "c.png": ("third", "first", "second"), "d.png": ("of JSON",), "e.png": ("x", "y"),
+        "g.png": ("too", "so", "of the file"),
     }  # fmt: skip
     assert trained(root) == expected
     report, found = imported(root, tmp_path / "out")
@@ -140,7 +142,7 @@ def test_files_beside_pictures(tmp_path):
     write(root, {"f.txt": b"K\xe4fer", "a.json": "{", "b.json": json.dumps({"pwatermark": 0.9})})
     report, found = imported(root, tmp_path / "again")
     assert report["dropped"] == {"broken caption": 1, "broken JSON": 1, "watermark": 1}
-    assert len(found) == 3
+    assert len(found) == 4
 
 
 @pytest.mark.parametrize("kind", ["jsonl", "csv", "parquet"])
@@ -155,9 +157,10 @@ def test_columns_that_filters_ask_for_and_json_files_beside_listed_pictures(tmp_
     ]
     metadata_file(root / f"metadata.{kind}", rows)
     write(root, {"told.json": '{"pwatermark": 0.8}', "listed.json": '{"caption": "once more"}'})
+    write(root, {"clean.png.json": '{"caption": "spotless"}'})
     report, found = imported(root, tmp_path / "out")
     assert report["dropped"] == {"watermark": 2}
-    assert found == {"clean.png": ("clean",), "listed.png": ("listed", "once more")}
+    assert found == {"clean.png": ("clean", "spotless"), "listed.png": ("listed", "once more")}
     assert trained(root, split="all")["listed.png"] == ("listed", "once more")
 
 

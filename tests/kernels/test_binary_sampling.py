@@ -16,8 +16,6 @@ from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.runtime import sharding
 from instella_jax.sampling import loops
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 INTERPRETED = [dict(implementation=name, interpret=True) for name in ("pallas_tpu", "pallas_gpu")]
 KERNEL = pytest.mark.parametrize("how", INTERPRETED, ids=lambda how: how["implementation"])
 PROTOCOL = pytest.mark.parametrize("protocol", binary_diffusion.PROTOCOLS)
@@ -143,7 +141,7 @@ def test_threefry_is_that_of_jax_random():
 
 @pytest.mark.parametrize("how", [{}, INTERPRETED[1]], ids=["xla", "pallas"])
 @PROTOCOL
-def test_a_million_draws_have_the_probabilities_of_the_formula(protocol, how):
+def test_a_million_samples_have_the_probabilities_of_the_formula(protocol, how):
     shape, levels = (512, 128), np.array([-3.0, -1.0, 0.0, 0.5])
     keys = loops.image_keys(jnp.arange(16))
     flip = np.broadcast_to(levels[np.arange(128) % 4], (16, *shape))

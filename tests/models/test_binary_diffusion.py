@@ -144,7 +144,7 @@ def test_temperature_zero_thresholds_whatever_the_draw(protocol, size):
 
 
 @pytest.mark.parametrize("protocol", bd.PROTOCOLS)
-def test_the_last_step_draws_nothing(protocol):
+def test_the_last_step_samples_nothing(protocol):
     z, flip = jnp.array([0.0, 0.0, 1.0, 1.0]), jnp.array([-0.1, 0.1, -0.1, 0.1])
     for uniform in (0.0, 0.999):
         step = bd.sampling_step(

@@ -14,8 +14,6 @@ from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.layers import REMAT_POLICIES, Execution
 from instella_jax.models.olmo import Olmo, OlmoConfig
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SIZES = dict(num_layers=2, num_heads=2, head_dim=8, num_tokens=6, bits=5, text_width=12)
 OLMO = OlmoConfig(32, 16, 24, 2, 4, 2, clip_qkv=0.5)
 

@@ -28,7 +28,6 @@ SIZES = {
 
 
 @needs_torch
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize("name", SIZES)
 def test_hidden_states_are_those_of_transformers(name, tmp_path):
     """Files that transformers writes, read by us: sizes, names, layouts and mathematics."""

@@ -19,8 +19,6 @@ from instella_jax.training import step as step_module
 from instella_jax.training.setup import initial_state
 from instella_jax.training.step import gradients
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 def edit(config, **keys):
     return plan.changed(config, {key.replace("__", "."): value for key, value in keys.items()})

@@ -10,6 +10,7 @@ import tarfile
 import tracemalloc
 
 import numpy as np
+import pyarrow
 import pytest
 
 from instella_jax.errors import UserError
@@ -133,6 +134,57 @@ def test_names_with_dots(tmp_path):
             "pair.left": ["both"], "pair.right": ["both", "right"], "one": ["one"],
         }  # fmt: skip
         assert report["examples"] == {"no caption": ["one.seg"]}
+
+
+def test_captions_named_by_the_whole_file(tmp_path):
+    members = [
+        ("a.jpg", picture(10, kind="jpeg")), ("a.jpg.json", b'{"caption": "a", "pwatermark": 0.1}'),
+        ("b.png", picture(20)), ("b.png.txt", b"long"), ("b.txt", b"short"),
+        ("b.json", b'{"caption": "own"}'), ("b.png.json", b'{"caption": "whole"}'),
+        ("c.png", picture(30)), ("c.jpg.txt", b"of another picture"),
+        ("d.1.png", picture(40)), ("d.1.png.caption", b"dots"),
+        ("e.png", picture(50)), ("e.png.json", b'{"caption": "e", "pwatermark": 0.9}'),
+    ]  # fmt: skip
+    path = tmp_path / "a.tar"
+    for number, order in enumerate((members, members[::-1])):
+        write_tar(path, order)
+        out = tmp_path / str(number)
+        report = import_dataset(path, out)
+        assert {key: sorted(texts) for key, (texts, _) in contents(out).items()} == {
+            "a": ["a"], "b": ["long", "own", "short", "whole"], "d.1": ["dots"],
+        }  # fmt: skip
+        assert report["examples"] == {
+            "no caption": ["c"], "caption without a picture": ["c.jpg"], "watermark": ["e"]
+        }  # fmt: skip
+    # Where a tar was appended to a tar, each caption goes with the picture of its own part.
+    again = [("a.png", picture(10)), ("a.png.txt", b"first")]
+    write_tar(path, again + [("a.png", picture(20)), ("a.png.txt", b"second")])
+    found = [(item.texts, item.image) for item in tar_reader.read_tar(str(path), ())]
+    assert found == [(("first",), picture(10)), (("second",), picture(20))]
+
+
+@pytest.mark.parametrize("name", ["a.tar.zst", "a.TZST", "a.tar.zstd"])
+def test_tars_that_zstd_compressed(tmp_path, name):
+    write_tar(tmp_path / "plain.tar", samples(range(0, 200, 10)) + [("x.npy", b"x")])
+    plain = (tmp_path / "plain.tar").read_bytes()
+    (tmp_path / "plain.tar").unlink()
+    frames = [
+        pyarrow.compress(part, "zstd", asbytes=True) for part in (plain[:9_999], plain[9_999:])
+    ]
+    # pzstd writes frames of its own, which say how long the next one is.
+    told = b"".join(b"\x50\x2a\x4d\x18\4\0\0\0" + len(f).to_bytes(4, "little") + f for f in frames)
+    for number, content in enumerate((b"".join(frames), told)):
+        (tmp_path / name).write_bytes(content)
+        report = import_dataset(tmp_path / name, tmp_path / f"out{number}")
+        assert report["kept"] == 20 and report["not_read"] == {".npy": 1}
+        assert not report["dropped"] and not report["damaged_files"]
+        for value, (texts, mean) in enumerate(contents(tmp_path / f"out{number}").values()):
+            assert texts == [f"picture {10 * value}"] and abs(mean - 10 * value) < 5
+    # A file that was cut off is read up to there; one that is damaged, too.
+    for content in (told[:-2000], told[:-2000] + bytes(1000) + told[-1000:]):
+        (tmp_path / name).write_bytes(content)
+        report = import_dataset(tmp_path / name, tmp_path / f"damaged{len(content)}")
+        assert report["damaged_files"] == 1 and report["kept"] < 20
 
 
 def test_equal_names_are_samples_of_their_own(tmp_path):

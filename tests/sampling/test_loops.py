@@ -13,8 +13,6 @@ from instella_jax.runtime import sharding
 from instella_jax.sampling import loops
 from tests import uncached
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 SIZES = dict(num_layers=2, num_heads=2, head_dim=8, num_tokens=6, bits=5, text_width=12)
 DIFFUSION, AR = DiffusionTransformer(**SIZES), ArTransformer(**SIZES)
 SEEDS = jnp.arange(3) + 10
@@ -111,7 +109,7 @@ def ar_by_hand(text, mask, seeds, guidance, temperature):
     ("protocol", "rho", "target"),
     [(1, 1.0, "epsilon"), (1, 2.5, "x"), (2, 0.4, "epsilon"), (2, 1.0, "x")],
 )
-def test_diffusion_draws_what_numpy_draws_from_the_same_seeds(protocol, rho, target):
+def test_diffusion_samples_what_numpy_samples_from_the_same_seeds(protocol, rho, target):
     text, mask = prompts(3)
     seeds = [11, 5, 2**31 - 1]
     given = dict(steps=4, guidance=1.5, temperature=0.7, rho=rho, protocol=protocol, target=target)
@@ -122,7 +120,7 @@ def test_diffusion_draws_what_numpy_draws_from_the_same_seeds(protocol, rho, tar
     np.testing.assert_array_equal(bits, wanted)
 
 
-def test_ar_draws_what_numpy_draws_from_the_same_seeds():
+def test_ar_samples_what_numpy_samples_from_the_same_seeds():
     text, mask = prompts(3)
     seeds = [11, 5, 2**31 - 1]
     given = dict(guidance=1.5, temperature=0.7)

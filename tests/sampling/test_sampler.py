@@ -206,7 +206,6 @@ def test_a_damaged_folder_is_one_sentence(folder):
         Sampler.from_folder(path, tokenizer)
 
 
-@pytest.mark.usefixtures("quick_compile")
 @pytest.mark.parametrize(
     ("way", "target"), [("folder", "epsilon"), ("folder", "x"), ("stage", "x")]
 )

@@ -22,7 +22,6 @@ from instella_jax.stages import make_stage
 N, K, LAYERS = 4, 8, 2  # of the tiny generators
 ROWS = 512
 STEP = jnp.int32(0)
-pytestmark = pytest.mark.usefixtures("quick_compile")
 # What the networks were given since the test began.
 given = []
 

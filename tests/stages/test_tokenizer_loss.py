@@ -9,7 +9,6 @@ from instella_jax.models.tokenizer import BinaryTokenizer
 from instella_jax.stages import make_stage
 from instella_jax.stages.tokenizer import reconstruct
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
 ROWS, N, K, SIDE = 64, 4, 8, 32
 KEY = jax.random.key(4)
 PARAMS = {"tokenizer": {"gain": jnp.float32(1.0)}}

@@ -13,8 +13,6 @@ from instella_jax.stages import make_stage
 from instella_jax.training import flops, loop
 from instella_jax.weights import model_folder
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 BUCKETS = "32x32,32x64,64x32"
 
 

@@ -55,7 +55,7 @@ def run(processes, stage, *options):
 @pytest.mark.parametrize(
     ("model", "stage"), [("diffusion", "diffusion"), ("ar", "ar")], indirect=["model"]
 )
-def test_two_processes_draw_as_one(model, stage, tiny_tokenizer_folder, tmp_path):
+def test_two_processes_sample_as_one(model, stage, tiny_tokenizer_folder, tmp_path):
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     options = (

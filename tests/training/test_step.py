@@ -136,7 +136,7 @@ def test_accumulated_gradients_are_those_of_the_whole_batch():
     assert_same(whole_metrics, parts_metrics, rtol=1e-5, atol=1e-6)
 
 
-def test_accumulated_parts_draw_their_own_noise():
+def test_accumulated_parts_have_their_own_noise():
     class Drawn(ToyStage):
         def loss(self, params, frozen, batch, key, step):
             return 0 * params["line"]["b"] + jax.random.normal(key), {}
@@ -148,7 +148,7 @@ def test_accumulated_parts_draw_their_own_noise():
     np.testing.assert_allclose(metrics["loss"], wanted, rtol=1e-6)
 
 
-def test_each_step_draws_anew_and_the_same_step_the_same():
+def test_each_step_has_new_noise_and_the_same_step_the_same():
     state, step = start(make_config(optimizer=dict(learning_rate=0.0)))
     same = {k: np.repeat(v, 2, axis=0) for k, v in batches(1).items()}
     _, (first, second) = run(step, state, same)

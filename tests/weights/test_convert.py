@@ -89,6 +89,7 @@ BLOCK = "transformer_blocks.1.attn.q_proj.weight"
         ("diffusion", BLOCK, lambda x: x.astype(np.float16), "float16"),
         ("diffusion", BLOCK, lambda x: x.astype(np.int32), "int32"),
         ("ar", "time_embed.linear_1.bias", lambda x: x[:-1], "shape"),
+        ("ar", "time_embed.linear_1.bias", lambda x: x * np.nan, "NaN"),
         ("olmo", "lm_head.weight", lambda x: x + 1, "copy"),
         ("tokenizer", "encoder.mask", lambda x: x, "unknown"),
     ],

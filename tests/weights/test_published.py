@@ -235,7 +235,7 @@ def test_sizes_that_disagree_are_named(model):
         make_stage(config).frozen()
 
 
-def test_either_generator_draws(model, quick_compile):
+def test_either_generator_samples(model):
     drawn = []
     for kind in ("diffusion", "ar"):
         run = Execution(param_dtype="bfloat16", dtype="bfloat16")

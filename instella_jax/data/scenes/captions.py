@@ -132,7 +132,7 @@ def _group_relation(a: Sequence[Placed], b: Sequence[Placed]) -> str | None:
 
 
 Template = Callable[[Stream, Scene], "str | None"]
-# With the weight of each in a hundred; those that do not fit a scene are drawn again.
+# With the weight of each in a hundred; those that do not fit a scene are sampled again.
 TEMPLATES: tuple[tuple[Template, int], ...] = (
     (listed, 25),
     (sized, 8),
@@ -145,7 +145,7 @@ _WHEEL = tuple(template for template, weight in TEMPLATES for _ in range(weight)
 
 
 def caption(stream: Stream, scene: Scene, *, name_style: bool = False) -> str:
-    """Draw a caption of a scene.
+    """Sample a caption of a scene.
 
     Args:
       stream: randomness of the wording.

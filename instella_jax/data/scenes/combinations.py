@@ -20,7 +20,7 @@ def _holds(a: Placed, word: str, b: Placed) -> bool:
     return distance[word] > 0
 
 
-def _draw_of(*words: str) -> int:
+def _hash_of(*words: str) -> int:
     # The salt was chosen so that the prompts of the README are not held out.
     return Stream("held out", *words).below(1 << 20)
 
@@ -30,7 +30,7 @@ def heldout_background(name: str) -> str:
     """Return the one background on which this object is never seen in training."""
     hidden = catalogue()[name].hidden.values()
     visible = [word for word in BACKGROUNDS if not any(word in words for words in hidden)]
-    return visible[_draw_of("background", name) % len(visible)]
+    return visible[_hash_of("background", name) % len(visible)]
 
 
 @functools.cache
@@ -39,7 +39,7 @@ def heldout_count(name: str) -> int | None:
     them."""
     if not catalogue()[name].countable:
         return None
-    return {0: 2, 1: 3}.get(_draw_of("count", name) % 4)
+    return {0: 2, 1: 3}.get(_hash_of("count", name) % 4)
 
 
 @functools.lru_cache(maxsize=1 << 20)
@@ -48,7 +48,7 @@ def heldout_relation(a: str, word: str, b: str) -> bool:
     16."""
     if word in ("right of", "below"):
         a, word, b = b, CONVERSE[word], a
-    return a != b and _draw_of("relation", a, word, b) % 16 == 0
+    return a != b and _hash_of("relation", a, word, b) % 16 == 0
 
 
 @functools.lru_cache(maxsize=4096)

@@ -1,4 +1,4 @@
-"""Scenes drawn at random: for training without held-out combinations, for evaluation with them."""
+"""Random scenes: for training without held-out combinations, for evaluation with them."""
 
 import functools
 from dataclasses import dataclass
@@ -103,7 +103,7 @@ def _concepts_on(concepts: tuple[str, ...], background: str, style: str) -> tupl
 
 
 def training_scene(stream: Stream, world: World) -> Scene:
-    """Draw a scene that contains no held-out combination."""
+    """Sample a scene that contains no held-out combination."""
     style = stream.choice(world.styles)
     while True:
         background = stream.choice(tuple(BACKGROUNDS))
@@ -131,7 +131,7 @@ def _names(stream: Stream, n: int, seen: tuple[str, ...]) -> list[str]:
 
 
 def heldout_scene(stream: Stream, world: World) -> Scene:
-    """Draw a scene that contains at least one held-out combination."""
+    """Sample a scene that contains at least one held-out combination."""
     kinds = _HELDOUT_KINDS[: 1 if world.max_objects == 1 else 3]
     while True:
         style, kind = stream.choice(world.styles), stream.choice(kinds)

@@ -1,4 +1,4 @@
-"""The facts of a scene, and the randomness they are drawn with.
+"""The facts of a scene, and the random numbers they are sampled with.
 
 A scene is a plain background with one to three sprites that do not overlap. Everything is counted
 in fractions of the picture's side, so that the same facts can be drawn at any size.
@@ -66,7 +66,7 @@ class Scene:
 
 
 class Stream:
-    """Random draws by splitmix64: the same on every machine, and cheap to start."""
+    """Random numbers by splitmix64: the same on every machine, and cheap to start."""
 
     def __init__(self, *words: int | str):
         """Start a stream that depends on all words, in this order."""
