@@ -1,10 +1,15 @@
 """The compile cache after a write that was cut short, with real processes and jax's own files."""
 
 import os
+import stat
 import subprocess
 import sys
+from pathlib import Path
 
-from instella_jax.runtime.compile_cache import drop_damaged
+import jax
+import pytest
+
+from instella_jax.runtime.compile_cache import cache_folder, drop_damaged, use_cache
 
 COMPILE = """
 import jax
@@ -61,3 +66,61 @@ def test_what_may_be_being_written_or_was_checked_is_left_alone(tmp_path):
     (tmp_path / ".checked").unlink()
     drop_damaged(tmp_path)
     assert not entry.exists()
+
+
+@pytest.fixture
+def environ(monkeypatch, tmp_path):
+    """Sets the variables that decide where the cache is, and no others of them."""
+    names = ("INSTELLA_JAX_CACHE", "XDG_CACHE_HOME", "JAX_COMPILATION_CACHE_DIR")
+
+    def set_only(**values):
+        for name in names:
+            monkeypatch.delenv(name, raising=False)
+        for name, value in values.items():
+            monkeypatch.setenv(name, str(value))
+
+    set_only(HOME=tmp_path / "home")
+    return set_only
+
+
+@pytest.fixture
+def settings(monkeypatch):
+    """What jax is told."""
+    told = {}
+    monkeypatch.setattr(
+        type(jax.config), "update", lambda self, name, value: told.update({name: value})
+    )
+    return told
+
+
+def test_where_compiled_programs_are_kept(environ, tmp_path):
+    assert cache_folder() == tmp_path / "home/.cache/instella_jax/xla"
+    environ(XDG_CACHE_HOME=tmp_path / "xdg")
+    assert cache_folder() == tmp_path / "xdg/instella_jax/xla"
+    environ(XDG_CACHE_HOME=tmp_path / "xdg", INSTELLA_JAX_CACHE=tmp_path / "own")
+    assert cache_folder() == tmp_path / "own"
+
+
+def test_nobody_else_may_write_where_programs_are_kept(environ, settings, tmp_path):
+    before = os.umask(0)
+    try:
+        use_cache()
+    finally:
+        os.umask(before)
+    folder = Path(settings["jax_compilation_cache_dir"])
+    assert folder == tmp_path / "home/.cache/instella_jax/xla"
+    assert stat.S_IMODE(folder.stat().st_mode) == 0o700
+
+
+def test_a_folder_that_jax_was_given_stays(environ, settings, tmp_path):
+    environ(JAX_COMPILATION_CACHE_DIR=tmp_path / "of jax")
+    use_cache()
+    assert "jax_compilation_cache_dir" not in settings
+    assert not (tmp_path / "home").exists()
+
+
+def test_a_folder_that_cannot_be_written_is_said(environ, settings, tmp_path, caplog):
+    (tmp_path / "file").write_text("")
+    environ(INSTELLA_JAX_CACHE=tmp_path / "file" / "cache")
+    use_cache()
+    assert "no compilation cache: " in caplog.text and "jax_compilation_cache_dir" not in settings

@@ -47,6 +47,8 @@ def test_flags_and_their_environment(through):
     assert (setup.how, setup.processes) == ("flags", 2)
     assert setup.options["coordinator_address"] == "host:1"
     assert (setup.options["num_processes"], setup.options["process_id"]) == (2, 1)
+    # In a Slurm job, too, jax is not to ask Slurm.
+    assert setup.options["cluster_detection_method"] == "deactivate"
 
 
 @pytest.mark.parametrize(
@@ -90,12 +92,14 @@ def test_joining_hands_over_what_was_found(monkeypatch):
     distributed.join(distributed.detect(SLURM))
     assert calls == [{}, {"cluster_detection_method": "slurm"}]
 
-    def fail(**_):
-        raise RuntimeError("deadline\nexceeded")
+    for kind in (RuntimeError, ValueError):
 
-    monkeypatch.setattr(jax.distributed, "initialize", fail)
-    with pytest.raises(UserError, match="deadline exceeded"):
-        distributed.join(distributed.Setup("tpu", 0))
+        def fail(kind=kind, **_):
+            raise kind("deadline\nexceeded")
+
+        monkeypatch.setattr(jax.distributed, "initialize", fail)
+        with pytest.raises(UserError, match="deadline exceeded"):
+            distributed.join(distributed.Setup("tpu", 0))
 
 
 def test_one_process_agrees_with_itself_at_once():

@@ -66,8 +66,9 @@ def test_optional_tensors_may_be_missing():
     del tensors["lm_head.weight"]
     back = dict(convert.from_params(NETWORKS["olmo"], to_params(NETWORKS["olmo"], tensors)))
     np.testing.assert_array_equal(back["lm_head.weight"], tensors["model.embed_tokens.weight"])
-    tensors = {k: v for k, v in weights("ar").items() if not k.startswith("time_embed")}
+    tensors = {k: v.astype(jnp.bfloat16) for k, v in weights("ar").items() if "time_embed" not in k}
     back = dict(convert.from_params(NETWORKS["ar"], to_params(NETWORKS["ar"], tensors)))
+    assert {v.dtype for v in back.values()} == {np.dtype(jnp.bfloat16)}
     assert {k: v.shape for k, v in back.items()} == {k: v.shape for k, v in weights("ar").items()}
 
 
@@ -86,11 +87,13 @@ BLOCK = "transformer_blocks.1.attn.q_proj.weight"
         ("diffusion", BLOCK, lambda x: None, "missing"),
         ("diffusion", BLOCK, lambda x: x[:-1], r"shape \(31, 32\), expected \(32, 32\)"),
         ("diffusion", BLOCK, lambda x: np.where(x == x.max(), np.nan, x), "NaN"),
+        ("diffusion", BLOCK, lambda x: np.where(x == x.max(), np.inf, x), "infinite"),
         ("diffusion", BLOCK, lambda x: x.astype(np.float16), "float16"),
         ("diffusion", BLOCK, lambda x: x.astype(np.int32), "int32"),
         ("ar", "time_embed.linear_1.bias", lambda x: x[:-1], "shape"),
         ("ar", "time_embed.linear_1.bias", lambda x: x * np.nan, "NaN"),
         ("olmo", "lm_head.weight", lambda x: x + 1, "copy"),
+        ("olmo", "lm_head.weight", lambda x: np.nextafter(x, np.float32(np.inf)), "copy"),
         ("tokenizer", "encoder.mask", lambda x: x, "unknown"),
     ],
 )
@@ -106,7 +109,8 @@ def test_damage_is_named(name, tensor, change, message):
 
 def test_export_names_what_does_not_fit():
     params = to_params(NETWORKS["diffusion"], weights("diffusion"))
-    for change in ({"bits_in": {}}, {"more": np.zeros(3)}):
+    short = jax.tree.map(lambda x: x[:-1], params["bits_in"])
+    for change in ({"bits_in": {}}, {"more": np.zeros(3)}, {"bits_in": short}):
         with pytest.raises(UserError, match="bits_in|more"):
             list(convert.from_params(NETWORKS["diffusion"], {**params, **change}))
 
