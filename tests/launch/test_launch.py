@@ -29,7 +29,8 @@ wait $first && wait $second
 
 def launch(script, *arguments, **environ):
     # What is set already stays as it is, so nothing may be.
-    ours = {name: value for name, value in os.environ.items() if name != "JAX_PLATFORMS"}
+    unset = ("JAX_PLATFORMS", "XLA_FLAGS")
+    ours = {name: value for name, value in os.environ.items() if name not in unset}
     return subprocess.run(
         ["bash", f"launch/{script}", *arguments],
         cwd=ROOT, capture_output=True, text=True, check=False, timeout=500,
@@ -185,7 +186,7 @@ def test_one_failing_process_stops_the_others(tmp_path):
 @pytest.mark.parametrize("script", ["processes.sh", "slurm.sh"])
 def test_two_processes_run(script, tmp_path):
     options = [*TINY, f"--workdir={tmp_path / 'run'}", "--config.train.steps=4"]
-    environ = {"JAX_DISABLE_MOST_OPTIMIZATIONS": "1"}
+    environ = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}
     if script == "processes.sh":
         result = launch(script, "2", *options, PORT=str(free_port()), **environ)
     else:
