@@ -133,3 +133,23 @@ def test_a_full_disk_ends_a_command_with_a_sentence(tmp_path):
         "what is done stays\n",
     )
     assert json.loads(path.read_text()) == "old" and list(tmp_path.iterdir()) == [path]
+
+
+def test_a_disk_that_fails_is_an_error_and_one_that_cannot_sync_is_none(tmp_path, monkeypatch):
+    path = tmp_path / "file"
+    path.write_bytes(b"old")
+
+    def answer(number):
+        def fsync(_):
+            raise OSError(number, os.strerror(number))
+
+        monkeypatch.setattr(os, "fsync", fsync)
+
+    answer(errno.EIO)
+    with pytest.raises(OSError) as error:
+        files.write_bytes(path, b"new")
+    assert error.value.errno == errno.EIO and path.read_bytes() == b"old"
+    for number in (errno.EINVAL, errno.ENOTSUP):
+        answer(number)
+        files.write_bytes(path, str(number).encode())
+        assert path.read_bytes() == str(number).encode()
