@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from instella_jax.errors import UserError
-from instella_jax.training.workdir import check_config, record_config
+from instella_jax.training.workdir import USED, check_config, record_config
 from instella_jax.weights import model_folder
 
 
@@ -72,6 +72,19 @@ def test_what_may_not(config, workdir, key, value):
     config.update_from_flattened_dict({key: value})
     with pytest.raises(UserError, match=f"belongs to a run with {key}=.*this one has {value!r}"):
         check_config(workdir, config)
+
+
+@pytest.mark.parametrize(
+    ("key", "value", "fits"),
+    [("loss.caption_dropout", 0.5, True), ("data.seed", 1, True), ("loss.target", "x", False)],
+)
+def test_what_may_be_other_where_weights_are_only_used(config, workdir, key, value, fits):
+    config.update_from_flattened_dict({key: value})
+    if fits:
+        check_config(workdir, config, USED)
+        return
+    with pytest.raises(UserError, match=f"belongs to a run with {key}="):
+        check_config(workdir, config, USED)
 
 
 def test_the_same_models_elsewhere_are_the_same(config, workdir, copies):
