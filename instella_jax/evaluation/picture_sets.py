@@ -2,6 +2,8 @@
 
 import dataclasses
 import functools
+import logging
+import re
 import zipfile
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
@@ -9,9 +11,11 @@ from typing import Any
 
 import numpy as np
 
-from instella_jax.data.images import is_picture, read_picture
+from instella_jax.data.images import BadPicture, is_picture, read_picture
 from instella_jax.data.transforms import crop_resize
 from instella_jax.errors import UserError
+
+logger = logging.getLogger(__name__)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -40,13 +44,16 @@ def open_pictures(path: Path) -> PictureSet:
       UserError: it is neither.
     """
     if path.is_dir():
-        files = sorted(f for f in path.rglob("*") if is_picture(f.name) and f.is_file())
-        # Grids of samples are no samples.
-        files = [f for f in files if not f.name.startswith("grid-")]
+        found = sorted(f for f in path.rglob("*") if is_picture(f.name) and f.is_file())
+        files = [f for f in found if not _is_grid(f)]
+        if len(found) > len(files):
+            logger.warning(
+                "%d grid(s) of samples in %s are left out", len(found) - len(files), path
+            )
         if not files:
             raise UserError(f"{path} holds no pictures")
         names = [_stamp(f) for f in files]
-        return PictureSet(names, lambda i: read_picture(files[i]))
+        return PictureSet(names, lambda i: _read(files[i]))
     if path.suffix == ".npz" and path.is_file():
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -60,6 +67,19 @@ def open_pictures(path: Path) -> PictureSet:
         stamp = _stamp(path)
         return PictureSet([(*stamp, i) for i in range(len(pictures))], pictures.__getitem__)
     raise UserError(f"{path} is no folder of pictures and no .npz file")
+
+
+def _is_grid(path: Path) -> bool:
+    """Return whether sampling has written a file beside the samples that it shows."""
+    named = re.fullmatch(r"grid-\d{5,}\.png", path.name)
+    return bool(named) and path.with_name("metadata.jsonl").exists()
+
+
+def _read(path: Path) -> np.ndarray:
+    try:
+        return read_picture(path)
+    except BadPicture as error:
+        raise UserError(f"{error}; mend it or move it away") from None
 
 
 def _stamp(path: Path) -> tuple[str, int, int]:

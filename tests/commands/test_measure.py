@@ -89,6 +89,7 @@ def test_rfid_is_the_distance_of_crops_and_copies(tmp_path, scenes, monkeypatch,
     from instella_jax.stages.tokenizer import reconstruct
 
     monkeypatch.setenv("INSTELLA_JAX_CACHE", str(tmp_path / "cache" / "xla"))
+    monkeypatch.setattr(feature_sets, "_VGG_SIDE", 32)  # in place of minutes on one core
     vgg, heads = as_torch_names(random_weights())
     for name, tensors in (("vgg", vgg), ("heads", heads)):
         save_file(tensors, tmp_path / f"{name}.safetensors")

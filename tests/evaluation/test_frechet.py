@@ -197,6 +197,18 @@ def test_numbers_are_pictures_too(tmp_path, means):
             picture_sets.open_pictures(tmp_path / path)
 
 
+def test_grids_of_samples_are_no_samples_and_broken_files_are_told(tmp_path, caplog):
+    folder = folder_of(tmp_path / "a", 3)
+    (folder / "0.png").rename(folder / "grid-00000.png")
+    assert len(picture_sets.open_pictures(folder)) == 3  # a name like any other
+    (folder / "metadata.jsonl").touch()
+    assert len(picture_sets.open_pictures(folder)) == 2
+    assert "1 grid(s) of samples" in caplog.text
+    (folder / "1.png").write_bytes(b"x" * 100)
+    with pytest.raises(UserError, match="1.png cannot be read"):
+        picture_sets.open_pictures(folder).read(0)
+
+
 def test_crops_are_the_largest_square_of_the_centre(tmp_path):
     image = noise(30, 50, 3)
     pictures = picture_sets.PictureSet([("x",)], lambda i: image)
