@@ -32,7 +32,7 @@ from instella_jax.stages import parameters
 OTHERS = {
     "unroll": (False, True),
     "remat": ("none", "dots", "full"),
-    "attention": ("xla", "cudnn"),
+    "attention": ("xla", "blocks", "cudnn", "flash"),
 }
 
 _CONFIG = config_flags.DEFINE_config_file("config", None, "As in instella_jax.main.")

@@ -45,7 +45,7 @@ def base(stage: str, variant: str) -> Config:
                 output_dtype="float32",
                 unroll=not published,
                 remat="full" if published else "none",
-                attention="",
+                attention="auto",
                 # Devices to make of a CPU; 0 for one per core, as far as the batch splits.
                 cpu_devices=0,
             ),

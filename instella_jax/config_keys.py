@@ -190,7 +190,9 @@ KEYS: dict[str, Key] = {
     "run.unroll": switch("unroll the depth: longer to compile, faster for small models"),
     "run.remat": choice("what the backward pass computes again", "none", "full", "dots"),
     "run.attention": choice(
-        'implementation of jax.nn.dot_product_attention; "" is its own choice', "", "xla", "cudnn"
+        "what computes attention: all at once (xla), a block of queries at a time (blocks), cuDNN "
+        'on NVIDIA, a Pallas kernel on TPU (flash), or what suits device and shape (auto, or "")',
+        "auto", "xla", "blocks", "cudnn", "flash", "",
     ),
     "run.cpu_devices": whole(
         "devices to make of a CPU; 0 for one per core, as far as the batch splits", 0, 1_024

@@ -45,7 +45,7 @@ NONSENSE = {
     "stage": ("gan",), "run.remat": ("all",), "optimizer.schedule": ("linear",),
     "optimizer.kind": ("sgd",), "data.kind": ("web",), "data.scenes.places": ("moon",),
     "run.dtype": ("float31",), "run.param_dtype": ("int32",), "run.output_dtype": ("",),
-    "run.attention": ("flash",), "loss.target": ("v",), "loss.times": ("cosine",),
+    "run.attention": ("fast",), "loss.target": ("v",), "loss.times": ("cosine",),
     "loss.draws": (0,), "loss.time_shift": (0.0, -1.0),
     "sample.kernel": ("triton",), "plan.chip": ("M1",), "model.rope_axes": ((8, 28), (8, 28, -8)),
     "model.downsample_after": ((-1,),),

@@ -298,7 +298,8 @@ def test_every_key_has_a_reader(name, tmp_path, monkeypatch, tiny_tokenizer_fold
 @pytest.mark.parametrize(
     ("keys", "message"),
     [
-        ({"attention": "cudnn", "dtype": "bfloat16"}, "needs an NVIDIA GPU, and this is cpu"),
+        ({"attention": "cudnn", "dtype": "bfloat16"}, "needs an NVIDIA GPU .*, and this is cpu"),
+        ({"attention": "flash"}, "flash needs a TPU, and this is cpu"),
         ({"attention": "cudnn"}, "does not compute in float32"),
     ],
 )

@@ -43,7 +43,7 @@ class Facts:
       memory: bytes of one device that jax may use, None where it does not say.
       host_memory: bytes of this machine, and how many of them programs can still take; None where
         it does not say.
-      attention: implementations of `jax.nn.dot_product_attention` that work here.
+      attention: engines of attention that work here, see `models.attention`.
       kernel: what samples the bits.
       step_error: relative difference of a training step to the CPU's, NaN where it is not finite.
       step_seconds: what that step took.
@@ -169,17 +169,20 @@ def _one_line(error: BaseException) -> str:
     return " ".join(str(error).split())[:300] or type(error).__name__
 
 
-def try_attention(backend: str) -> tuple[str, ...]:
-    """Return implementations that give a result on the device, the one that is used first."""
+def try_attention() -> tuple[str, ...]:
+    """Return engines of attention that give a result on the device."""
     import jax
     import jax.numpy as jnp
 
+    from instella_jax.models.attention import OWN, attend, platform
+
     x = jnp.zeros((1, 128, 2, 64), jnp.bfloat16)
-    works = ["xla"]
-    if backend == "gpu":
+    works = ["xla", "blocks"]
+    if platform() in OWN:
+        own, _ = OWN[platform()]
         try:
-            jax.block_until_ready(jax.nn.dot_product_attention(x, x, x, implementation="cudnn"))
-            works.append("cudnn")
+            jax.block_until_ready(attend(x, x, x, None, own))
+            works.append(own)
         except Exception:  # whatever the library or its absence raises
             pass
     return tuple(works)
@@ -262,7 +265,7 @@ def examine() -> Facts:
         kernel=binary_sampling.resolve("auto", backend),
     )
     try:
-        attention = try_attention(backend)
+        attention = try_attention()
         total, seconds = try_step(devices[0])
         expected = total
         if backend != "cpu" and "cpu" in (facts.platforms or "cpu").split(","):

@@ -2,8 +2,8 @@
 
 The mathematics: "Diffusion generator" in docs/model.md.
 
-Axes: B batch, N latent tokens, K bits, L text length, Dt width of text features, H heads, Dh head
-width, D = H * Dh.
+Axes: B texts, R images of them, N latent tokens, K bits, L text length, Dt width of text features,
+H heads, Dh head width, D = H * Dh.
 """
 
 import dataclasses
@@ -19,6 +19,7 @@ from instella_jax.models.joint_attention import (
     JointTransformer,
     KeysValues,
     TextKeysValues,
+    visible_to_images,
 )
 from instella_jax.models.layers import GeluMLP, layer_norm, linear, repeat
 from instella_jax.runtime.sharding import constrain
@@ -47,18 +48,18 @@ class Block(JointBlock):
 
     def __call__(
         self,
-        x: Float[Array, "B N D"],
+        x: Float[Array, "R N D"],
         text: Float[Array, "B S Dt"] | KeysValues,
-        condition: Float[Array, "B D"],
-        visible: Bool[Array, "B 1 1 S+N"],
-    ) -> tuple[Float[Array, "B N D"], None]:
+        condition: Float[Array, "R D"],
+        visible: Bool[Array, "B 1 _ _"],
+    ) -> tuple[Float[Array, "R N D"], None]:
         """Apply the block.
 
         Args:
           x: the image.
           text: this layer's features, or keys and values made of them.
           condition: SiLU of the time embedding.
-          visible: what of [text ; image] is seen.
+          visible: what of [text ; images] is seen.
         """
         if not isinstance(text, tuple):
             text = self.attention.text_keys_values(text)
@@ -99,15 +100,15 @@ class DiffusionTransformer(JointTransformer):
 
     def __call__(
         self,
-        z: Float[Array, "B N K"],
-        t: Float[Array, " B"],
+        z: Float[Array, "R N K"],
+        t: Float[Array, " R"],
         text: Float[Array, "layers B L Dt"] | TextKeysValues,
-        text_mask: Shaped[Array, "B L"],
-    ) -> Float[Array, "B N K"]:
+        text_mask: Shaped[Array, "R L"],
+    ) -> Float[Array, "R N K"]:
         """Predict flip logits.
 
         Args:
-          z: noisy bits, 0 and 1.
+          z: noisy bits, 0 and 1; as many images of each text, one after the other.
           t: times in [0, 1]; 0 is clean.
           text: features, or the keys and values that `text_kv` made of them.
           text_mask: non-zero at real tokens. Where a row has none (the empty prompt),
@@ -119,9 +120,9 @@ class DiffusionTransformer(JointTransformer):
         run = self.run
         embedded = self.time_out(nn.silu(self.time_in(t[:, None].astype(jnp.float32))))
         condition = nn.silu(embedded).astype(run.dtype)
-        text_mask = text_mask.astype(bool)
-        visible = jnp.concatenate([text_mask, jnp.ones(z.shape[:2], bool)], axis=1)
+        texts = (text[0] if isinstance(text, tuple) else text).shape[1]
+        visible = visible_to_images(text_mask.astype(bool), z.shape[1], z.shape[0] // texts)
         x = self.bits_in(z.astype(run.dtype))
-        x, _ = self.blocks(x, text, condition, visible[:, None, None, :])
+        x, _ = self.blocks(x, text, condition, visible)
         scale, shift = jnp.split(self.modulation(condition), 2, axis=-1)
         return self.bits_out(modulate(x, scale, shift)).astype(run.output_dtype)

@@ -1,7 +1,7 @@
 """What both generators share: attention of image tokens to the prompt and to each other.
 
-Axes: B batch, T image positions, L text length, S positions of a cache, H heads, Dh head width,
-D width = H * Dh, N latent tokens, K bits, Dt width of text features.
+Axes: B batch, R images of B texts, T image positions, L text length, S positions of a cache, H
+heads, Dh head width, D width = H * Dh, N latent tokens, K bits, Dt width of text features.
 """
 
 import math
@@ -11,7 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Bool, Float
 
-from instella_jax.models.layers import Execution, attend, linear, partitioned, rms_norm
+from instella_jax.models.attention import attend
+from instella_jax.models.layers import Execution, linear, partitioned, rms_norm
 
 # Keys and values of one layer's positions, of all layers', of one position, and of a cache, which
 # has the heads before the positions.
@@ -56,15 +57,27 @@ class JointAttention(nn.Module):
         return self.keys_values(self.text(features.astype(self.run.dtype)))
 
     def __call__(
-        self, h: Float[Array, "B T D"], text: KeysValues, visible: Bool[Array, "B 1 #T S+T"]
-    ) -> Float[Array, "B T D"]:
-        """Attend from `h` to [text ; h], where `visible` says so."""
+        self, h: Float[Array, "R T D"], text: KeysValues, visible: Bool[Array, "B 1 _ _"]
+    ) -> Float[Array, "R T D"]:
+        """Attend from `h` to [text ; h].
+
+        Args:
+          h: R = B * draws images, those that share a text one after the other.
+          text: keys and values of B texts.
+          visible: who sees what, Q = draws * T; see `visible_to_images`.
+        """
+        rows = text[0].shape[0]
+
+        def of_one_text(x: Float[Array, "R T H Dh"]) -> Float[Array, "B Q H Dh"]:
+            return x.reshape(rows, -1, *x.shape[2:])
+
         q = self.q_norm(self._heads(self.q(h)))
         k, v = (
-            jnp.concatenate([of_text, of_image], axis=1)
+            jnp.concatenate([of_text, of_one_text(of_image)], axis=1)
             for of_text, of_image in zip(text, self.keys_values(h), strict=True)
         )
-        return self.o(attend(q, k, v, visible, self.run))
+        mixed = attend(of_one_text(q), k, v, visible, self.run.attention)
+        return self.o(mixed.reshape(h.shape))
 
     def recall(
         self, h: Float[Array, "B D"], cache: LayerCache, visible: Bool[Array, "B S"]
@@ -92,6 +105,28 @@ class JointAttention(nn.Module):
         weights = jax.nn.softmax(logits).astype(v.dtype)
         mixed = jnp.einsum("bhs,bhsd->bhd", weights[..., :-1], v) + weights[..., -1:] * own_v
         return self.o(mixed.reshape(h.shape)), (own_k, own_v)
+
+
+def visible_to_images(
+    text_mask: Bool[Array, "R L"], tokens: int, draws: int
+) -> Bool[Array, "B 1 _ _"]:
+    """Return what the images see of [text ; images], each the text and itself.
+
+    Images that share a text are rows of one attention, Q = draws * tokens of them, in which each is
+    hidden from the others: that is faster than to repeat the text's keys and values.
+
+    Args:
+      text_mask: true at real tokens, for each of the R = B * draws images.
+      tokens: of an image.
+      draws: images of a text.
+    """
+    if draws == 1:
+        own = jnp.ones((text_mask.shape[0], tokens), bool)
+        return jnp.concatenate([text_mask, own], axis=1)[:, None, None]
+    of_text = jnp.repeat(text_mask.reshape(-1, draws, text_mask.shape[1]), tokens, axis=1)
+    number = jnp.arange(draws * tokens) // tokens
+    own = jnp.broadcast_to(number[:, None] == number, (len(of_text), len(number), len(number)))
+    return jnp.concatenate([of_text, own], axis=-1)[:, None]
 
 
 class JointBlock(nn.Module):

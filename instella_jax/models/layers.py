@@ -7,14 +7,14 @@ Axes: B batch, T sequence, H heads, Dh head width, D width. Kernels carry logica
 import dataclasses
 import math
 from collections.abc import Callable, Mapping, Sequence
-from typing import Any, Literal, no_type_check
+from typing import Any, no_type_check
 
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
-from jaxtyping import Array, Bool, Float, Float32, Num
+from jaxtyping import Array, Float, Float32, Num
 
 NORM_EPSILON = 1e-6
 # Names of low-rank adapters beside a layer's kernel; see `lora`.
@@ -38,8 +38,7 @@ class Execution:
       output_dtype: type of the network's result; losses are computed in float32 of it.
       unroll: whether the depth is unrolled instead of scanned; the parameters are the same.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
-      attention: `jax.nn.dot_product_attention` implementation: "xla", "cudnn" or None (its own
-        choice).
+      attention: what computes it, one of `attention.NAMES`.
     """
 
     param_dtype: str = "float32"
@@ -47,7 +46,7 @@ class Execution:
     output_dtype: str = "float32"
     unroll: bool = False
     remat: str = "none"
-    attention: Literal["xla", "cudnn"] | None = None
+    attention: str = "auto"
 
 
 def torch_uniform(fan_in: int) -> Callable:
@@ -191,29 +190,6 @@ def rotate(
     turned = jnp.concatenate([-second, first], axis=-1)
     cos, sin = cos[:, None, :].astype(x.dtype), sin[:, None, :].astype(x.dtype)
     return x * cos + turned * sin
-
-
-def attend(
-    q: Float[Array, "B T H Dh"],
-    k: Float[Array, "B S G Dh"],
-    v: Float[Array, "B S G Dh"],
-    mask: Bool[Array, "#B #H #T S"] | None,
-    run: Execution,
-) -> Float[Array, "B T D"]:
-    """Return softmax attention with logits over sqrt(Dh).
-
-    Args:
-      q: queries.
-      k: keys; G heads, each for H / G heads of the queries.
-      v: values.
-      mask: True where a query sees a key. A query that sees nothing attends to all keys alike.
-      run: names the implementation.
-
-    Returns:
-      the heads side by side, D = H * Dh.
-    """
-    out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation=run.attention)
-    return out.reshape(*out.shape[:2], -1)
 
 
 class SwiGLU(nn.Module):

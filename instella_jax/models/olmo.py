@@ -12,10 +12,10 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Bool, Float, Float32, Int, Shaped
 
+from instella_jax.models.attention import attend
 from instella_jax.models.layers import (
     Execution,
     SwiGLU,
-    attend,
     layer_norm,
     linear,
     partitioned,
@@ -95,7 +95,7 @@ class Block(nn.Module):
 
         q = rotate(heads("q", c.num_attention_heads), cos, sin)
         k = rotate(heads("k", c.num_key_value_heads), cos, sin)
-        mixed = attend(q, k, heads("v", c.num_key_value_heads), visible, run)
+        mixed = attend(q, k, heads("v", c.num_key_value_heads), visible, run.attention)
         x += linear(c.hidden_size, mixed.shape[-1], ("heads", "embed"), run, name="o")(mixed)
         x += SwiGLU(c.intermediate_size, run, name="mlp")(layer_norm(x, NORM_EPSILON))
         return x, x

@@ -16,11 +16,11 @@ import numpy as np
 from jaxtyping import Array, Float, Float32, Key
 
 from instella_jax.errors import UserError
+from instella_jax.models.attention import attend
 from instella_jax.models.binary_diffusion import Scalar
 from instella_jax.models.layers import (
     Execution,
     SwiGLU,
-    attend,
     linear,
     partitioned,
     recomputed,
@@ -166,7 +166,7 @@ class Attention(nn.Module):
         q = rms_norm(self.run, "q_norm")(heads("q", x[:, rows]))
         k = rms_norm(self.run, "k_norm")(heads("k", x))
         q, k = rotate(q, cos[rows], sin[rows]), rotate(k, cos, sin)
-        mixed = attend(q, k, heads("v", x), None, self.run)
+        mixed = attend(q, k, heads("v", x), None, self.run.attention)
         return linear(width, mixed.shape[-1], ("heads", "embed"), self.run, name="o")(mixed)
 
 

@@ -210,8 +210,11 @@ def changed(config: Config, changes: Mapping[str, Any]) -> Config:
 
 
 def xla_flops(config: Config) -> float:
-    """Return XLA's count of what training takes per image: unrolled, nothing recomputed."""
-    config = changed(config, {"run.unroll": True, "run.remat": "none"})
+    """Return XLA's count of what training takes per image: unrolled, nothing recomputed.
+
+    XLA counts what a loop repeats once.
+    """
+    config = changed(config, {"run.unroll": True, "run.remat": "none", "run.attention": "xla"})
     stage = make_stage(config)
     params, frozen = (
         {part: sharding.values(abstract_params(network)) for part, network in networks.items()}
@@ -294,8 +297,9 @@ def make_plan(config: Config) -> Plan:
     """
     check_values(config)
     wanted = config.plan
-    # What no CPU can compile, by what takes as much memory.
-    stand_in = {"cudnn": "xla", "float16": "bfloat16"}
+    # What no CPU can compile or would take, by what takes as much memory.
+    linear = dict.fromkeys(("auto", "", "cudnn", "flash"), "blocks")
+    stand_in = {**linear, "float16": "bfloat16"}
     run = {f"run.{key}": stand_in[v] for key, v in config.run.items() if v in stand_in}
     config = changed(config, run)
     memory_gb = wanted.memory_gb or flops.CHIPS[wanted.chip].memory_gb

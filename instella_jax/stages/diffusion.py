@@ -45,11 +45,7 @@ class DiffusionStage(GeneratorStage):
         train: bool,
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return loss and bit accuracy (0 to 1) of codes at random times."""
-        code, features = jnp.repeat(code, self.draws if train else 1, axis=0), text
-        if code.shape[0] > text.shape[1]:
-            # Neither keys nor values of the text depend on noise or time.
-            features = apply(self.network, params["generator"], text, method="text_kv")
-            features = jax.tree.map(lambda x: jnp.repeat(x, self.draws, axis=1), features)
+        code = jnp.repeat(code, self.draws if train else 1, axis=0)
         time_key, noise_key = jax.random.split(key)
         times = self.config.loss.times
         if train:
@@ -60,7 +56,7 @@ class DiffusionStage(GeneratorStage):
             # the figures of different shifts can be compared.
             t = binary_diffusion.spread_times(code.shape[0], times)
         z = binary_diffusion.add_noise(code, t, jax.random.uniform(noise_key, code.shape))
-        f = apply(self.network, params["generator"], z, t, features, mask)
+        f = apply(self.network, params["generator"], z, t, text, mask)
         logits = binary_diffusion.clean_logits(f, z, self.config.loss.target)
         return binary_diffusion.loss(logits, code), {
             "bit_accuracy": binary_diffusion.bit_accuracy(logits, code)

@@ -20,6 +20,7 @@ import numpy as np
 from flax.traverse_util import flatten_dict, unflatten_dict
 
 from instella_jax.errors import UserError
+from instella_jax.models import attention
 from instella_jax.models.functional import Network, abstract_params
 from instella_jax.models.layers import Execution
 from instella_jax.models.text import tokenizer_files
@@ -30,6 +31,11 @@ from instella_jax.weights.tensor_files import Tensors, open_safetensors, read_js
 
 ASSETS = Path(__file__).parents[1] / "assets"
 PARTS = ("tokenizer", "generator", "diffusion", "ar", "text")
+
+
+# Platforms of `attention.platform` that an engine of attention runs on alone, in words.
+NEEDS = {"cudnn": "cuda", "flash": "tpu"}
+PLATFORMS = {"cuda": "an NVIDIA GPU of the Ampere generation or later", "tpu": "a TPU"}
 
 
 def execution(config: Mapping[str, Any]) -> Execution:
@@ -44,20 +50,19 @@ def execution(config: Mapping[str, Any]) -> Execution:
             f"run.{half[0]} is 'float16', in which jax does not compute on a CPU: use 'bfloat16' "
             "or 'float32'"
         )
-    if config["attention"] == "cudnn":
-        if config["dtype"] == "float32":
-            raise UserError(
-                "run.attention=cudnn does not compute in float32: give --config.run.dtype=bfloat16 "
-                "too, or leave run.attention empty"
-            )
-        device = jax.devices()[0]
-        if device.platform != "gpu" or "rocm" in device.client.platform_version:
-            raise UserError(
-                f"run.attention=cudnn needs an NVIDIA GPU, and this is {device.device_kind}: leave "
-                "it empty, which takes what there is"
-            )
+    if config["attention"] == "cudnn" and config["dtype"] == "float32":
+        raise UserError(
+            "run.attention=cudnn does not compute in float32: give --config.run.dtype=bfloat16 "
+            "too, or leave run.attention at auto"
+        )
+    needed, where = NEEDS.get(config["attention"], ""), attention.platform()
+    if needed and needed != where:
+        raise UserError(
+            f"run.attention={config['attention']} needs {PLATFORMS[needed]}, and this is "
+            f"{jax.devices()[0].device_kind}: leave it at auto, which takes what there is"
+        )
     values = {k: v for k, v in config.items() if k != "cpu_devices"}
-    return Execution(**{**values, "attention": values["attention"] or None})
+    return Execution(**{**values, "attention": values["attention"] or "auto"})
 
 
 def build(kind: type, values: Mapping[str, Any], what: str) -> Any:

@@ -38,7 +38,7 @@ def test_one_key_at_a_time_is_varied():
     rows = [name for name, _ in train.variations(config, ["unroll", "remat", "attention"])]
     assert rows == [
         "", "run.unroll=False", "run.remat=dots", "run.remat=full", "run.attention=xla",
-        "run.attention=cudnn",
+        "run.attention=blocks", "run.attention=cudnn", "run.attention=flash",
     ]  # fmt: skip
     with pytest.raises(UserError, match="--vary has 'rope': expected some of"):
         train.variations(config, ["rope"])

@@ -210,7 +210,7 @@ def test_numbers_are_written_to_be_read(tiny_tokenizer_config):
         {"plan.utilisation": 1.5},
         {"plan.memory_gb": -5.0},
         {"plan.memory_gb": float("nan")},
-        {"run.attention": "flash", "plan.devices": 1},
+        {"run.attention": "fast", "plan.devices": 1},
     ],
 )
 def test_impossible_plans_are_user_errors(tiny_tokenizer_config, keys):
@@ -219,9 +219,10 @@ def test_impossible_plans_are_user_errors(tiny_tokenizer_config, keys):
 
 
 def test_attention_that_only_a_gpu_has_is_planned_for(tiny_tokenizer_config):
-    config = edit(tiny_tokenizer_config, plan__devices=1, run__attention="xla")
-    cudnn = plan.changed(config, {"run.attention": "cudnn"})
-    assert plan.make_plan(cudnn).memory == plan.make_plan(config).memory
+    config = edit(tiny_tokenizer_config, plan__devices=1, run__attention="blocks")
+    expected = plan.make_plan(config).memory
+    for engine in ("cudnn", "flash", "auto"):
+        assert plan.make_plan(plan.changed(config, {"run.attention": engine})).memory == expected
 
 
 @pytest.mark.slow

@@ -55,10 +55,6 @@ class KnownDiffusion(DiffusionTransformer):
         )
         return jnp.asarray(known_output(np.asarray(z), np.asarray(t)), jnp.float32)
 
-    def text_kv(self, features):
-        given.append(dict(text=np.asarray(features)))
-        return features, -features
-
 
 class KnownAr(ArTransformer):
     """Says twice what each place of the code before it holds, less 1."""
@@ -186,16 +182,14 @@ def test_draws_of_one_code_have_their_own_noise_times_and_dropped_captions(diffu
     stage, (rows, bits) = diffusion(caption_dropout=0.25, draws=3), batch(64)
     loss, _ = stage.loss(PARAMS, {}, rows, jax.random.key(3), STEP)
     dropped, quantiles, noise = draws_of(jax.random.key(3), 3 * 64)
-    text, keys_of, seen = given
-    assert text["ids"].shape[0] == 64 and keys_of["text"].shape[1] == 64
+    text, seen = given
+    # Encoded once for all draws.
+    assert text["ids"].shape[0] == 64 and seen["text"].shape[1] == 64
     # Row 3 i + j is draw j of caption i.
     caption = np.repeat(np.arange(64), 3)
     np.testing.assert_array_equal(
         seen["mask"], np.asarray(rows["mask"])[caption] & (dropped >= 0.25)[:, None]
     )
-    keys, values = seen["text"]
-    np.testing.assert_array_equal(keys, keys_of["text"][:, caption])
-    np.testing.assert_array_equal(values, -keys)
     t = logit_normal(quantiles)
     np.testing.assert_allclose(seen["t"], t, rtol=1e-4, atol=1e-6)
     z, decided = noisy(bits[caption], t, noise)
