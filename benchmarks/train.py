@@ -31,7 +31,7 @@ from instella_jax.stages import parameters
 
 OTHERS = {
     "unroll": (False, True),
-    "remat": ("none", "dots", "full"),
+    "remat": ("none", "dots", "full", "offload"),
     "attention": ("xla", "blocks", "cudnn", "flash"),
 }
 

@@ -44,7 +44,7 @@ def base(stage: str, variant: str) -> Config:
                 dtype="bfloat16" if published else "float32",
                 output_dtype="float32",
                 unroll=not published,
-                remat="full" if published else "none",
+                remat="dots" if published else "none",
                 attention="auto",
                 # Devices to make of a CPU; 0 for one per core, as far as the batch splits.
                 cpu_devices=0,

@@ -188,7 +188,11 @@ KEYS: dict[str, Key] = {
         "type of what networks return; losses are computed in float32 of it", *FLOATS
     ),
     "run.unroll": switch("unroll the depth: longer to compile, faster for small models"),
-    "run.remat": choice("what the backward pass computes again", "none", "full", "dots"),
+    "run.remat": choice(
+        "what the backward pass computes again: nothing, all but the inputs of the blocks (full), "
+        "or all but products with weights (dots), which can wait in the host's memory (offload)",
+        "none", "full", "dots", "offload",
+    ),
     "run.attention": choice(
         "what computes attention: all at once (xla), a block of queries at a time (blocks), cuDNN "
         'on NVIDIA, a Pallas kernel on TPU (flash), or what suits device and shape (auto, or "")',

@@ -17,6 +17,7 @@ from typing import Literal
 
 import jax
 import jax.numpy as jnp
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Bool, Float
 
 Engine = Literal["xla", "blocks", "cudnn", "flash"]
@@ -35,6 +36,9 @@ FLASH_BLOCK = 128
 
 # Finite, so that a query that sees nothing attends to all keys alike.
 MASKED = float(jnp.finfo(jnp.float32).min)
+
+# Under which name the result stands in a `jax.checkpoint` policy.
+ATTENTION = "attention"
 
 _log = logging.getLogger(__name__)
 
@@ -117,7 +121,7 @@ def attend(
         if mask is not None:
             mask = jnp.broadcast_to(mask, (batch, 1, queries, keys))
         out = jax.nn.dot_product_attention(q, k, v, mask=mask, implementation="cudnn")
-        return out.reshape(batch, queries, -1)
+        return checkpoint_name(out.reshape(batch, queries, -1), ATTENTION)
     # Heads before positions: the products then read and write whole matrices.
     q, k, v = (x.swapaxes(1, 2) for x in (q, k, v))
     if chosen == "flash":
@@ -130,7 +134,8 @@ def attend(
         if mask is not None and mask.shape[2] > 1:
             mask = jnp.tile(mask, (1, 1, shared, 1))
         out = whole(q, k, v, mask) if chosen == "xla" else blocks(q, k, v, mask)
-    return out.reshape(batch, heads, queries, head_dim).swapaxes(1, 2).reshape(batch, queries, -1)
+    out = out.reshape(batch, heads, queries, head_dim).swapaxes(1, 2)
+    return checkpoint_name(out.reshape(batch, queries, -1), ATTENTION)
 
 
 def whole(

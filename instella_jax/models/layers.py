@@ -14,16 +14,40 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from flax.linen.dtypes import promote_dtype
+from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Num
+
+from instella_jax.models.attention import ATTENTION
 
 NORM_EPSILON = 1e-6
 # Names of low-rank adapters beside a layer's kernel; see `lora`.
 LORA_A, LORA_B = "lora_a", "lora_b"
 
+
+# Under which name products with weights stand in a `jax.checkpoint` policy.
+PRODUCT = "product"
+
+
+def _kernels(primitive: Any, *_: Any, **__: Any) -> bool:
+    """Return whether a value is a kernel's of attention, which keeps more than the result."""
+    return str(primitive).startswith(("dot_product_attention_fwd", "pallas"))
+
+
+_policies = jax.checkpoint_policies
 REMAT_POLICIES = {
     "none": None,
-    "full": jax.checkpoint_policies.nothing_saveable,
-    "dots": jax.checkpoint_policies.dots_with_no_batch_dims_saveable,
+    "full": _policies.nothing_saveable,
+    # No product with weights is computed again, and nothing else is kept but what attention gives.
+    "dots": _policies.save_from_both_policies(
+        _policies.save_only_these_names(PRODUCT, ATTENTION), _kernels
+    ),
+    # The same, the products in the memory of the host.
+    "offload": _policies.save_and_offload_only_these_names(
+        names_which_can_be_saved=[ATTENTION],
+        names_which_can_be_offloaded=[PRODUCT],
+        offload_src="device",
+        offload_dst="pinned_host",
+    ),
 }
 
 
@@ -84,7 +108,7 @@ def matmul(
         precision=precision,
         preferred_element_type=preferred_element_type,
     )
-    return out.reshape(*lhs.shape[:-1], rhs.shape[-1])
+    return checkpoint_name(out.reshape(*lhs.shape[:-1], rhs.shape[-1]), PRODUCT)
 
 
 @no_type_check  # flax's own fields cannot be checked at run time

@@ -28,6 +28,11 @@ from instella_jax.training.optimizer import make_optimizer
 from instella_jax.training.setup import check_sizes, state_shapes
 from instella_jax.training.step import jit_step
 
+# What XLA for an H200 needed beside state and gradients, as a share of what `backward_bytes` says:
+# 0.72, 0.60 and 0.75 for a generator of the published size under remat full, dots and none (jax
+# 0.11.2, November 2026). XLA for a CPU, which fuses less and has no bfloat16 products, asks for up
+# to three times that.
+MEASURED_SHARE = 0.75
 # The rest of a device's memory is for the runtime, libraries and fragmentation.
 USABLE = 0.9
 # Numbers of parts of a batch that are compiled before giving up.
@@ -173,6 +178,46 @@ def abstract_step(
     return step, (state, frozen_shapes(stage, config, mesh), batch)
 
 
+def backward_bytes(config: Config, rows: int) -> float:
+    """Return bytes that the backward pass of `rows` pictures reads and one block computes again.
+
+    Counted from shapes as jax differentiates, parameters left out.
+    """
+
+    def kept(rows: int, remat: str) -> int:
+        stage = make_stage(changed(config, {"run.remat": remat}))
+        params, frozen = _plain_shapes(stage)
+
+        def backward(params: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
+            def loss(params: Any) -> jax.Array:
+                return stage.loss(params, frozen, batch, key, jnp.zeros((), jnp.int32))[0]
+
+            return jax.vjp(loss, params)[1]
+
+        batch = batch_shapes(config, rows)
+        found = jax.tree.leaves(jax.eval_shape(backward, params, frozen, batch, jax.random.key(0)))
+        return size([x for x in found if not jnp.issubdtype(x.dtype, jax.dtypes.prng_key)])
+
+    def of_one_row(remat: str) -> int:
+        # Two rows and one differ by a row: parameters and tables are in both.
+        return kept(2, remat) - kept(1, remat)
+
+    remat = config.run.remat
+    one = of_one_row(remat)
+    if remat != "none":
+        sizes = config.model
+        one += of_one_row("none") / (sizes.get("num_layers") or sizes.encoder_layers)
+    return rows * one
+
+
+def _plain_shapes(stage: Stage) -> Any:
+    """Return shapes of the parameters of a stage, trained and frozen, on one device."""
+    return tuple(
+        {part: sharding.values(abstract_params(network)) for part, network in networks.items()}
+        for networks in (stage.networks, stage.frozen_networks)
+    )
+
+
 def measure(config: Config, mesh: jax.sharding.Mesh) -> tuple[Memory, Any, Any]:
     """Compile a config's step.
 
@@ -197,9 +242,22 @@ def measure(config: Config, mesh: jax.sharding.Mesh) -> tuple[Memory, Any, Any]:
         local_size(frozen),
         local_size(batch),
         gradients,
-        analysis.temp_size_in_bytes - gradients,
+        working_bytes(config, mesh, analysis.temp_size_in_bytes - gradients),
     )
     return memory, state, frozen
+
+
+def working_bytes(config: Config, mesh: jax.sharding.Mesh, of_cpu: int) -> int:
+    """Estimate activations and temporaries of one device.
+
+    Args:
+      config: of the step.
+      mesh: of the plan.
+      of_cpu: what XLA for a CPU asks for, which is the most that is said.
+    """
+    rows = config.train.batch_size // sharding.batch_parts(mesh) // config.train.accumulate
+    wanted = MEASURED_SHARE * backward_bytes(config, rows) / mesh.shape["tensor"]
+    return min(of_cpu, round(wanted))
 
 
 def changed(config: Config, changes: Mapping[str, Any]) -> Config:
@@ -216,10 +274,7 @@ def xla_flops(config: Config) -> float:
     """
     config = changed(config, {"run.unroll": True, "run.remat": "none", "run.attention": "xla"})
     stage = make_stage(config)
-    params, frozen = (
-        {part: sharding.values(abstract_params(network)) for part, network in networks.items()}
-        for networks in (stage.networks, stage.frozen_networks)
-    )
+    params, frozen = _plain_shapes(stage)
 
     def loss(params: Any, frozen: Any, batch: Any, key: jax.Array) -> Any:
         return stage.loss(params, frozen, batch, key, jnp.zeros((), jnp.int32))

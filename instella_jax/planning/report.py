@@ -8,9 +8,9 @@ from instella_jax.planning.plan import USABLE, Memory, Plan, imitate_devices, ma
 from instella_jax.training import flops
 
 NOTES = """\
-(e) is estimated, everything else counted. Temporaries are XLA's for CPU devices: an accelerator's
-compiler fuses differently and its attention kernels may need less. A speed is the utilisation that
-you gave times the chip's dense bfloat16 peak: it says nothing of data, network or start-up."""
+(e) is estimated, everything else counted. Temporaries are what the backward pass reads, times the
+share of it that was measured on one GPU: compilers differ by a third. A speed is the utilisation
+that you gave times the chip's dense bfloat16 peak: it says nothing of data, network or start-up."""
 
 
 def number(value: float) -> str:

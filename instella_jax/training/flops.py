@@ -10,7 +10,9 @@ Axes: B batch, N latent tokens, K bits, L text length, T sequence, D width, P pa
 """
 
 import dataclasses
+import functools
 import itertools
+import logging
 import math
 from typing import Any
 
@@ -27,7 +29,7 @@ class Chip:
 
     Attributes:
       name: its usual name.
-      tflops: dense bfloat16 peak, in TFLOP/s.
+      tflops: dense bfloat16 peak of what jax calls a device, in TFLOP/s.
       memory_gb: device memory, in units of 10^9 bytes.
       kinds: prefixes of `jax.Device.device_kind`.
     """
@@ -38,22 +40,44 @@ class Chip:
     kinds: tuple[str, ...]
 
 
+# From the makers' data sheets, without sparsity: NVIDIA A100, L40S, H100, H200 (SXM) and DGX B200;
+# AMD Instinct MI300X, MI325X and MI355X; Google Cloud's pages of TPU v5e, v5p, v6e and Ironwood, of
+# which a chip is two devices. ROCm may tell the architecture alone, which two of AMD's share with
+# their peak.
 CHIPS = {
     chip.name: chip
     for chip in (
         Chip("MI300X", 1_307, 192, ("AMD Instinct MI300X", "gfx942")),
+        Chip("MI325X", 1_307, 256, ("AMD Instinct MI325X",)),
+        Chip("MI355X", 2_517, 288, ("AMD Instinct MI355X", "gfx950")),
+        Chip("A100", 312, 80, ("NVIDIA A100",)),
+        Chip("L40S", 362, 48, ("NVIDIA L40S",)),
         Chip("H100", 989, 80, ("NVIDIA H100",)),
+        Chip("H200", 989, 141, ("NVIDIA H200",)),
+        Chip("B200", 2_250, 180, ("NVIDIA B200",)),
+        Chip("v5e", 197, 16, ("TPU v5 lite", "TPU v5e")),
         Chip("v5p", 459, 95, ("TPU v5p", "TPU v5")),
         Chip("v6e", 918, 32, ("TPU v6 lite", "TPU v6e")),
+        Chip("v7x", 1_153, 96, ("TPU7x", "TPU v7x")),
     )
 }
 
+_log = logging.getLogger(__name__)
 
+
+@functools.cache
 def find_chip(device_kind: str) -> Chip | None:
-    """Return the chip of a `jax.Device.device_kind`, None where its peak is not known here."""
-    if device_kind.startswith("TPU v5 lite"):
-        return None
-    return next((c for c in CHIPS.values() if device_kind.startswith(c.kinds)), None)
+    """Return the chip of a `jax.Device.device_kind`.
+
+    Where its peak is not known it is None, which is said once of an accelerator.
+    """
+    found = next((c for c in CHIPS.values() if device_kind.startswith(c.kinds)), None)
+    if found is None and device_kind != "cpu":
+        _log.warning(
+            "the peak of %s is not known, so that no share of it is reported: known are %s",
+            device_kind, ", ".join(CHIPS),
+        )  # fmt: skip
+    return found
 
 
 def _dense(rows: int, fan_in: int, fan_out: int) -> int:

@@ -37,8 +37,8 @@ def test_one_key_at_a_time_is_varied():
     config = t2i_diffusion.get_config()
     rows = [name for name, _ in train.variations(config, ["unroll", "remat", "attention"])]
     assert rows == [
-        "", "run.unroll=False", "run.remat=dots", "run.remat=full", "run.attention=xla",
-        "run.attention=blocks", "run.attention=cudnn", "run.attention=flash",
+        "", "run.unroll=False", "run.remat=dots", "run.remat=full", "run.remat=offload",
+        "run.attention=xla", "run.attention=blocks", "run.attention=cudnn", "run.attention=flash",
     ]  # fmt: skip
     with pytest.raises(UserError, match="--vary has 'rope': expected some of"):
         train.variations(config, ["rope"])

@@ -126,7 +126,11 @@ def test_draws_repeat_the_image_and_not_the_text():
         ("NVIDIA H100 80GB HBM3", "H100"),
         ("AMD Instinct MI300X", "MI300X"),
         ("TPU v5p", "v5p"),
-        ("TPU v5 lite", None),
+        ("TPU v5 lite", "v5e"),
+        ("NVIDIA H200", "H200"),
+        ("NVIDIA A100-SXM4-80GB", "A100"),
+        ("gfx950", "MI355X"),
+        ("TPU7x", "v7x"),
         ("TPU v6 lite", "v6e"),
         ("cpu", None),
     ],
@@ -135,6 +139,15 @@ def test_chips_by_device_kind(kind, name):
     chip = flops.find_chip(kind)
     assert (chip.name if chip else None) == name
     assert all(dataclasses.astuple(c) for c in flops.CHIPS.values())
+
+
+def test_a_chip_without_a_known_peak_is_said_once(caplog):
+    flops.find_chip.cache_clear()
+    for _ in range(2):
+        assert flops.find_chip("NVIDIA GeForce RTX 9090") is None
+    assert flops.find_chip("cpu") is None
+    (record,) = caplog.records
+    assert "the peak of NVIDIA GeForce RTX 9090 is not known" in record.getMessage()
 
 
 def test_speed_of_the_published_run():
@@ -149,6 +162,11 @@ def test_speed_of_the_published_run():
 
 
 def test_peaks_are_those_of_the_makers_for_dense_bfloat16():
-    makers = {"MI300X": (1307, 192), "H100": (989, 80), "v5p": (459, 95), "v6e": (918, 32)}
+    makers = {
+        "MI300X": (1307, 192), "H100": (989, 80), "v5p": (459, 95), "v6e": (918, 32),
+        "H200": (989, 141), "B200": (2250, 180), "A100": (312, 80), "L40S": (362, 48),
+        "MI325X": (1307, 256), "MI355X": (2517, 288), "v5e": (197, 16),
+        "v7x": (2307 // 2, 192 // 2),  # of half a chip
+    }  # fmt: skip
     found = {name: (chip.tflops, chip.memory_gb) for name, chip in flops.CHIPS.items()}
-    assert {name: found[name] for name in makers} == makers
+    assert found == makers
