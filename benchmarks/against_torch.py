@@ -82,7 +82,7 @@ class Both:
             torch.set_num_threads(len(os.sched_getaffinity(0)))
         tiny = options.size == "tiny"
         self.tokenizer = TINY_TOKENIZER if tiny else TokenizerConfig()
-        sizes = dict(TINY_GENERATOR if tiny else SIZES[options.size])
+        sizes: dict[str, Any] = dict(TINY_GENERATOR if tiny else SIZES[options.size])
         self.text_width = sizes.pop("text_width")
         self.generator, self.length = sizes, 5 if tiny else LENGTH
         self.run = Execution(dtype=options.dtype, param_dtype=options.dtype, unroll=True)

@@ -260,7 +260,9 @@ KEYS: dict[str, Key] = {
     "eval.batches": whole("held-out batches at most", 1),
     "eval.pictures": whole("in a grid; 0 for no grid", 0, 4_096),
     "plan.chip": choice(
-        "that --mode=plan reckons with", "MI300X", "H100", "v5p", "v6e"
+        "that --mode=plan reckons with",
+        "MI300X", "MI325X", "MI355X", "A100", "L40S", "H100", "H200", "B200", "v5e", "v5p", "v6e",
+        "v7x",
     ),
     "plan.devices": whole("how many of these chips", 1, 65_536),
     "plan.memory_gb": real("memory of a device in GB; 0 is the chip's own", 0),

@@ -17,7 +17,7 @@ from instella_jax.data import sources
 from instella_jax.data.scenes.maker import PLACES
 from instella_jax.errors import UserError
 from instella_jax.kernels import binary_sampling
-from instella_jax.models import binary_diffusion
+from instella_jax.models import attention, binary_diffusion
 from instella_jax.models.layers import REMAT_POLICIES
 from instella_jax.planning import plan
 from instella_jax.sampling.sampler import Options
@@ -144,6 +144,7 @@ def test_choices_are_those_that_the_code_knows():
         "data.kind": sources.KINDS, "data.scenes.places": PLACES, "run.remat": REMAT_POLICIES,
         "sample.kernel": binary_sampling.NAMES, "sample.protocol": binary_diffusion.PROTOCOLS,
         "loss.target": get_args(binary_diffusion.Target), "plan.chip": flops.CHIPS,
+        "run.attention": (*attention.NAMES, ""),
         "loss.times": binary_diffusion.TIME_DISTRIBUTIONS,
     }.items():  # fmt: skip
         assert set(KEYS[name].choices) == set(known), name

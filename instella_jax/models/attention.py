@@ -193,13 +193,13 @@ def _in_blocks(
         x = jnp.pad(x, pads)
         return jnp.moveaxis(x.reshape(*x.shape[:-2], count, size, x.shape[-1]), -3, 0)
 
-    each = mask is not None and mask.shape[-2] > 1
+    of_blocks = cut(mask) if mask is not None and mask.shape[-2] > 1 else None
 
     @functools.partial(jax.checkpoint, prevent_cse=False)
     def block(rows: tuple[Array, Array | None]) -> Array:
-        return whole(rows[0], k, v, rows[1] if each else mask)
+        return whole(rows[0], k, v, mask if of_blocks is None else rows[1])
 
-    out = jax.lax.map(block, (cut(q), cut(mask) if each else None))
+    out = jax.lax.map(block, (cut(q), of_blocks))
     out = jnp.moveaxis(out, 0, -3)
     return out.reshape(*q.shape[:-2], size * count, -1)[..., :queries, :]
 
