@@ -2,10 +2,10 @@
 
   python -m tools.train_demo runs/demo --minutes tokenizer=90,text=120,diffusion=40,ar=15
 
-Each part first takes a few hundred steps, from whose speed follows how many fit into its minutes; its
-learning rate then falls as if that number had been set from the start. Stopped and started again, it
-goes on with the part it was at. The weights are in OUT/PART/model; docs/demo.md says how those that
-are shipped were made, by the same parts with numbers of steps of their own.
+Each part first takes a few hundred steps, from whose speed follows how many fit into its minutes;
+its learning rate then falls as if that number had been set from the start. Stopped and started
+again, it goes on with the part it was at. The weights are in OUT/PART/model; docs/demo.md says how
+those that are shipped were made, by the same parts with numbers of steps of their own.
 """
 
 import argparse

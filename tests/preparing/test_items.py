@@ -5,7 +5,7 @@ import json
 
 import pytest
 
-from instella_jax.data.captions import BROKEN_CAPTION, captions, read_json
+from instella_jax.data.captions import BROKEN_CAPTION, captions, named, read_json
 from instella_jax.data.samples import BadSample
 from instella_jax.preparing.importing import import_dataset
 from tests.small_data_sets import contents, make_tfds, picture, write_tar
@@ -98,3 +98,9 @@ def test_json_is_an_object_or_nothing():
     for broken in (b"", b"{", b"[" * 100_000):
         with pytest.raises(BadSample, match="^broken JSON$"):
             read_json(broken)
+
+
+def test_case_counts_only_where_names_differ_in_nothing_else():
+    assert named(["url", "Text"], ("text",)) == ["Text"]
+    assert named(["Text", "text"], ("text",)) == ["text"]
+    assert named(["Text", "TEXT"], ("text",)) == []
