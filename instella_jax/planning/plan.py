@@ -167,7 +167,7 @@ def abstract_step(
     """
     check_sizes(config, mesh)
     stage = make_stage(config)
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, stage.critics)
     state = state_shapes(stage, config, mesh)
     rows = sharding.batch_sharding(mesh, leading=1)
     batch = jax.tree.map(

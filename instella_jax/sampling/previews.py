@@ -43,13 +43,19 @@ def preview(stage: object, params: Params, frozen: Params, count: int) -> Previe
 
 @preview.register
 def _(stage: TokenizerStage, params: Params, frozen: Params, count: int) -> Preview:
-    """Return held-out images, each followed by its reconstruction."""
+    """Return held-out images, each followed by its reconstruction and their difference.
+
+    Half of the difference is laid over grey: what is the same is grey.
+    """
     del frozen
     originals = next(stage.loader("heldout", batch_size=count, drop_remainder=False))["image"]
     copies, quality = fetch(reconstruct(stage.network, params["tokenizer"], jnp.asarray(originals)))
-    pairs = np.stack([originals, copies], axis=1)
-    captions = [text for decibel in quality for text in ("original", f"{decibel:.1f} dB")]
-    return Preview(pairs.reshape(-1, *originals.shape[1:]), captions, together=2)
+    apart = (255 + copies.astype(np.int16) - originals) // 2
+    triples = np.stack([originals, copies, apart.astype(np.uint8)], axis=1)
+    captions = [
+        text for decibel in quality for text in ("original", f"{decibel:.1f} dB", "difference")
+    ]
+    return Preview(triples.reshape(-1, *originals.shape[1:]), captions, together=3)
 
 
 @preview.register

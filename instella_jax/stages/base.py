@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import Any, Protocol
 
 import jax
+import optax
 from jaxtyping import Array, Float, Int, Key
 
 from instella_jax.models.functional import Network, Params, Trainable, init_params
@@ -19,6 +20,16 @@ class Stage(Protocol):
     @property
     def networks(self) -> Mapping[str, Trainable]:
         """The networks or adapters that are trained, by the name of their part in params."""
+        ...
+
+    @property
+    def critics(self) -> dict[str, optax.GradientTransformation]:
+        """Those of the networks that are trained beside the model and are no part of it, as a
+        discriminator is, each with its own optimizer, by part; {} without.
+
+        `loss` counts what they pay as 0, with its gradient: one gradient then serves all, in which
+        no network sees another's parameters but through what the loss lets through.
+        """
         ...
 
     @property
@@ -68,3 +79,8 @@ def init_stage(stage: Stage, key: Key[Array, ""]) -> Params:
         part: init_params(network, jax.random.fold_in(key, number))
         for number, (part, network) in enumerate(sorted(stage.networks.items()))
     }
+
+
+def without_critics(stage: Stage, params: Params) -> Params:
+    """Return the parameters of the model alone."""
+    return {part: values for part, values in params.items() if part not in stage.critics}

@@ -136,6 +136,10 @@ class GeneratorStage(abc.ABC):
         return BinaryTokenizer(sizes, self.run)
 
     @property
+    def critics(self) -> dict[str, Any]:
+        return {}
+
+    @property
     def networks(self) -> Mapping[str, Trainable]:
         """The generator, and the text encoder where it is trained along; or the adapters."""
         if self.adapters is not None:

@@ -11,7 +11,7 @@ from instella_jax.errors import UserError
 from instella_jax.models.functional import Params
 from instella_jax.models.lora import Adapters
 from instella_jax.runtime import sharding
-from instella_jax.stages.base import Stage, init_stage
+from instella_jax.stages.base import Stage, init_stage, without_critics
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.weights import lora_files, model_folder, model_parts
 
@@ -72,7 +72,7 @@ def saved_step(workdir: str | os.PathLike[str]) -> int | None:
 
 
 def load_trained(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Params:
-    """Put the trainable parameters of `init_from`, or else the shipped ones, on the mesh.
+    """Put the model's parameters of `init_from`, or else the shipped ones, on the mesh.
 
     Adapters of these change nothing yet.
 
@@ -87,7 +87,7 @@ def load_trained(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Param
             f"the generator of {folder} predicts {theirs!r}, config.loss.target is "
             f"{sizes['target']!r}: give --config.loss.target={theirs}"
         )
-    for part, network in stage.networks.items():
+    for part, network in without_critics(stage, stage.networks).items():
         if isinstance(network, Adapters):
             key = jax.random.key(config.seed)
             return sharding.sharded_init(lambda key: init_stage(stage, key), key, mesh)

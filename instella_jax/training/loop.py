@@ -25,7 +25,7 @@ from instella_jax.runtime import sharding
 from instella_jax.runtime.distributed import Agreement
 from instella_jax.sampling.previews import preview
 from instella_jax.stages import make_stage
-from instella_jax.stages.base import Stage
+from instella_jax.stages.base import Stage, without_critics
 from instella_jax.stages.parameters import load_frozen, load_trained, save_trained, saved_step
 from instella_jax.training import flops
 from instella_jax.training.optimizer import learning_rate, make_optimizer
@@ -99,7 +99,7 @@ class _Run:
         keep = Keep(t.keep, t.keep_every, t.keep_minutes, t.keep_best)
         self.checkpoints = Checkpoints(workdir, keep)
         self.shapes = state_shapes(stage, config, mesh)
-        optimizer = make_optimizer(config.optimizer, config.train.steps)
+        optimizer = make_optimizer(config.optimizer, config.train.steps, stage.critics)
         self.step_function = jit_step(stage, optimizer, config, self.shapes)
         self.rate = Throughput()
         shapes = buckets.shapes(config)
@@ -119,7 +119,8 @@ class _Run:
             return restored
         state, _ = initial_state(self.stage, self.config, self.mesh)
         if self.config.init_from:
-            params = load_trained(self.stage, self.config, self.mesh)
+            # Critics begin anew.
+            params = {**state.params, **load_trained(self.stage, self.config, self.mesh)}
             state = state.replace(params=params, ema=as_float32(params))
             self.progress.message(f"weights of {self.config.init_from}")
         return state
@@ -310,7 +311,7 @@ class _Run:
 
     def write_model(self, step: int) -> None:
         """Write the average as a model folder, or as adapters."""
-        average = sharding.fetch(self.state.ema)
+        average = sharding.fetch(without_critics(self.stage, self.state.ema))
         if self.first:
             folder = save_trained(self.stage, average, step, self.workdir)
             self.progress.message(f"{folder.name}: {folder}")

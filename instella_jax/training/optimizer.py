@@ -1,5 +1,6 @@
 """The optimizer and its learning rate over the steps."""
 
+from collections.abc import Mapping
 from typing import Any
 
 import jax
@@ -41,13 +42,28 @@ def learning_rate(config: Config, steps: int, opt_state: Any) -> jax.Array:
     return jax.numpy.asarray(make_schedule(config, steps)(updates), jax.numpy.float32)
 
 
-def make_optimizer(config: Config, steps: int) -> optax.GradientTransformation:
+def make_optimizer(
+    config: Config, steps: int, critics: Mapping[str, optax.GradientTransformation] | None = None
+) -> optax.GradientTransformation:
     """Return the optimizer that `optimizer.kind` names, after a clip of the gradient norm where
     `clip` is not 0.
 
     "adamw" treats all parameters alike. "muon" takes the kernels of the stacked blocks, whose
     momentum it orthogonalises layer by layer, and leaves the rest to AdamW.
+
+    Args:
+      config: the `optimizer` section.
+      steps: where the schedule ends.
+      critics: optimizers of parts that have their own; see `Stage.critics`.
     """
+    if critics:
+
+        def part(path: tuple[Any, ...], leaf: Any) -> str:
+            del leaf
+            return path[0].key if path[0].key in critics else "model"
+
+        rules: dict[Any, Any] = {**critics, "model": make_optimizer(config, steps)}
+        return optax.partition(rules, lambda tree: jax.tree_util.tree_map_with_path(part, tree))
     clip = optax.clip_by_global_norm(config.clip) if config.clip else optax.identity()
     if config.kind == "adamw":
         return optax.chain(clip, _adamw(config, steps))

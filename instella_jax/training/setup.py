@@ -65,7 +65,7 @@ def state_shapes(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Train
 
 
 def _initialiser(stage: Stage, config: Config) -> tuple[Callable[[jax.Array], TrainState], Any]:
-    optimizer = make_optimizer(config.optimizer, config.train.steps)
+    optimizer = make_optimizer(config.optimizer, config.train.steps, stage.critics)
 
     def init(key: jax.Array) -> TrainState:
         init_key, run_key = jax.random.split(key)

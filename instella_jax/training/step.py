@@ -14,7 +14,7 @@ import optax
 from instella_jax.config import Config
 from instella_jax.data.counters import Counter, make_counter
 from instella_jax.models.functional import Params
-from instella_jax.stages.base import Stage
+from instella_jax.stages.base import Stage, without_critics
 from instella_jax.training.optimizer import learning_rate
 
 Metrics = dict[str, Any]
@@ -128,7 +128,8 @@ def make_step(
     """Return `step(state, frozen, batches) -> (state, metrics)` over batches [G, B, ...].
 
     A step whose loss or gradient norm is not finite, or whose norm exceeds `train.spike_norm`
-    where that is positive, changes neither parameters, optimizer nor average.
+    where that is positive, changes neither parameters, optimizer nor average. Critics have norms of
+    their own, "grad_norm_PART".
 
     Metrics are means over the G steps, but for "skipped_in_a_row" after the last of them and
     "counts", sums over the G steps and all processes: "skipped" steps, and what `count` adds.
@@ -141,9 +142,14 @@ def make_step(
         grads, metrics = gradients(
             stage, train.accumulate, state.params, frozen, batch, key, state.step
         )
-        norm = optax.tree.norm(grads)
+        norm = optax.tree.norm(without_critics(stage, grads))
+        critics = {
+            f"grad_norm_{part}": optax.tree.norm(grads[part]) for part in sorted(stage.critics)
+        }
         rate = learning_rate(config.optimizer, train.steps, state.opt_state)
         good = jnp.isfinite(metrics["loss"]) & jnp.isfinite(norm) & (norm <= limit)
+        for critic in critics.values():
+            good &= jnp.isfinite(critic)
         updates, opt_state = optimizer.update(grads, state.opt_state, as_float32(state.params))
         params = apply_updates(state.params, updates, jax.random.fold_in(key, ROUNDING))
         # A short warm-up of the average keeps the initial values out of it.
@@ -160,7 +166,9 @@ def make_step(
             ema=ema,
             opt_state=opt_state,
         )
-        return state, {**metrics, "grad_norm": norm, "learning_rate": rate}, ~good
+        return state, {
+            **metrics, **critics, "grad_norm": norm, "learning_rate": rate,
+        }, ~good  # fmt: skip
 
     def step(state: TrainState, frozen: Params, batches: Any) -> tuple[TrainState, Metrics]:
         def scanned(state: TrainState, batch: Any) -> tuple[TrainState, Any]:

@@ -25,7 +25,7 @@ LOCK = ".lock"
 # data are, what is generated. Sizes, and what the numbers mean, may not.
 _FREE = ("train", "optimizer", "mesh", "sample", "eval", "run", "data.workers", "data.folder.path",
          "data.shards.path", "data.codes.path", "plan", "profile", "init_from",
-         "shipped")  # fmt: skip
+         "shipped", "loss.perceptual.weights")  # fmt: skip
 # What the optimizer's state is, and what the network was trained to tell.
 _FIXED = ("optimizer.kind", "loss.target")
 # What may be other beside these where a run's weights are used, and nothing is trained.

@@ -83,7 +83,9 @@ def sigmoid(x):
 )
 def test_the_loss_is_that_of_numpy(tiny_tokenizer_config, step, temperature):
     schedule = dict(start=0.8, end=0.4, steps=20)
-    stage = stage_of(tiny_tokenizer_config, code_weight=0.3, temperature=schedule)
+    stage = stage_of(
+        tiny_tokenizer_config, code=dict(weight=0.3, start=0, warmup=0), temperature=schedule
+    )
     batch, x = pictures()
     loss, metrics = stage.loss(PARAMS, {}, batch, KEY, jnp.int32(step))
     logits = logits_of(x)
@@ -132,11 +134,53 @@ def test_the_encoder_learns_unless_it_is_frozen(tiny_tokenizer_config):
     def loss(params, stage):
         return stage.loss(params, {}, batch, KEY, jnp.int32(0))
 
-    free = stage_of(tiny_tokenizer_config, code_weight=0.3)
-    frozen = stage_of(tiny_tokenizer_config, code_weight=0.3, freeze_encoder=True)
+    free = stage_of(tiny_tokenizer_config, code=dict(weight=0.3, start=0, warmup=0))
+    frozen = stage_of(
+        tiny_tokenizer_config, code=dict(weight=0.3, start=0, warmup=0), freeze_encoder=True
+    )
     gradient = jax.grad(loss, has_aux=True)
     assert gradient(PARAMS, free)[0]["tokenizer"]["gain"] != 0
     grads, metrics = gradient(PARAMS, frozen)
     assert grads["tokenizer"]["gain"] == 0
     hard = decoded((logits_of(x) > 0).astype(float), x)
     assert float(metrics["psnr"]) == pytest.approx(decibels(hard, x), rel=1e-4)
+
+
+def unweighted(name, x, key):
+    """Each loss by numpy, of pictures whose bits are drawn at temperature 1."""
+    logits = logits_of(x)
+    p = sigmoid(logits)
+    picture = decoded((np.asarray(jax.random.uniform(key, p.shape)) < p).astype(float), x)
+
+    def entropy(p):
+        return -(p * np.log2(p) + (1 - p) * np.log2(1 - p))
+
+    return {
+        "pixel": lambda: np.abs(picture - x).mean(),
+        "code": lambda: (p * (1 - p)).mean(),
+        "entropy": lambda: entropy(p).mean(),
+        "balance": lambda: 1 - entropy(p.mean(0)).mean(),
+        "perceptual": lambda: 3 * ((picture - x) ** 2).mean(),
+    }[name]()
+
+
+@pytest.mark.parametrize("name", ["pixel", "code", "entropy", "balance", "perceptual"])
+def test_weight_start_and_warmup_of_each_loss_act(tiny_tokenizer_config, monkeypatch, name):
+    def distance(params, a, b):
+        return params * jnp.square(a - b).mean((1, 2, 3))
+
+    monkeypatch.setattr("instella_jax.stages.tokenizer.lpips", distance)
+    none = dict(weight=0.0, start=0, warmup=0)
+    sections = {n: dict(none) for n in ("pixel", "code", "entropy", "balance", "perceptual")}
+    sections["pixel"]["kind"] = "l1"
+    sections[name].update(weight=0.7, start=5, warmup=4)
+    schedule = dict(start=1.0, end=1.0, steps=1)
+    stage = stage_of(tiny_tokenizer_config, temperature=schedule, **sections)
+    # The dark ones alone, in which bits are on as often as not in no place.
+    batch, x = {"image": pictures()[0]["image"][:16]}, pictures()[1][:16]
+    value = unweighted(name, x, KEY)
+    assert value > 1e-3
+    run = jax.jit(lambda step: stage.loss(PARAMS, {"lpips": jnp.float32(3)}, batch, KEY, step)[0])
+    found = [float(run(jnp.int32(step))) for step in (0, 4, 5, 6, 8, 9, 1_000)]
+    wanted = [0.7 * value * rise for rise in (0, 0, 0, 0.25, 0.75, 1, 1)]
+    assert found == pytest.approx(wanted, rel=1e-3, abs=1e-6)
