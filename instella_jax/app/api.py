@@ -18,8 +18,8 @@ from typing import Any
 import numpy as np
 
 from instella_jax.app import openai_form
-from instella_jax.app.batching import Busy, Job, Settings
-from instella_jax.app.files import FORMATS, encode, made_by
+from instella_jax.app.batching import Busy, Job, Made, Settings
+from instella_jax.app.files import FORMATS, encode
 from instella_jax.app.openai_form import Answer, describe_error, error_body
 from instella_jax.app.studio import Studio
 from instella_jax.errors import UserError
@@ -172,16 +172,16 @@ class Api:
             if answer.stream:
                 events = self._events(job, shown, answer)
                 return StreamingResponse(events, media_type="text/event-stream")
-            pictures = await _result(job, request)
-            return _json(await asyncio.to_thread(self._body, request, job, pictures, answer))
+            made = await _result(job, request)
+            return _json(await asyncio.to_thread(self._body, request, job, made, answer))
         except Exception as error:
             return _error(error)
 
-    def _body(self, request: Any, job: Job, pictures: np.ndarray, answer: Answer) -> dict[str, Any]:
+    def _body(self, request: Any, job: Job, made: Made, answer: Answer) -> dict[str, Any]:
         """Return the body of an answer with all pictures."""
         data = []
-        for row, picture in zip(job.rows, pictures, strict=True):
-            content = encode(picture, made_by(job.settings, row), answer.kind, answer.quality)
+        for row, picture, record in zip(job.rows, *made, strict=True):
+            content = encode(picture, record, answer.kind, answer.quality)
             if answer.form == "url":
                 link = f"{request.base_url}v1/images/files/{self._shelf.put(content, answer.kind)}"
                 data.append({"url": link, "seed": row.seed})
@@ -222,19 +222,25 @@ class Api:
                     break
                 done, steps, pictures = preview.result()
                 if done < steps and sent < answer.partial * done // steps + 1 <= answer.partial:
-                    yield self._event("partial_image", job, pictures[0], answer, sent)
+                    yield self._event("partial_image", job, pictures[0], None, answer, sent)
                     sent += 1
-            pictures = await ready
-            yield self._event("completed", job, pictures[0], answer)
+            made = await ready
+            yield self._event("completed", job, made.pictures[0], made.records[0], answer)
         except Exception as error:
             yield f"event: error\ndata: {json.dumps(describe_error(error)[1])}\n\n"
         finally:
             job.cancel()
 
     def _event(
-        self, name: str, job: Job, picture: np.ndarray, answer: Answer, index: int | None = None
+        self,
+        name: str,
+        job: Job,
+        picture: np.ndarray,
+        record: dict[str, Any] | None,
+        answer: Answer,
+        index: int | None = None,
     ) -> str:
-        content = encode(picture, made_by(job.settings, job.rows[0]), answer.kind, answer.quality)
+        content = encode(picture, record, answer.kind, answer.quality)
         values: dict[str, Any] = {
             "type": f"image_generation.{name}",
             "b64_json": base64.b64encode(content).decode(),
@@ -274,7 +280,7 @@ async def _body(request: Any) -> bytes:
     return body
 
 
-async def _result(job: Job, request: Any) -> np.ndarray:
+async def _result(job: Job, request: Any) -> Made:
     """Wait for pictures, and give them up where the client has gone."""
     ready = asyncio.wrap_future(job.future)
     while not ready.done():

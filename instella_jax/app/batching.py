@@ -10,7 +10,7 @@ import logging
 import threading
 import time
 from collections.abc import Callable, Sequence
-from typing import Protocol
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
@@ -59,8 +59,7 @@ class Settings:
     protocol: int = 1
 
 
-@dataclasses.dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A picture to sample.
 
     Attributes:
@@ -74,16 +73,28 @@ class Row:
     seed: int
 
 
+class Made(NamedTuple):
+    """Pictures, and what each says of how it was made.
+
+    Attributes:
+      pictures: uint8 [B, height, width, 3].
+      records: B of them, as JSON has it.
+    """
+
+    pictures: np.ndarray
+    records: Sequence[dict[str, Any]]
+
+
 # Called with steps done, steps in all, and uint8 [B, height, width, 3] as they look by then.
 OnPreview = Callable[[int, int, np.ndarray], None]
 
 
 class Compute(Protocol):
-    """What samples a batch: uint8 [B, height, width, 3]."""
+    """What samples a batch."""
 
     def __call__(
         self, settings: Settings, rows: Sequence[Row], on_preview: OnPreview | None
-    ) -> np.ndarray:
+    ) -> Made:
         """Sample; what it raises goes to all who asked for a picture of the batch."""
         ...
 
@@ -103,16 +114,17 @@ class Job:
             after a step, those that are not begun in grey; None where nobody watches.
         """
         self.settings, self.rows, self.on_preview = settings, tuple(rows), on_preview
-        self.future: concurrent.futures.Future[np.ndarray] = concurrent.futures.Future()
+        self.future: concurrent.futures.Future[Made] = concurrent.futures.Future()
         self._pictures: list[np.ndarray | None] = [None] * len(self.rows)
+        self._records: list[dict[str, Any]] = []
         self._begun = 0
 
     def cancel(self) -> None:
         """Say that nobody wants the pictures any more."""
         self.future.cancel()
 
-    def result(self, timeout: float | None = None) -> np.ndarray:
-        """Wait for the pictures, uint8 [B, height, width, 3]."""
+    def result(self, timeout: float | None = None) -> Made:
+        """Wait for the pictures."""
         return self.future.result(timeout)
 
     @property
@@ -126,12 +138,14 @@ class Job:
         self._begun = taken.stop
         return taken
 
-    def finish(self, taken: range, pictures: np.ndarray) -> None:
-        """Hand pictures over; the last ones complete the job."""
-        self._pictures[taken.start : taken.stop] = list(pictures)
+    def finish(self, taken: range, made: Made) -> None:
+        """Hand pictures over, in their order; the last ones complete the job."""
+        self._pictures[taken.start : taken.stop] = list(made.pictures)
+        self._records += made.records
         done = [picture for picture in self._pictures if picture is not None]
         if len(done) == len(self.rows) and not self.future.done():
-            self._resolve(lambda: self.future.set_result(np.stack(done)))
+            result = Made(np.stack(done), self._records)
+            self._resolve(lambda: self.future.set_result(result))
 
     def fail(self, error: BaseException) -> None:
         """Hand an error over."""
@@ -287,7 +301,7 @@ class Batcher:
 
         watched = any(job.on_preview is not None for job, _ in batch)
         try:
-            pictures = self._compute(settings, rows, show if watched else None)
+            made = self._compute(settings, rows, show if watched else None)
         except Cancelled:
             return
         except Exception as error:
@@ -297,4 +311,5 @@ class Batcher:
                 job.fail(error)
             return
         for (job, taken), start in zip(batch, starts, strict=True):
-            job.finish(taken, pictures[start : start + len(taken)])
+            own = slice(start, start + len(taken))
+            job.finish(taken, Made(made.pictures[own], made.records[own]))

@@ -43,7 +43,9 @@ table.bytes td.number, table.bytes th.number { text-align: right;
 table.bytes tr.ours td { font-weight: 600; color: var(--color-accent); }
 .words { columns: 3 8em; font-size: .9rem; line-height: 1.5; }
 footer { display: none !important; }
+.prose pre { max-width: 100%; overflow-x: auto; }
 @media (max-width: 640px) {
+  .prose pre, .prose pre code { white-space: pre-wrap; overflow-wrap: anywhere; }
   .words { columns: 2 7em; }
   .gradio-container { padding: 8px !important; }
 }

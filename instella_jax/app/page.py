@@ -13,8 +13,8 @@ from typing import Any
 import numpy as np
 
 from instella_jax.app import look, markup
-from instella_jax.app.batching import Job
-from instella_jax.app.files import encode, made_by
+from instella_jax.app.batching import Job, Made
+from instella_jax.app.files import encode
 from instella_jax.app.requests import SEEDS, BadField, Request
 from instella_jax.app.studio import Studio
 from instella_jax.errors import UserError
@@ -216,7 +216,7 @@ def _generate(
                 yield markup.progress(pictures, share), hidden, text
             elif ahead := studio.batcher.ahead_of(job):
                 yield gr.skip(), hidden, markup.said(_place(studio, job, ahead))
-        pictures = job.result()
+        made = job.result()
     except Exception as error:
         yield gr.HTML(markup.waiting(START)), hidden, markup.notice(error)
         return
@@ -225,7 +225,7 @@ def _generate(
         job.cancel()
     seconds = time.perf_counter() - start
     with tempfile.TemporaryDirectory(prefix="instella-jax-") as folder:
-        files = _write(Path(folder), job, pictures)
+        files = _write(Path(folder), made)
         # gradio copies the files before it asks for more.
         yield (
             gr.HTML(visible=False),
@@ -263,13 +263,13 @@ def _summary(studio: Studio, request: Request, job: Job, seconds: float) -> str:
     return text
 
 
-def _write(folder: Path, job: Job, pictures: np.ndarray) -> list[str]:
+def _write(folder: Path, made: Made) -> list[str]:
     """Write PNG files with names that say what they are."""
     paths = []
-    for row, picture in zip(job.rows, pictures, strict=True):
-        words = re.sub(r"[^a-z0-9]+", "-", row.prompt.lower()).strip("-")[:48]
-        path = folder / f"{words or 'picture'}-seed{row.seed}.png"
-        path.write_bytes(encode(picture, made_by(job.settings, row)))
+    for picture, record in zip(*made, strict=True):
+        words = re.sub(r"[^a-z0-9]+", "-", record["text"].lower()).strip("-")[:48]
+        path = folder / f"{words or 'picture'}-seed{record['seed']}.png"
+        path.write_bytes(encode(picture, record))
         paths.append(str(path))
     return paths
 

@@ -4,17 +4,16 @@ Axes: B pictures.
 """
 
 import difflib
-import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-import numpy as np
-
-from instella_jax.app.batching import Batcher, Job, OnPreview, Row, Settings
+from instella_jax.app.batching import Batcher, Job, Made, OnPreview, Row, Settings
 from instella_jax.app.requests import BadField, Limits, Request
 from instella_jax.errors import UserError
+from instella_jax.sampling import sampler
 from instella_jax.sampling.pipeline import InstellaPipeline
+from instella_jax.sampling.records import make_record
 
 # How many previews of a picture are decoded on the way.
 PREVIEWS = 10
@@ -141,48 +140,42 @@ class Studio:
 
     def _compute(
         self, settings: Settings, rows: Sequence[Row], on_preview: OnPreview | None
-    ) -> np.ndarray:
-        """Sample a batch, uint8 [B, height, width, 3]."""
+    ) -> Made:
+        """Sample a batch."""
         pipe = self.models[settings.model]
         # Few sizes of batches are ever compiled: the powers of two.
         size = min(1 << (len(rows) - 1).bit_length(), self.limits.batch)
-        filled = [rows[min(number, len(rows) - 1)] for number in range(size)]
-        callback = None
-        if on_preview is not None:
-            callback = functools.partial(_preview, settings, len(rows), on_preview)
-        output = pipe(
-            [row.prompt for row in filled],
-            [row.negative_prompt for row in filled],
+        requests = [sampler.Request(*rows[min(n, len(rows) - 1)]) for n in range(size)]
+        options = pipe.options(
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,
+            temperature=settings.temperature,
             height=settings.height,
             width=settings.width,
-            seed=[row.seed for row in filled],
-            temperature=settings.temperature,
             rho=settings.rho,
             protocol=settings.protocol,
-            callback_on_step_end=callback,
             batch_size=size,
         )
-        return np.stack([np.asarray(image) for image in output.images[: len(rows)]])
 
+        def on_step(done: int, total: int, codes: Any) -> None:
+            assert on_preview is not None
+            # The last one is shown as the result.
+            if done % max(1, total // PREVIEWS) == 0 or done == total:
+                pictures = pipe.sampler.decode(codes, settings.height, settings.width)
+                on_preview(done, total, pictures[: len(rows)])
 
-def _preview(
-    settings: Settings,
-    count: int,
-    on_preview: OnPreview,
-    pipe: InstellaPipeline,
-    step: int,
-    total: int,
-    values: Mapping[str, Any],
-) -> None:
-    """Decode the codes after some of the steps; the last one is shown as the result."""
-    done = step + 1
-    if done % max(1, total // PREVIEWS) and done < total:
-        return
-    codes = values["codes"].astype(np.float32)
-    pictures = pipe.sampler.decode(codes, settings.height, settings.width)
-    on_preview(done, total, pictures[:count])
+        (made,) = pipe.sampler.batches(
+            requests, options, on_step=None if on_preview is None else on_step
+        )
+        length = pipe.sampler.text_length([text for request in requests for text in request[:2]])
+        records = [
+            make_record(pipe.sampler, pipe.weights, request, options, size, length)
+            for request in requests[: len(rows)]
+        ]
+        for record in records:
+            # As it is called here: where the server has it is nobody else's business.
+            record["weights"] = {**record["weights"], "folder": settings.model}
+        return Made(made.images[: len(rows)], records)
 
 
 def short_name(model: str) -> str:

@@ -4,8 +4,11 @@ import base64
 import concurrent.futures
 import io
 import json
+import os
 import signal
 import socket
+import subprocess
+import sys
 import time
 
 import numpy as np
@@ -14,6 +17,7 @@ from PIL import Image
 
 from instella_jax.sampling.pipeline import InstellaPipeline
 from tests.needs_app import NEEDS_APP
+from tests.paths import ROOT
 from tests.server_process import serving
 
 pytestmark = NEEDS_APP
@@ -66,9 +70,24 @@ def test_a_picture_is_the_one_of_its_seed_and_says_how_it_was_made(client):
     found, made_by = pixels(image)
     np.testing.assert_array_equal(found, wanted(PROMPT, 7, num_inference_steps=6))
     assert (image.seed, answer.size, answer.output_format) == (7, "64x64", "png")
-    assert (made_by["prompt"], made_by["seed"], made_by["steps"]) == (PROMPT, 7, 6)
+    assert (made_by["text"], made_by["seed"], made_by["steps"]) == (PROMPT, 7, 6)
     # 16 tokens to a picture of the demo.
     assert (answer.usage.input_tokens, answer.usage.output_tokens) == (6, 16)
+
+
+def test_the_command_makes_a_picture_again_from_itself(client, tmp_path):
+    answer = client.images.generate(
+        model="demo", prompt=PROMPT, n=3, extra_body={"seed": 7, "num_inference_steps": 6}
+    )
+    (tmp_path / "third.png").write_bytes(base64.b64decode(answer.data[2].b64_json))
+    command = [sys.executable, "-m", "instella_jax", "generate", "--from", "third.png"]
+    subprocess.run(
+        [*command, "--out", "again.png"], cwd=tmp_path, check=True, timeout=300,
+        env={**os.environ, "PYTHONPATH": str(ROOT), "XLA_FLAGS": ""},
+    )  # fmt: skip
+    with Image.open(tmp_path / "third.png") as first, Image.open(tmp_path / "again.png") as again:
+        np.testing.assert_array_equal(np.asarray(first), np.asarray(again))
+        assert json.loads(first.text["instella_jax"])["seed"] == 9
 
 
 def test_all_that_can_be_asked_for_is_answered(client, http):
@@ -113,7 +132,7 @@ def test_many_at_once_are_batched_and_get_their_own(client, http):
     with concurrent.futures.ThreadPoolExecutor(8) as pool:
         answers = list(pool.map(ask, range(8)))
     for number, (seed, prompt, made_by) in enumerate(answers):
-        assert seed == made_by["seed"] == number and made_by["prompt"] == prompt
+        assert seed == made_by["seed"] == number and made_by["text"] == prompt
     # 8 pictures, 4 in a batch at most.
     assert 2 <= http.get("/health").json()["batches"] - before <= 5
 

@@ -4,7 +4,7 @@ import time
 import numpy as np
 import pytest
 
-from instella_jax.app.batching import Batcher, Busy, Job, Row, Settings, Stopping
+from instella_jax.app.batching import Batcher, Busy, Job, Made, Row, Settings, Stopping
 from instella_jax.errors import UserError
 
 SETTINGS = Settings(
@@ -19,7 +19,13 @@ def job(*seeds, settings=SETTINGS, on_preview=None):
     return Job(settings, [Row("a cat", "", seed) for seed in seeds], on_preview)
 
 
-def seeds_of(pictures):
+def seeds_of(made):
+    seeds = shown_seeds(made.pictures)
+    assert [record["seed"] for record in made.records] == seeds
+    return seeds
+
+
+def shown_seeds(pictures):
     return pictures[:, 0, 0, 0].tolist()
 
 
@@ -42,7 +48,7 @@ class Computer:
         )
         for step in range(settings.steps if on_preview else 0):
             on_preview(step + 1, settings.steps, pictures)
-        return pictures
+        return Made(pictures, [{"seed": row.seed} for row in rows])
 
     def hold(self):
         """Keep what is computed from now on from ending."""
@@ -150,8 +156,8 @@ def test_previews_show_all_pictures_of_a_job_with_grey_for_those_not_begun(held,
     watched.result(10)
     shares = [done / steps for done, steps, _ in seen]
     assert len(seen) == 8 and shares == sorted(shares) and shares[-1] == 1.0
-    assert seeds_of(seen[0][2]) == [0, 1, 2, 3, 128, 128]
-    assert seeds_of(seen[-1][2]) == [0, 1, 2, 3, 4, 5]
+    assert shown_seeds(seen[0][2]) == [0, 1, 2, 3, 128, 128]
+    assert shown_seeds(seen[-1][2]) == [0, 1, 2, 3, 4, 5]
 
 
 def test_draining_finishes_what_waits_and_takes_no_more(held, computer):

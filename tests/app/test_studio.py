@@ -27,7 +27,7 @@ def pixels(output):
 def test_a_picture_is_the_one_that_the_pipeline_gives_for_its_seed(studio, pipe):
     job = studio.submit(Request(PROMPTS[0], seed=7, steps=6))
     alone = pixels(pipe(PROMPTS[0], seed=7, num_inference_steps=6))
-    np.testing.assert_array_equal(job.result(120), alone)
+    np.testing.assert_array_equal(job.result(120).pictures, alone)
 
 
 def test_requests_of_the_same_settings_share_a_program_and_get_their_own(studio, pipe):
@@ -37,7 +37,7 @@ def test_requests_of_the_same_settings_share_a_program_and_get_their_own(studio,
         studio.submit(Request(prompt, seed=seed, steps=6, negative_prompt=negative))
         for prompt, seed, negative in ((PROMPTS[0], 3, ""), (PROMPTS[1], 9, "a cat"))
     ]
-    found = [job.result(120) for job in jobs]
+    found = [job.result(120).pictures for job in jobs]
     assert studio.batcher.batches == 2
     for job, pictures in zip(jobs, found, strict=True):
         (row,) = job.rows
@@ -52,7 +52,7 @@ def test_previews_end_with_the_picture_itself(studio):
     job = studio.submit(
         Request(PROMPTS[0], pictures=2, steps=6), lambda *preview: seen.append(preview)
     )
-    pictures = job.result(120)
+    pictures = job.result(120).pictures
     assert [done for done, _, _ in seen] == [2 * step for step in range(1, 7)]
     np.testing.assert_array_equal(seen[-1][2], pictures)
     far = [np.abs(shown.astype(int) - pictures.astype(int)).mean() for _, _, shown in seen]
