@@ -33,7 +33,7 @@ def make_parser() -> argparse.ArgumentParser:
     configured.add_parsers(commands, _configured)
     models.add_parsers(commands)
     data.add_parser(commands)
-    measure.add_parser(commands)
+    configured.add_heldout(measure.add_parser(commands), _configured)
     app.add_parser(commands)
     keys = commands.add_parser("keys", help="what the keys of the configs mean, and their values")
     keys.set_defaults(run=_keys)

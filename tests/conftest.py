@@ -20,7 +20,6 @@ CHECKED = (
     "instella_jax.sampling.album",
     "instella_jax.sampling.load",
     "instella_jax.sampling.loops",
-    "instella_jax.sampling.pipeline",
     "instella_jax.sampling.previews",
     "instella_jax.sampling.sampler",
     "instella_jax.stages.autoregressive",

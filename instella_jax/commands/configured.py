@@ -1,4 +1,4 @@
-"""`instella-jax train` and `plan`: modes of `python -m instella_jax.main` by a shorter name."""
+"""`instella-jax train`, `plan`, `eval heldout`: modes of `instella_jax.main` by shorter names."""
 
 import argparse
 import re
@@ -16,6 +16,11 @@ examples:
   instella-jax train tokenizer data.kind=folder data.folder.path=/my/pictures
 KEY=VALUE is --config.KEY=VALUE; instella-jax keys CONFIG lists the keys, and
 python -m instella_jax.main --help the flags."""
+EVAL_EXAMPLES = """\
+examples:
+  instella-jax eval heldout t2i_diffusion
+  instella-jax eval heldout runs/mine
+  instella-jax eval heldout tokenizer init_from=my/tokenizer"""
 PLAN_EXAMPLES = """\
 examples:
   instella-jax plan t2i_diffusion:instella_512
@@ -24,21 +29,32 @@ examples:
 
 def add_parsers(commands: Any, run: Callable[[argparse.Namespace], None]) -> None:
     """Add the commands that run a config, by `instella_jax.main` with `flags_of` the arguments."""
-    for name, examples, text in (
-        ("train", TRAIN_EXAMPLES, "train a config, or go on with a run"),
-        ("plan", PLAN_EXAMPLES, "what a run will need: memory, speed, days; from shapes alone"),
-    ):
-        parser = commands.add_parser(
-            name,
-            help=text,
-            epilog=examples,
-            formatter_class=argparse.RawDescriptionHelpFormatter,
-        )
-        parser.set_defaults(run=run, takes_more=True)
-        parser.add_argument(
-            "config", metavar="CONFIG[:VARIANT]|RUN", help="a config by name or file, or a workdir"
-        )
-        parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="keys to change")
+    _add(commands, "train", "train a config, or go on with a run", TRAIN_EXAMPLES, run)
+    text = "what a run will need: memory, speed, days; from shapes alone"
+    _add(commands, "plan", text, PLAN_EXAMPLES, run)
+
+
+def add_heldout(actions: Any, run: Callable[[argparse.Namespace], None]) -> None:
+    """Add `heldout`, the mode `eval`, to the actions of the command `eval`."""
+    text = "held-out metrics of a config's shipped weights, of a run, or of a model"
+    _add(actions, "heldout", text, EVAL_EXAMPLES, run)
+
+
+def _add(
+    commands: Any,
+    name: str,
+    text: str,
+    examples: str,
+    run: Callable[[argparse.Namespace], None],
+) -> None:
+    parser = commands.add_parser(
+        name, help=text, epilog=examples, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.set_defaults(run=run, takes_more=True)
+    parser.add_argument(
+        "config", metavar="CONFIG[:VARIANT]|RUN", help="a config by name or file, or a workdir"
+    )
+    parser.add_argument("changes", nargs="*", metavar="KEY=VALUE", help="keys to change")
 
 
 def flags_of(options: argparse.Namespace) -> list[str]:

@@ -11,8 +11,8 @@ from instella_jax.config_keys import path_argument
 from instella_jax.errors import UserError
 
 
-def add_parser(commands: Any) -> None:
-    """Add `eval` to the parser of the console command."""
+def add_parser(commands: Any) -> Any:
+    """Add `eval` to the parser of the console command; return where its actions are added."""
     measure = commands.add_parser("eval", help="a number about a model", description=__doc__)
     kinds = measure.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_scenes(kinds)
@@ -21,6 +21,7 @@ def add_parser(commands: Any) -> None:
     measure_pictures.add_rfid(kinds)
     measure_pictures.add_clip(kinds)
     measure_pictures.add_inception(kinds)
+    return kinds
 
 
 def _add_scenes(kinds: Any) -> None:

@@ -478,7 +478,7 @@ class Sampler:
 
         Rounded, so that few lengths are compiled.
         """
-        longest = max(1, *map(len, self._tokens(prompts)))
+        longest = max([1, *map(len, self._tokens(prompts))])
         return min(-(-longest // TEXT_BLOCK) * TEXT_BLOCK, self.max_length)
 
     def _tokens(self, prompts: Sequence[str]) -> list[np.ndarray]:

@@ -214,6 +214,7 @@ def test_train_and_plan_are_modes_of_main(tmp_path):
     assert flags("plan", "tokenizer", "--workdir", "x y", "seed=1")[2:] == [
         "--workdir", "x y", "--config.seed=1",
     ]  # fmt: skip
+    assert flags("eval", "heldout", "tokenizer") == ["--config=tokenizer", "--mode=eval"]
     (tmp_path / "config.json").write_text("{}")
     assert flags("plan", str(tmp_path)) == [f"--workdir={tmp_path}", "--mode=plan"]
     with pytest.raises(UserError, match="unexpected argument 'steps': keys are changed as"):
