@@ -134,7 +134,8 @@ def sample_case(case):
         if key.startswith(f"{case['key']}.")
     }
     keys = loops.image_keys(jnp.arange(own["final"].shape[0]))
-    return own, numbered(values, "text"), values["text_mask"], keys
+    text, mask = jnp.asarray(numbered(values, "text")), jnp.asarray(values["text_mask"])
+    return own, text, mask, keys
 
 
 def of_kind(kind):
