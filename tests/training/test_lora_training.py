@@ -5,6 +5,7 @@ import json
 import jax
 import numpy as np
 import pytest
+from jax.sharding import PartitionSpec as P
 from PIL import Image
 from safetensors.numpy import load_file
 
@@ -114,8 +115,8 @@ def test_the_state_is_of_the_adapters_alone(config):
     moments = [x for x in jax.tree.leaves(state.opt_state) if x.ndim]
     assert len(moments) == 2 * len(trained)  # all of them Adam's
     query = state.params["lora"]["blocks"]["attention"]["q"]
-    assert query["lora_a"].sharding.spec == (None, "fsdp", None)
-    assert query["lora_b"].sharding.spec == (None, None, "tensor")
+    assert query["lora_a"].sharding.spec == P(None, "fsdp", None)
+    assert query["lora_b"].sharding.spec == P(None, None, "tensor")
 
 
 @pytest.mark.parametrize("kind", ["adamw", "muon"])
