@@ -55,6 +55,8 @@ EXTRAS = {
     # Damaged blocks of JPEG files are found by it.
     "jpeg": ["simplejpeg>=1.8"],
     "torch": ["torch>=2.10"],
+    # To execute the notebook outside of Colab.
+    "notebook": ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"],
     "test": [
         "argcomplete>=3.5",
         "beartype>=0.22",
