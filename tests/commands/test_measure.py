@@ -39,16 +39,16 @@ def report_of(folder):
 
 
 @pytest.mark.slow
-def test_scene_eval_says_all_that_is_needed_to_repeat_it(tmp_path, capsys):
+def test_scene_eval_says_all_that_is_needed_to_repeat_it(tmp_path, quick_compile, capsys):
     tasks = "single_object,counting"
-    eval_("scenes", "demo", "--prompts=3", "--images-per-prompt=2", f"--tasks={tasks}",
+    eval_("scenes", "demo", "--prompts=2", "--images-per-prompt=2", f"--tasks={tasks}",
           "--steps=4", "--seed=5", "--out", tmp_path / "out")  # fmt: skip
     report = report_of(tmp_path / "out")
     assert report["sampling"]["steps"] == 4 and report["sampling"]["seed"] == 5
     assert report["sampling"]["guidance"] == 1.0  # the demo's
     assert set(report["weights"]["digests"]) == {"generator", "text", "tokenizer"}
     assert list(report["scores"]) == ["single_object", "counting", "overall"]
-    assert len(report["images"]) == 12
+    assert len(report["images"]) == 8
     for task in ("single_object", "counting"):
         shares = [image["right"] for image in report["images"] if image["task"] == task]
         assert report["scores"][task]["correct"] == pytest.approx(np.mean(shares))
@@ -58,7 +58,7 @@ def test_scene_eval_says_all_that_is_needed_to_repeat_it(tmp_path, capsys):
 
 
 @pytest.mark.slow
-def test_an_export_holds_the_pictures_of_the_model(tmp_path):
+def test_an_export_holds_the_pictures_of_the_model(tmp_path, quick_compile):
     from instella_jax.sampling.load import load_sampler
     from instella_jax.sampling.sampler import Options
 
@@ -108,7 +108,9 @@ def test_rfid_is_the_distance_of_crops_and_copies(tmp_path, scenes, monkeypatch,
     copies = np.asarray(reconstruct(tokenizer.network, tokenizer.params, images)[0])
     extractor = feature_sets.vgg_extractor(weights)
     both = [
-        feature_sets.measure(picture_sets.PictureSet(range(6), images.__getitem__), extractor)
+        feature_sets.measure(
+            picture_sets.PictureSet(range(6), images.__getitem__), extractor, batch_size=8
+        )
         for images in (copies, originals)
     ]
     expected = frechet_distance(*(one.statistics for one in both))
