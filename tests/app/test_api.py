@@ -49,7 +49,8 @@ def http(server):
 def pixels(image):
     with Image.open(io.BytesIO(base64.b64decode(image.b64_json))) as file:
         assert file.format == "PNG"
-        return np.asarray(file), json.loads(file.text["instella_jax"])
+        # Those of a stream that are not finished say nothing.
+        return np.asarray(file), json.loads(file.text.get("instella_jax", "null"))
 
 
 def wanted(prompt, seed, **options):

@@ -24,12 +24,14 @@ def pixels(output):
     return np.stack([np.asarray(image) for image in output.images])
 
 
+@pytest.mark.slow
 def test_a_picture_is_the_one_that_the_pipeline_gives_for_its_seed(studio, pipe):
     job = studio.submit(Request(PROMPTS[0], seed=7, steps=6))
     alone = pixels(pipe(PROMPTS[0], seed=7, num_inference_steps=6))
     np.testing.assert_array_equal(job.result(120).pictures, alone)
 
 
+@pytest.mark.slow
 def test_requests_of_the_same_settings_share_a_program_and_get_their_own(studio, pipe):
     # The first one holds the thread up for as long as the two others need to come.
     studio.submit(Request(PROMPTS[0], steps=1))
@@ -47,6 +49,7 @@ def test_requests_of_the_same_settings_share_a_program_and_get_their_own(studio,
     assert np.abs(found[0].astype(int) - found[1].astype(int)).max() > 100
 
 
+@pytest.mark.slow
 def test_previews_end_with_the_picture_itself(studio):
     seen = []
     job = studio.submit(
