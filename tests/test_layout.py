@@ -10,8 +10,8 @@ PACKAGE = "instella_jax"
 # What stands above may import what stands below it, never the other way.
 LAYERS = (
     "cli", "main", "commands", "app", "planning", "training", "evaluation", "sampling", "preparing",
-    "stages", "losses", "weights", "checkpoints", "data", "kernels", "models", "reporting",
-    "runtime", "config_keys", "config", "errors",
+    "codec", "stages", "losses", "weights", "checkpoints", "data", "kernels", "models",
+    "reporting", "runtime", "config_keys", "config", "errors",
 )  # fmt: skip
 
 

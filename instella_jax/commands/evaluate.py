@@ -1,5 +1,7 @@
 """`--mode=eval`: held-out figures of a stage, from a workdir or from a model folder."""
 
+import contextlib
+import json
 import os
 from pathlib import Path
 from typing import Any
@@ -7,13 +9,18 @@ from typing import Any
 import jax
 from jax.sharding import Mesh
 
+from instella_jax.codec.tokenizer import BinaryTokenizer
 from instella_jax.config import Config
 from instella_jax.config_keys import check_values
-from instella_jax.evaluation import scenes
+from instella_jax.errors import UserError
+from instella_jax.evaluation import reconstruction, scenes
 from instella_jax.evaluation.heldout import evaluate
+from instella_jax.evaluation.reports import provenance
+from instella_jax.losses.perceptual import load_lpips
 from instella_jax.models.functional import check_tensor
 from instella_jax.reporting.pictures import save_grid
 from instella_jax.runtime import sharding
+from instella_jax.runtime.files import write_json
 from instella_jax.sampling.previews import Preview, preview
 from instella_jax.sampling.sampler import Sampler
 from instella_jax.stages import make_stage
@@ -53,10 +60,34 @@ def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> d
         metrics = evaluate(stage, params, frozen, config, mesh)
     print_line(f"held out, with {source}:")
     show(metrics)
+    if isinstance(stage, TokenizerStage):
+        report_reconstruction(stage, params["tokenizer"], config, mesh, Path(workdir or "drawn"))
     if config.data.kind == "scenes":
         out = Path(workdir or "drawn") / f"heldout-{config.stage}.png"
         report_scenes(stage, {**frozen, **params}, config, mesh, out)
     return metrics
+
+
+def report_reconstruction(
+    stage: TokenizerStage, params: Any, config: Config, mesh: Mesh, folder: Path
+) -> None:
+    """Print PSNR, SSIM and LPIPS of held-out pictures, and write `reconstruction.json`."""
+    size = config.eval.batch_size
+    tokenizer = BinaryTokenizer(stage.network, params, shapes=(), mesh=mesh, batch_size=size)
+    try:
+        lpips_params = load_lpips()
+    except UserError as error:
+        lpips_params = None
+        print_line(f"LPIPS is left out: {error}")
+    with contextlib.closing(stage.loader("heldout", batch_size=size)) as loader:
+        batches = (b["image"] for _, b in zip(range(config.eval.batches), loader, strict=False))
+        measured = reconstruction.measure(tokenizer, batches, lpips_params=lpips_params)
+    print_line(f"{measured['pictures']} held-out pictures, each with its copy:")
+    show(measured["scores"])
+    if jax.process_index() == 0:
+        folder.mkdir(parents=True, exist_ok=True)
+        report = {**measured, "config": json.loads(config.to_json_best_effort())}
+        write_json(folder / "reconstruction.json", {**report, "provenance": provenance()})
 
 
 def report_scenes(stage: Stage, params: Any, config: Config, mesh: Mesh, out: Path) -> None:

@@ -5,7 +5,7 @@ import contextlib
 import dataclasses
 from typing import Any
 
-from instella_jax.commands import measure_pictures
+from instella_jax.commands import measure_pictures, measure_reconstruction
 from instella_jax.commands.sampled_model import add_model_arguments, find_config, joined
 from instella_jax.config_keys import path_argument
 from instella_jax.errors import UserError
@@ -17,6 +17,7 @@ def add_parser(commands: Any) -> Any:
     kinds = measure.add_subparsers(dest="action", required=True, metavar="ACTION")
     _add_scenes(kinds)
     _add_export(kinds)
+    measure_reconstruction.add_reconstruction(kinds)
     measure_pictures.add_fid(kinds)
     measure_pictures.add_rfid(kinds)
     measure_pictures.add_clip(kinds)

@@ -92,8 +92,19 @@ def read_size(file: str | os.PathLike[str] | IO[bytes], name: str) -> tuple[int,
     Raises:
       BadPicture: it cannot be read.
     """
-    with _refusals(name), _opened(file) as content, _open(content, name) as image:
+    with open_picture(file, name) as image:
         return shown_size(image)
+
+
+@contextlib.contextmanager
+def open_picture(file: str | os.PathLike[str] | IO[bytes], name: str) -> Iterator[Image.Image]:
+    """Open a picture for what its header says; nothing is decoded.
+
+    Raises:
+      BadPicture: it cannot be read.
+    """
+    with _refusals(name), _opened(file) as content, _open(content, name) as image:
+        yield image
 
 
 def shown_size(image: Image.Image) -> tuple[int, int]:

@@ -82,13 +82,28 @@ def crop_resize(
     Returns:
       uint8 [height, width, 3].
     """
-    from PIL import Image
-
     rows, columns = image.shape[:2]
     box_width = scale * min(columns, rows * width / height)
     box_height = box_width * height / width
     left, top = x * (columns - box_width), y * (rows - box_height)
     # Rounding may put the far edge a hair outside, which Pillow refuses.
     box = (left, top, min(left + box_width, columns), min(top + box_height, rows))
+    return resize(image, height, width, box)
+
+
+def resize(
+    image: np.ndarray,
+    height: int,
+    width: int,
+    box: tuple[float, float, float, float] | None = None,
+) -> np.ndarray:
+    """Resize a picture uint8 [h, w, 3], or a box of it (left, top, right, bottom): uint8.
+
+    Antialiased bicubic.
+    """
+    from PIL import Image
+
+    if box is None and image.shape[:2] == (height, width):
+        return image
     resized = Image.fromarray(image).resize((width, height), Image.Resampling.BICUBIC, box)
     return np.asarray(resized)

@@ -7,6 +7,9 @@ import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float, Float32, UInt8
 
+# Pixels of a side of the window of SSIM.
+SSIM_SIDE = 11
+
 Images = Float[Array, "B height width 3"] | Float[np.ndarray, "B height width 3"]
 
 
@@ -31,3 +34,35 @@ def psnr(a: Images, b: Images, span: float = 2.0) -> Float[Array, " B"]:
     """
     mse = (((a - b) / span) ** 2).mean(axis=(1, 2, 3))
     return -10.0 * jnp.log10(jnp.maximum(mse, 2.5e-11))
+
+
+def ssim(a: Images, b: Images) -> Float[Array, " B"]:
+    """Return the structural similarity, 1 for images that are the same.
+
+    Wang et al., 2004: a Gaussian window of 11x11 pixels with deviation 1.5, where it lies within
+    the image, weighted moments (not sample moments), each channel by itself, then the mean.
+
+    Args:
+      a: images in [0, 1], of 11 pixels a side at least.
+      b: others.
+    """
+    place = jnp.arange(SSIM_SIDE) - SSIM_SIDE // 2
+    weights = jnp.exp(-0.5 * (place / 1.5) ** 2)
+    weights /= weights.sum()
+
+    def blur(x: Images) -> Float[Array, "B h w 3"]:
+        rows, columns = x.shape[1] - SSIM_SIDE + 1, x.shape[2] - SSIM_SIDE + 1
+        zero, steps = jnp.zeros(()), range(SSIM_SIDE)
+        down = sum((weights[i] * x[:, i : i + rows] for i in steps), start=zero)
+        return sum((weights[i] * down[:, :, i : i + columns] for i in steps), start=zero)
+
+    # Moments about the middle of the range: less is lost where their differences are taken.
+    x, y = a - 0.5, b - 0.5
+    mean_x, mean_y = blur(x), blur(y)
+    variance_x, variance_y = blur(x * x) - mean_x**2, blur(y * y) - mean_y**2
+    covariance = blur(x * y) - mean_x * mean_y
+    mean_x, mean_y = mean_x + 0.5, mean_y + 0.5
+    c1, c2 = 0.01**2, 0.03**2
+    similar = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
+    similar /= (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
+    return similar.mean(axis=(1, 2, 3))

@@ -18,16 +18,14 @@ from typing import Any
 import jax
 import numpy as np
 
+from instella_jax.codec.tokenizer import BinaryTokenizer
 from instella_jax.data import codes
 from instella_jax.data.loader import make_loader
 from instella_jax.data.samples import BadSample
 from instella_jax.data.shards import ImageShards, Shard
 from instella_jax.data.transforms import crop_resize
 from instella_jax.errors import UserError
-from instella_jax.models.functional import apply
 from instella_jax.models.layers import Execution
-from instella_jax.models.pixels import to_float
-from instella_jax.models.tokenizer import BinaryTokenizer, hard_code
 from instella_jax.preparing.jobs import Job
 from instella_jax.runtime import sharding
 from instella_jax.runtime.failure import wait_for_all
@@ -165,10 +163,11 @@ def encode_dataset(
     index, count = part or (jax.process_index(), jax.process_count())
     with job.claim((index, count)) as todo:
         if todo:
-            network = BinaryTokenizer(sizes, run)
-            params = model_folder.load(folder, "tokenizer", network, run.param_dtype)
-            encoder = _Encoder(network, params, batch_size, views.count)
-            _encode(job, images, shards, todo, views, encoder, workers, show)
+            # The devices of this process: each process has shards of its own.
+            mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
+            encoder = BinaryTokenizer.from_pretrained(tokenizer, run, mesh=mesh)
+            records = max(1, batch_size // views.count)
+            _encode(job, images, shards, todo, views, encoder, records, workers, show)
     if part is None:
         wait_for_all("encoded")
         if index:
@@ -188,31 +187,6 @@ def encode_dataset(
     }
 
 
-class _Encoder:
-    """Pictures to packed codes on the devices of this process, in batches of one shape."""
-
-    def __init__(self, network: BinaryTokenizer, params: Any, batch_size: int, variants: int):
-        mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
-        self.records = max(1, batch_size // variants)
-        devices = sharding.batch_parts(mesh)
-        self._rows = -(-self.records * variants // devices) * devices
-        self._sharding = sharding.batch_sharding(mesh)
-        self._params = jax.device_put(params, sharding.replicated(mesh))
-
-        def encode(params: Any, images: jax.Array) -> jax.Array:
-            logits = apply(network, params, to_float(images), method="encode")
-            return codes.pack_bits(hard_code(logits))
-
-        self._encode = jax.jit(encode)
-
-    def __call__(self, images: np.ndarray) -> jax.Array:
-        """Uint8 [n, V, side, side, 3] -> uint8 [rows, bytes], the first n V of them valid."""
-        rows = images.reshape(-1, *images.shape[2:])
-        # The last batch is filled up, so that all have the compiled shape.
-        rows = np.pad(rows, ((0, self._rows - len(rows)), (0, 0), (0, 0), (0, 0)))
-        return self._encode(self._params, jax.device_put(rows, self._sharding))
-
-
 class _PartialShard:
     """A shard whose codes have not all arrived."""
 
@@ -228,7 +202,8 @@ def _encode(
     shards: Sequence[Shard],
     todo: Sequence[int],
     views: Views,
-    encoder: _Encoder,
+    encoder: BinaryTokenizer,
+    records: int,
     workers: int,
     show: Callable[[str], None],
 ) -> None:
@@ -257,7 +232,7 @@ def _encode(
 
     loader = make_loader(
         _Views(images, numbers, views),
-        batch_size=encoder.records,
+        batch_size=records,
         seed=0,
         shuffle=False,
         repeat=False,
@@ -266,7 +241,9 @@ def _encode(
     pending: tuple[dict[str, Any], jax.Array] | None = None
     with contextlib.closing(loader):
         for batch in loader:
-            packed = encoder(batch["image"])
+            views_of_all = batch["image"].reshape(-1, *batch["image"].shape[2:])
+            # The last batch is filled up, so that all have the compiled shape.
+            packed = encoder.dispatch_encode(views_of_all, records * views.count)
             # The devices work on this batch while the one before it is written.
             if pending is not None:
                 arrive(*pending)

@@ -246,8 +246,14 @@ class TokenizerStage:
         return metrics
 
     def describe(self) -> dict[str, Any]:
-        """Return sizes of the tokenizer and the picture size it was trained at."""
+        """Return sizes of the tokenizer, and at which picture sizes and how it was trained."""
+        trained: dict[str, Any] = {}
+        if self.config.data.buckets:
+            trained["shapes"] = [list(shape) for shape in buckets.shapes(self.config)]
+        if self.config.loss.tail_drop:
+            trained["tail_drop"] = self.config.loss.tail_drop
         return {
             "tokenizer": dataclasses.asdict(self.sizes),
             "image_size": self.config.data.image_size,
+            **trained,
         }
