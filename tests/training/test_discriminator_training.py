@@ -1,88 +1,111 @@
-"""Training with a discriminator: resumed exactly, split over devices, left out of the model."""
+"""Training with a discriminator: resumed exactly, and split over devices."""
 
-import json
+import contextlib
 
 import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
-from safetensors.numpy import load_file
 
-from instella_jax.checkpoints.params import restore_average
+from instella_jax.checkpoints.manager import Checkpoints, Keep
 from instella_jax.runtime import sharding
 from instella_jax.stages import make_stage
-from instella_jax.stages.base import init_stage
-from instella_jax.training.loop import train
-from instella_jax.training.setup import initial_state
+from instella_jax.stages.base import without_critics
+from instella_jax.training.setup import initial_state, state_shapes
 from instella_jax.training.step import jit_step
 
-pytestmark = [pytest.mark.slow, pytest.mark.usefixtures("quick_compile")]
+pytestmark = pytest.mark.slow
+DEVICES = jax.devices()
+# From here on both play.
+START = 2
 
 
 @pytest.fixture
 def config(tiny_tokenizer_config):
     config = tiny_tokenizer_config.copy_and_resolve_references()
-    config.loss.adversarial.update(weight=0.5, start=2, width=8, halvings=2)
-    config.loss.update(tail_drop=0.5)
+    config.loss.adversarial.update(weight=0.5, start=START, width=4, halvings=1)
     config.loss.balance.weight = 0.1
-    config.train.steps = 6
-    config.train.save_every = 3
     return config.lock()
 
 
-def average(workdir, config):
-    stage = make_stage(config)
-    mesh = sharding.make_mesh(config.mesh)
-    boxed = jax.eval_shape(lambda key: init_stage(stage, key), jax.random.key(0))
-    return restore_average(workdir, sharding.placed(boxed, mesh))
+def numbers(state):
+    """The arrays of a state, on the host."""
+
+    def number(x):
+        is_key = jnp.issubdtype(x.dtype, jax.dtypes.prng_key)
+        return np.asarray(jax.random.key_data(x) if is_key else x)
+
+    return jax.tree.map(number, state)
 
 
-def lines(workdir):
-    rows = [json.loads(line) for line in (workdir / "metrics.jsonl").read_text().splitlines()]
-    return {row["step"]: row for row in rows if "train/loss" in row}
+class Run:
+    """A stage on some devices, and its step."""
+
+    def __init__(self, config, **sizes):
+        self.mesh = sharding.make_mesh(
+            {"data": 1, "fsdp": 1, "tensor": 1, **sizes},
+            DEVICES[: int(np.prod(list(sizes.values()), dtype=int))],
+        )
+        self.config, self.stage = config, make_stage(config)
+        with sharding.use(self.mesh):
+            self.state, optimizer = initial_state(self.stage, config, self.mesh)
+            self.step = jit_step(self.stage, optimizer, config, self.state)
+
+    def loader(self):
+        return self.stage.loader("train", batch_size=8, steps_per_call=1)
+
+    def go(self, loader, steps):
+        """Take steps from here; returns the metrics of each."""
+        rows = sharding.batch_sharding(self.mesh, leading=1)
+        found = []
+        with sharding.use(self.mesh):
+            for _ in range(steps):
+                batch = sharding.place(sharding.arrays(next(loader)), rows)
+                self.state, metrics = self.step(self.state, {}, batch)
+                found.append(jax.device_get(metrics))
+        return found
 
 
-def test_a_resumed_run_ends_where_an_unbroken_one_does(config, tmp_path, monkeypatch):
-    make_mesh = sharding.make_mesh
-    monkeypatch.setattr(sharding, "make_mesh", lambda sizes: make_mesh(sizes, DEVICES[:1]))
-    train(config, tmp_path / "whole")
-    half = config.copy_and_resolve_references()
-    half.train.steps = 3
-    train(half.lock(), tmp_path / "broken")
-    train(config, tmp_path / "broken")
-    (step, whole), (other, broken) = (
-        average(tmp_path / name, config) for name in ("whole", "broken")
-    )
-    assert step == other == 6 and set(whole) == {"tokenizer", "discriminator"}
-    jax.tree.map(np.testing.assert_array_equal, whole, broken)
-    found = lines(tmp_path / "whole")
-    # Its start: before it there is no game.
-    assert found[2]["train/discriminator"] == 0 < found[3]["train/discriminator"]
-    assert found[2]["train/pull_adversarial"] == 0
-    assert found[4]["train/pull_adversarial"] == pytest.approx(
-        0.5 * found[4]["train/pull_pixel"], rel=1e-4
-    )
-    model = tmp_path / "whole" / "model"
-    assert sorted(p.name for p in model.iterdir()) == ["config.json", "tokenizer.safetensors"]
-    assert not any("conv_" in name for name in load_file(model / "tokenizer.safetensors"))
+def test_a_resumed_run_ends_where_an_unbroken_one_does(config, tmp_path, quick_compile):
+    run = Run(config)
+    begin = jax.tree.map(lambda x: x.copy(), run.state)
+    with contextlib.closing(run.loader()) as loader:
+        found = run.go(loader, 5)
+    whole = numbers(run.state)
+    for step, metrics in enumerate(found):
+        plays = step >= START
+        assert (metrics["discriminator"] > 0) == plays
+        assert (metrics["grad_norm_discriminator"] > 0) == plays
+        # Its weight is 0.5 of the pull of all others.
+        pull = 0.5 * metrics["pull_pixel"] if plays else 0
+        assert metrics["pull_adversarial"] == pytest.approx(pull, rel=1e-3)
+    assert np.abs(whole.params["discriminator"]["answers"]).min() > 0
+    assert set(without_critics(run.stage, whole.params)) == {"tokenizer"}
 
-
-DEVICES = jax.devices()
+    run.state = begin
+    with contextlib.closing(run.loader()) as loader:
+        run.go(loader, 3)
+        checkpoints = Checkpoints(tmp_path, Keep(2))
+        checkpoints.save(run.state, loader, 3)
+        checkpoints.close()
+    with contextlib.closing(run.loader()) as loader:
+        checkpoints = Checkpoints(tmp_path, Keep(2))
+        with sharding.use(run.mesh):
+            run.state = checkpoints.restore(state_shapes(run.stage, config, run.mesh), loader)
+        checkpoints.close()
+        run.go(loader, 2)
+    jax.tree.map(np.testing.assert_array_equal, whole, numbers(run.state))
 
 
 @pytest.mark.parametrize("axes", [dict(data=8), dict(data=2, fsdp=4)])
-def test_eight_devices_do_as_one(config, axes):
-    batch = next(make_stage(config).loader("train", batch_size=8, steps_per_call=1))
+def test_eight_devices_do_as_one(config, axes, quick_compile):
     results = []
-    for sizes, devices in ((dict(data=1, fsdp=1), 1), (dict(data=1, fsdp=1) | axes, 8)):
-        mesh = sharding.make_mesh({"tensor": 1, **sizes}, DEVICES[:devices])
-        stage = make_stage(config)
-        with sharding.use(mesh):
-            state, optimizer = initial_state(stage, config, mesh)
-            state = state.replace(step=state.step + 5)  # when all losses count
-            step = jit_step(stage, optimizer, config, state)
-            rows = sharding.place(sharding.arrays(batch), sharding.batch_sharding(mesh, leading=1))
-            state, metrics = step(state, {}, rows)
-            results.append((sharding.fetch(state.params), jax.device_get(metrics)))
+    for sizes in ({}, axes):
+        run = Run(config, **sizes)
+        run.state = run.state.replace(step=run.state.step + START)
+        with contextlib.closing(run.loader()) as loader:
+            (metrics,) = run.go(loader, 1)
+        results.append((sharding.fetch(run.state.params), metrics))
     (one, metrics), (eight, same) = results
     for name in ("loss", "discriminator", "adversarial", "grad_norm", "grad_norm_discriminator"):
         assert same[name] == pytest.approx(metrics[name], rel=2e-3, abs=1e-5), name
