@@ -1,6 +1,7 @@
 """What a user imports: `InstellaPipeline`, prompts in and pictures out, as diffusers has it."""
 
 import dataclasses
+import functools
 import logging
 import math
 import os
@@ -13,6 +14,7 @@ import jax
 import numpy as np
 from PIL import Image
 
+from instella_jax.codec.tokenizer import BinaryTokenizer
 from instella_jax.errors import UserError, value_errors
 from instella_jax.models.layers import Execution
 from instella_jax.runtime.compile_cache import use_cache
@@ -243,6 +245,18 @@ class InstellaPipeline:
             height=height or 0,
             width=width or 0,
             **others,
+        )
+
+    @functools.cached_property
+    def tokenizer(self) -> BinaryTokenizer:
+        """What turns pictures into codes and back, with this model's own weights."""
+        sampler = self.sampler
+        return BinaryTokenizer(
+            sampler.tokenizer,
+            sampler.params["tokenizer"],
+            shapes=((sampler.image_size, sampler.image_size),),
+            fingerprint=self.weights.digests["tokenizer"],
+            mesh=sampler.mesh,
         )
 
     @property

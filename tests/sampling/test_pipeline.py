@@ -64,6 +64,13 @@ def test_what_a_call_leaves_out_is_the_models_own(pipe):
     np.testing.assert_array_equal(left.codes, given.codes)
 
 
+def test_the_tokenizer_decodes_and_encodes_the_codes(pipe):
+    output = pipe(PROMPTS, **QUICK)
+    pictures = np.stack([np.asarray(image) for image in output.images])
+    np.testing.assert_array_equal(pipe.tokenizer.decode(output.codes, 64, 64), pictures)
+    assert (pipe.tokenizer.encode(pictures) == output.codes).mean() > 0.7
+
+
 def test_seeds_are_of_pictures_or_of_prompts(pipe):
     def codes(**given):
         output = pipe(PROMPTS, num_images_per_prompt=2, output_type="codes", **given, **QUICK)
