@@ -60,6 +60,8 @@ def make_page(studio: Studio) -> Any:
     """Return the page as gradio's blocks."""
     import gradio as gr
 
+    from instella_jax.app.tokenizer_tab import add_tokenizer_tab
+
     with gr.Blocks(title="instella-jax", analytics_enabled=False, delete_cache=CLEANING) as page:
         gr.HTML(
             "<div id=head><h1>instella-jax</h1><p>Text to image with 1D binary latents. "
@@ -67,6 +69,8 @@ def make_page(studio: Studio) -> Any:
         )
         with gr.Tab("Generate"):
             _add_generator(gr, studio)
+        with gr.Tab("Tokenizer"):
+            add_tokenizer_tab(gr, studio)
         with gr.Tab("API"):
             gr.Markdown(_api_text(studio))
     return page

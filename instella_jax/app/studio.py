@@ -4,12 +4,14 @@ Axes: B pictures.
 """
 
 import difflib
+import functools
 from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
 from instella_jax.app.batching import Batcher, Job, Made, OnPreview, Row, Settings
 from instella_jax.app.requests import BadField, Limits, Request
+from instella_jax.codec.tokenizer import BinaryTokenizer
 from instella_jax.errors import UserError
 from instella_jax.sampling import sampler
 from instella_jax.sampling.pipeline import InstellaPipeline
@@ -47,6 +49,12 @@ class Studio:
                 raise UserError(f"two models are called {called!r}: give each once, or copy one")
             models[called] = InstellaPipeline.from_pretrained(name)
         return cls(models, limits)
+
+    @functools.cached_property
+    def codec(self) -> BinaryTokenizer:
+        """The tokenizer of images of the first model."""
+        weights = next(iter(self.models.values())).weights
+        return BinaryTokenizer.from_pretrained(weights.paths["tokenizer"].parent)
 
     def warm_up(self) -> None:
         """Ask for a picture of each model, so that the first visitor does not wait for XLA."""

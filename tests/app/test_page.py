@@ -9,6 +9,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
+from instella_jax.codec.tokenizer import BinaryTokenizer
 from instella_jax.sampling.pipeline import InstellaPipeline
 from tests.needs_app import CHROMIUM, NEEDS_BROWSER
 from tests.server_process import serving
@@ -193,6 +194,43 @@ def test_no_prompt_gets_a_message_and_an_unknown_word_too(visit):
     assert "does not know: catt (cat?)" in visitor.page.inner_text("#status")
 
 
+def upload(page, name, content):
+    file = {"name": name, "mimeType": "image/png", "buffer": content}
+    page.set_input_files("#upload input[type=file]", files=[file])
+
+
+def test_a_picture_goes_through_the_tokenizer(visit, pipe, tmp_path):
+    visitor = visit()
+    visitor.page.get_by_role("tab", name="Tokenizer").click()
+    source = pipe(PROMPT, seed=3).images[0].resize((200, 120))
+    file = io.BytesIO()
+    source.save(file, format="PNG")
+    upload(visitor.page, "mine.png", file.getvalue())
+    visitor.page.wait_for_selector("#parts table", timeout=COMPILED)
+    row = visitor.page.inner_text("#parts tr.ours").split()
+    assert row[:3] == ["1D", "bits", "64"] and float(row[3]) > 15
+    assert visitor.page.locator("#parts figure img").count() == 4
+    with visitor.page.expect_download() as download:
+        visitor.page.click("#bits")
+    download.value.save_as(tmp_path / "mine.b1d")
+    back = BinaryTokenizer.from_pretrained("demo").from_bytes((tmp_path / "mine.b1d").read_bytes())
+    assert back.shape == (120, 200, 3)
+    assert np.abs(back.astype(int) - np.asarray(source).astype(int)).mean() < 25
+
+
+@pytest.mark.parametrize(
+    ("name", "content"), [("notes.txt", b"hello"), ("broken.png", b"\x89PNG\r\n\x1a\n" + b"x" * 99)]
+)
+def test_a_bad_upload_gets_a_message(visit, name, content):
+    visitor = visit()
+    visitor.page.get_by_role("tab", name="Tokenizer").click()
+    upload(visitor.page, name, content)
+    notice = visitor.page.wait_for_selector("#parts [role=alert]", timeout=30_000)
+    assert "this file" in notice.inner_text().lower() and "/" not in notice.inner_text()
+    # What the browser itself says of an image that it cannot show.
+    visitor.errors[:] = [text for text in visitor.errors if "Failed to load resource" not in text]
+
+
 def test_limits_hold_for_those_who_do_not_use_the_page(server):
     import httpx
 
@@ -222,7 +260,7 @@ def test_limits_hold_for_those_who_do_not_use_the_page(server):
 @pytest.mark.parametrize("scheme", ["light", "dark"])
 def test_a_telephone_shows_all_of_it(visit, scheme):
     visitor = visit(viewport={"width": 390, "height": 844}, color_scheme=scheme)
-    for tab in ("Generate", "API"):
+    for tab in ("Generate", "Tokenizer", "API"):
         visitor.page.get_by_role("tab", name=tab).click()
         assert visitor.page.evaluate("document.documentElement.scrollWidth") <= 390
     colour = visitor.page.evaluate("getComputedStyle(document.body).backgroundColor")
