@@ -48,6 +48,8 @@ EXTRAS = {
     "hub": ["huggingface-hub>=1"],
     # Completion of the command in a shell.
     "completion": ["argcomplete>=3.5"],
+    # The documents as a site.
+    "docs": ["mkdocs-material>=9.6,<10"],
     # Pictures in HEIC and HEIF files, as telephones write them.
     "heif": ["pillow-heif>=1"],
     # The weights of LPIPS, 64 MB; nothing of its code is used.
