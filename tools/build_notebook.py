@@ -8,9 +8,13 @@ executed, from top to bottom in a process of its own.
 """
 
 import argparse
+import base64
+import io
 import re
 from pathlib import Path
 from typing import Any
+
+from PIL import Image
 
 NOTEBOOKS = Path(__file__).parents[1] / "notebooks"
 SCRIPT = NOTEBOOKS / "instella_jax_colab.py"
@@ -60,6 +64,22 @@ def execute(notebook: Any, folder: Path, timeout: int) -> None:
     client.execute()
 
 
+def tidy(notebook: Any) -> None:
+    """Leave out of the outputs what is printed as errors, and give the pictures fewer colours."""
+    for cell in notebook.cells:
+        kept = [o for o in cell.get("outputs", ()) if o.get("name") != "stderr"]
+        for output in kept:
+            if "image/png" in (data := output.get("data", {})):
+                picture = Image.open(io.BytesIO(base64.b64decode(data["image/png"])))
+                small = io.BytesIO()
+                picture.convert("RGB").quantize(64, dither=Image.Dither.NONE).save(
+                    small, "PNG", optimize=True
+                )
+                data["image/png"] = base64.b64encode(small.getvalue()).decode()
+        if cell.cell_type == "code":
+            cell.outputs = kept
+
+
 def main() -> None:
     """Parse the command line, execute and write."""
     parser = argparse.ArgumentParser(description="Builds the notebook.")
@@ -69,6 +89,7 @@ def main() -> None:
 
     notebook = build(SCRIPT.read_text(encoding="utf-8"))
     execute(notebook, NOTEBOOKS, options.timeout)
+    tidy(notebook)
     nbformat.write(notebook, SCRIPT.with_suffix(".ipynb"))
     print(SCRIPT.with_suffix(".ipynb"))
 
