@@ -7,7 +7,7 @@ if TYPE_CHECKING:
     from instella_jax.codec.tokenizer import BinaryTokenizer as BinaryTokenizer
     from instella_jax.sampling.pipeline import InstellaPipeline as InstellaPipeline
 
-__version__ = "0.1.0"
+__version__ = "0.2.0"
 # The public surface, by the modules that hold it.
 _PLACES = {
     "BinaryTokenizer": "instella_jax.codec.tokenizer",

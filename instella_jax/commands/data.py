@@ -105,7 +105,7 @@ def _add_import(kinds: Any) -> None:
         help="processes (default: one per core, %(default)s)",
     )  # fmt: skip
     take.add_argument("--part", default="0/1", metavar="I/N", help=_PART)
-    take.set_defaults(run=_import)
+    take.set_defaults(act=_import)
 
 
 def _add_encode(kinds: Any) -> None:
@@ -168,7 +168,7 @@ def _add_encode(kinds: Any) -> None:
         help="how processes that share the work find each other, as in training: started by one "
         "of the scripts in launch/, they need no --part (default: %(default)s)",
     )  # fmt: skip
-    encode.set_defaults(run=_encode)
+    encode.set_defaults(act=_encode)
 
 
 def _add_scenes(kinds: Any) -> None:
@@ -188,7 +188,7 @@ def _add_scenes(kinds: Any) -> None:
         "--size", type=int, default=64, metavar="PIXELS", help="their side (default: %(default)s)"
     )
     scenes.add_argument("--seed", type=int, default=0, help="of the scenes")
-    scenes.set_defaults(run=_scenes)
+    scenes.set_defaults(act=_scenes)
 
 
 def run(options: argparse.Namespace) -> None:
@@ -202,7 +202,7 @@ def run(options: argparse.Namespace) -> None:
         low = 0 if name == "workers" else 1
         if getattr(options, name, low) < low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}")
-    options.run(options)
+    options.act(options)
 
 
 def _import(options: argparse.Namespace) -> None:

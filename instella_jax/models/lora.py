@@ -66,7 +66,7 @@ def find_kernels(boxed: Params, paths: Sequence[str]) -> dict[str, Any]:
 def adapt(params: Params, adapters: Params, scale: float) -> Params:
     """Return the parameters with adapters beside their kernels, in addition to any there are."""
 
-    def join(layer: dict[str, Any], down: jax.Array, up: jax.Array) -> dict[str, Any]:
+    def join(layer: dict[str, Any], down: Float[Array, "*layers D R"], up: Any) -> dict[str, Any]:
         up = (scale * up.astype(jnp.float32)).astype(up.dtype)
         if LORA_A in layer:
             down = jnp.concatenate([layer[LORA_A], down], axis=-1)
@@ -79,7 +79,7 @@ def adapt(params: Params, adapters: Params, scale: float) -> Params:
 def merge(params: Params) -> Params:
     """Return the parameters with the adapters added to their kernels, as a network without any."""
 
-    def join(layer: dict[str, Any], down: jax.Array, up: jax.Array) -> dict[str, Any]:
+    def join(layer: dict[str, Any], down: Float[Array, "*layers D R"], up: Any) -> dict[str, Any]:
         rest = {name: value for name, value in layer.items() if name not in (LORA_A, LORA_B)}
         return {**rest, "kernel": _added(layer["kernel"], down, up)}
 

@@ -388,11 +388,8 @@ class Sampler:
           decode: whether pictures are wanted, and not codes alone.
 
         Raises:
-          UserError: there is no prompt, one is no text, or the tokenizer cannot decode to the size.
+          UserError: there is no prompt, or the tokenizer cannot decode to the size.
         """
-        for prompt in {text for request in requests for text in request[:2]}:
-            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-                raise UserError(f"prompt {prompt!r} is not UTF-8: give it as UTF-8 text")
         if not options.guidance and any(request.negative_prompt for request in requests):
             logger.warning(
                 "the negative prompt does nothing with guidance 0: it is what guidance leads away "
@@ -477,6 +474,9 @@ class Sampler:
         """Return the number of tokens that prompts are padded to: that of the longest, rounded up.
 
         Rounded, so that few lengths are compiled.
+
+        Raises:
+          UserError: a prompt is no text.
         """
         longest = max([1, *map(len, self._tokens(prompts))])
         return min(-(-longest // TEXT_BLOCK) * TEXT_BLOCK, self.max_length)
@@ -484,6 +484,9 @@ class Sampler:
     def _tokens(self, prompts: Sequence[str]) -> list[np.ndarray]:
         """Return the ids of each prompt, int32 without padding."""
         new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ids]
+        for prompt in new:
+            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
+                raise UserError(f"prompt {prompt!r} is not UTF-8: give it as UTF-8 text")
         if new:
             if len(self._ids) >= 2**16:
                 new = list(dict.fromkeys(prompts))

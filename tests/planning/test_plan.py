@@ -140,7 +140,10 @@ def test_a_step_that_fits_is_planned_without_warning(tiny_tokenizer_config, caps
 
 @pytest.mark.slow
 def test_a_step_that_does_not_fit_names_what_would(tiny_tokenizer_config):
-    config = edit(tiny_tokenizer_config, train__batch_size=64, plan__devices=1)
+    # A plan measures "auto" as "blocks".
+    config = edit(
+        tiny_tokenizer_config, train__batch_size=64, plan__devices=1, run__attention="blocks"
+    )
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])
     memory = plan.measure(config, mesh)[0]
     room = memory.kept + memory.batch + memory.gradients + memory.working / 3

@@ -78,7 +78,7 @@ def test_a_failed_write_keeps_the_old_file(tmp_path, monkeypatch):
     save_png(path, pictures(1)[0])
     before = path.read_bytes()
 
-    def fail(self, target, format):
+    def fail(self, target, **options):
         target.write_bytes(b"half a file")
         raise OSError("disk full")
 

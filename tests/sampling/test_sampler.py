@@ -63,9 +63,10 @@ def test_one_text_is_one_prompt(sampler):
 def test_the_bits_of_a_code_are_the_same_alone_and_in_a_batch(sampler, monkeypatch):
     codes, sample = [], sampler.codes
 
-    def watched(*args):
-        codes.append(np.asarray(sample(*args)))
-        return codes[-1]
+    def watched(*args, **how):
+        result = sample(*args, **how)
+        codes.append(np.asarray(result))
+        return result
 
     monkeypatch.setattr(sampler, "codes", watched)
     prompts = [f"{number} {prompt}" for prompt in PROMPTS for number in ("a", "two", "three")][:8]
@@ -119,9 +120,9 @@ def test_repeated_prompts_are_encoded_once(sampler, monkeypatch):
     sampler(PROMPTS[:1], dataclasses.replace(options, negative_prompt=PROMPTS[2]))
     assert rows == [1, 1, 1]
     monkeypatch.setattr(sampler_module, "TEXT_CACHE", 1)
-    sampler(PROMPTS[1:2], options)
+    sampler("a small boat", options)
     sampler(PROMPTS[:1], options)
-    assert rows == [1, 1, 1, 1]  # all but the last one were forgotten
+    assert rows == [1, 1, 1, 1, 1]  # all but the last one were forgotten
 
 
 def test_prompts_are_tokenised_once(sampler, monkeypatch):
