@@ -8,6 +8,7 @@ Axes: B batch, C channels.
 
 import flax.linen as nn
 import jax.numpy as jnp
+import numpy as np
 from jaxtyping import Array, Float
 
 from instella_jax.errors import UserError
@@ -56,7 +57,7 @@ class Heads(nn.Module):
     """A weight for each channel of each map."""
 
     @nn.compact
-    def __call__(self) -> list[Float[Array, " C"]]:
+    def __call__(self) -> list[Float[Array | np.ndarray, " C"]]:
         """Return the weights, all 1 until they are read."""
         ones = nn.initializers.ones_init()
         return [self.param(f"head_{n}", ones, (widths[-1],)) for n, widths in enumerate(STAGES)]
