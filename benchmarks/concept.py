@@ -30,6 +30,7 @@ from instella_jax.reporting.pictures import save_grid, save_png
 from instella_jax.runtime import devices
 from instella_jax.sampling.load import load_sampler
 from instella_jax.sampling.sampler import Sampler, options_from_config
+from instella_jax.stages.parameters import with_target_of_weights
 from instella_jax.training.loop import train
 from instella_jax.weights.model_folder import ASSETS
 
@@ -119,7 +120,8 @@ def decoder_config(workdir: Path, steps: int) -> Config:
 
 def adapter_config(kind: str, workdir: Path, steps: int, rank: int) -> Config:
     """Return the config by which adapters of the shipped generator learn its name."""
-    config = on_folders(GENERATORS[kind].get_config(), workdir, steps, "1:2")
+    config = with_target_of_weights(GENERATORS[kind].get_config())
+    config = on_folders(config, workdir, steps, "1:2")
     config.tokenizer = str(workdir / "tokenizer" / "model")
     config.lora.update(rank=rank, alpha=2.0 * rank)
     config.optimizer.learning_rate = 1.5e-3

@@ -33,7 +33,7 @@ def get_config(variant: str = "") -> ConfigDict:
         target="epsilon", times="logit_normal", time_shift=1.0, draws=1, caption_dropout=0.1
     )
     if not variant:
-        c.loss.update(time_shift=3.0, draws=2)
+        c.loss.update(target="x", time_shift=3.0, draws=2)
         c.train.update(steps=1_600, eval_every=320, save_every=160, image_every=320)
     c.sample.update(steps=20, temperature=1.0, rho=1.0, protocol=1)
     c.sample.guidance = 7.5 if variant else 1.0

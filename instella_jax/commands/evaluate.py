@@ -26,7 +26,12 @@ from instella_jax.sampling.sampler import Sampler
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import Stage
 from instella_jax.stages.generator import GeneratorStage
-from instella_jax.stages.parameters import load_average, load_frozen, load_trained
+from instella_jax.stages.parameters import (
+    load_average,
+    load_frozen,
+    load_trained,
+    with_target_of_weights,
+)
 from instella_jax.stages.tokenizer import TokenizerStage
 from instella_jax.training.workdir import USED, check_config
 from instella_jax.weights import model_folder
@@ -45,6 +50,8 @@ def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> d
       UserError: there are no such weights, or the data cannot be read.
     """
     check_values(config)
+    if workdir is None:
+        config = with_target_of_weights(config)
     mesh = sharding.make_mesh(config.mesh)
     stage = make_stage(config)
     check_tensor({**stage.frozen_networks, **stage.networks}, mesh)

@@ -71,6 +71,20 @@ def saved_step(workdir: str | os.PathLike[str]) -> int | None:
     return lora_files.saved_step(Path(workdir) / "lora")
 
 
+def with_target_of_weights(config: Config) -> Config:
+    """Return the config with the `loss.target` of the weights that it names, or the shipped ones.
+
+    Raises:
+      UserError: there are none.
+    """
+    target = model_folder.read_description(model_folder.find_weights(config)).get("target")
+    if target is None or "target" not in config.loss:
+        return config
+    copy = config.copy_and_resolve_references()
+    copy.loss.target = target
+    return copy
+
+
 def load_trained(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Params:
     """Put the model's parameters of `init_from`, or else the shipped ones, on the mesh.
 

@@ -10,7 +10,7 @@ import configs.tokenizer
 from instella_jax.evaluation.heldout import evaluate
 from instella_jax.runtime import sharding
 from instella_jax.stages import make_stage
-from instella_jax.stages.parameters import load_frozen, load_trained
+from instella_jax.stages.parameters import load_frozen, load_trained, with_target_of_weights
 
 # By metric the README's figure and the margin, about twice to ten times what these 128 held-out
 # samples are off it: that of fewer samples, not of rounding. Worse weights than that are noticed.
@@ -23,7 +23,7 @@ FIGURES = {
 
 def heldout(module):
     """Held-out metrics of the shipped weights on two batches of 64."""
-    config = module.get_config()
+    config = with_target_of_weights(module.get_config())
     config.eval.update(batch_size=64, batches=2)
     config.mesh.update(data=1, fsdp=1, tensor=1)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:1])

@@ -196,6 +196,8 @@ def stage_config(module, folder):
     )  # fmt: skip
     config.update(tokenizer=str(folder), init_from=str(folder))
     config.data.image_size = 128
+    if config.stage == "diffusion":
+        config.loss.target = "epsilon"
     return config
 
 
