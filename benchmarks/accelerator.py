@@ -103,7 +103,7 @@ def tokenizer(work: tuple[tuple[str, int, int], ...], tiny: bool) -> Iterator[tu
     import jax.numpy as jnp
 
     from instella_jax.models.functional import apply
-    from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
+    from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
 
     config = TokenizerConfig()
     if tiny:
@@ -112,7 +112,7 @@ def tokenizer(work: tuple[tuple[str, int, int], ...], tiny: bool) -> Iterator[tu
             decoder_layers=2, decoder_heads=2, decoder_head_dim=16, rope_axes=(4, 6, 6),
             downsample_after=(0,), upsample_after=(0,),
         )  # fmt: skip
-    network = BinaryTokenizer(config, execution(tiny))
+    network = TokenizerNetwork(config, execution(tiny))
     params = random_params(network)
     for what, side, batch in work:
         side = 64 if tiny else side
@@ -132,7 +132,7 @@ def prompts(batches: tuple[int, ...], tiny: bool) -> Iterator[tuple[str, Call]]:
     from instella_jax.models.diffusion_transformer import DiffusionTransformer
     from instella_jax.models.functional import apply
     from instella_jax.models.olmo import Olmo, OlmoConfig
-    from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
+    from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
     from instella_jax.sampling import loops
 
     sizes: dict[str, Any] = TINY if tiny else PUBLISHED
@@ -146,7 +146,7 @@ def prompts(batches: tuple[int, ...], tiny: bool) -> Iterator[tuple[str, Call]]:
             decoder_layers=2, decoder_heads=2, decoder_head_dim=16, rope_axes=(4, 6, 6),
             downsample_after=(0,), upsample_after=(0,),
         )  # fmt: skip
-    reader, drawer = Olmo(olmo, run), BinaryTokenizer(code, run)
+    reader, drawer = Olmo(olmo, run), TokenizerNetwork(code, run)
     network = DiffusionTransformer(**sizes, text_width=width, run=run)
     params = [random_params(part) for part in (reader, network, drawer)]
     read = jax.jit(lambda p, ids, mask: apply(reader, p, ids, mask)[1:])

@@ -29,7 +29,7 @@ from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import Network, apply, init_params
 from instella_jax.models.layers import Execution
-from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
+from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
 from instella_jax.runtime import sharding
 from instella_jax.sampling import loops
 from instella_jax.weights import convert
@@ -121,7 +121,7 @@ class Both:
 
     def encode(self) -> Any:
         """Return images to logits."""
-        network = BinaryTokenizer(self.tokenizer, self.run)
+        network = TokenizerNetwork(self.tokenizer, self.run)
         params, w = self.weights(network)
         side, batch = self.options.side, self.options.batch
         images = self.rng.uniform(-1, 1, (batch, side, side, 3)).astype(np.float32)
@@ -132,7 +132,7 @@ class Both:
 
     def decode(self) -> Any:
         """Return codes to images."""
-        network = BinaryTokenizer(self.tokenizer, self.run)
+        network = TokenizerNetwork(self.tokenizer, self.run)
         params, w = self.weights(network)
         side, batch = self.options.side, self.options.batch
         code = self.code(batch, self.tokenizer.num_tokens, self.tokenizer.bits)

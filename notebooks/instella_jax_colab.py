@@ -1,7 +1,8 @@
 # %% [markdown]
 # # instella-jax: pictures from 1D binary latents
 #
-# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/github/instella-jax/instella-jax/blob/main/notebooks/instella_jax_colab.ipynb)
+# [![Open In Colab](https://colab.research.google.com/assets/colab-badge.svg)](https://colab.research.google.com/)
+# and there *File*, *Upload notebook*.
 #
 # Text to image with the demo weights, the tokenizer as a codec, two minutes of training, weights of
 # your own or from the hub, and checkpoints to orbax and back. It runs on a CPU, a GPU or a TPU, from
@@ -10,15 +11,16 @@
 # %% [markdown]
 # ## Install
 #
-# Nothing happens where the package is there already, as in a clone after `pip install -e .`.
+# Nothing happens where the package is there already, as in a clone after `pip install -e .`. Elsewhere
+# say where it comes from: the address of the repository that you have this from, or a wheel.
 
 # %%
 import importlib.util
 
+SOURCE = ""  # for example git+https://... or instella_jax-0.2.0-py3-none-any.whl
 if importlib.util.find_spec("instella_jax") is None:
-    get_ipython().run_line_magic(
-        "pip", "install -q git+https://github.com/instella-jax/instella-jax"
-    )
+    assert SOURCE, "set SOURCE above, and run this cell again"
+    get_ipython().run_line_magic("pip", f"install -q {SOURCE}")
 
 # %% [markdown]
 # ## What it computes with

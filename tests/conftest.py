@@ -79,11 +79,6 @@ def pytest_collection_modifyitems(items):
 
 
 @pytest.fixture
-def quick_compile():
-    """Nothing any more: everything compiles quickly."""
-
-
-@pytest.fixture
 def tiny_tokenizer_config():
     """Config of a tiny tokenizer stage."""
     return tiny_tokenizer.get_config().lock()

@@ -17,7 +17,7 @@ from instella_jax.models import binary_diffusion
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.olmo import Olmo
-from instella_jax.models.tokenizer import BinaryTokenizer, code_loss, hard_code
+from instella_jax.models.tokenizer import TokenizerNetwork, code_loss, hard_code
 from instella_jax.sampling import loops
 from instella_jax.weights import reference_sizes
 from tests.paths import PARITY
@@ -68,7 +68,7 @@ def generator(kind):
 
 @pytest.mark.parametrize(("number", "case"), TOKENIZER_CASES)
 def test_tokenizer(number, case):
-    network = BinaryTokenizer(reference_sizes.tokenizer_sizes(META["bae"], case["scale"]))
+    network = TokenizerNetwork(reference_sizes.tokenizer_sizes(META["bae"], case["scale"]))
     variables = load(network, "tokenizer")
     expected = {
         key.removeprefix(f"case{number}."): value

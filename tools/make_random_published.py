@@ -20,7 +20,7 @@ import numpy as np
 from instella_jax.errors import command_line
 from instella_jax.models.functional import Network
 from instella_jax.models.olmo import Olmo
-from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.runtime.files import fresh_folder
 from instella_jax.weights import convert, model_parts, reference_names, reference_sizes
 from instella_jax.weights.published import TOKENIZER_FILE
@@ -146,7 +146,7 @@ def make(out: Path, scale: str, dtype: Any = jnp.bfloat16, torch: bool = True) -
     olmo = Olmo(reference_sizes.olmo_config(sizes["text"]))
     generator = reference_sizes.generator_sizes(sizes["generator"], sizes["bae"])
     with fresh_folder(out) as folder:
-        files: dict[str, Network] = {f"model/{TOKENIZER_FILE}": BinaryTokenizer(config)}
+        files: dict[str, Network] = {f"model/{TOKENIZER_FILE}": TokenizerNetwork(config)}
         for kind, network in model_parts.GENERATORS.items():
             files[f"model/{kind}.{'pt' if torch else 'safetensors'}"] = network(**generator)
         files["olmo/model.safetensors"] = olmo

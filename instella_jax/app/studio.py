@@ -53,8 +53,7 @@ class Studio:
     @functools.cached_property
     def codec(self) -> BinaryTokenizer:
         """The tokenizer of images of the first model."""
-        weights = next(iter(self.models.values())).weights
-        return BinaryTokenizer.from_pretrained(weights.paths["tokenizer"].parent)
+        return next(iter(self.models.values())).tokenizer
 
     def warm_up(self) -> None:
         """Ask for a picture of each model, so that the first visitor does not wait for XLA."""

@@ -38,7 +38,7 @@ BATCH = 16
 
 @functools.partial(jax.jit, static_argnames="network")
 def encode_packed(
-    network: networks.BinaryTokenizer, params: Params, images: jax.Array
+    network: networks.TokenizerNetwork, params: Params, images: jax.Array
 ) -> jax.Array:
     """Encode uint8 [B, height, width, 3] to packed codes uint8 [B, ceil(N K / 8)]."""
     logits = apply(network, params, to_float(images), method="encode")
@@ -47,7 +47,7 @@ def encode_packed(
 
 @functools.partial(jax.jit, static_argnames=("network", "height", "width"))
 def decode_codes(
-    network: networks.BinaryTokenizer, params: Params, codes: jax.Array, height: int, width: int
+    network: networks.TokenizerNetwork, params: Params, codes: jax.Array, height: int, width: int
 ) -> jax.Array:
     """Decode codes uint8 [B, N, K] to uint8 [B, height, width, 3]."""
     codes = codes.astype(jnp.float32)
@@ -63,7 +63,7 @@ class BinaryTokenizer:
 
     def __init__(
         self,
-        network: networks.BinaryTokenizer,
+        network: networks.TokenizerNetwork,
         params: Params,
         *,
         shapes: Sequence[Shape],
@@ -110,7 +110,7 @@ class BinaryTokenizer:
         place = model_folder.find(os.fspath(folder), "tokenizer")
         description = model_folder.read_description(place)
         sizes = model_folder.tokenizer_config(description.get("tokenizer", {}))
-        network = networks.BinaryTokenizer(sizes, run)
+        network = networks.TokenizerNetwork(sizes, run)
         if mesh is not None:
             check_tensor({"tokenizer": network}, mesh)
         params = model_folder.load(place, "tokenizer", network, run.param_dtype, mesh)

@@ -200,7 +200,7 @@ def try_step(device: Any) -> tuple[float, float]:
     import optax
 
     from instella_jax.models.functional import apply, init_params
-    from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
+    from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
     from instella_jax.runtime.sharding import values
 
     sizes = TokenizerConfig(
@@ -208,7 +208,7 @@ def try_step(device: Any) -> tuple[float, float]:
         decoder_layers=1, decoder_heads=2, decoder_head_dim=16, rope_axes=(8, 4, 4),
         downsample_after=(), upsample_after=(), scale=None,
     )  # fmt: skip
-    network = BinaryTokenizer(sizes)
+    network = TokenizerNetwork(sizes)
     optimizer = optax.adamw(1e-2)
 
     @jax.jit

@@ -10,13 +10,12 @@ import jax
 from jax.sharding import Mesh
 
 from instella_jax.codec.tokenizer import BinaryTokenizer
+from instella_jax.commands.measure_reconstruction import find_lpips
 from instella_jax.config import Config
 from instella_jax.config_keys import check_values
-from instella_jax.errors import UserError
 from instella_jax.evaluation import reconstruction, scenes
 from instella_jax.evaluation.heldout import evaluate
 from instella_jax.evaluation.reports import provenance
-from instella_jax.losses.perceptual import load_lpips
 from instella_jax.models.functional import check_tensor
 from instella_jax.reporting.pictures import save_grid
 from instella_jax.runtime import sharding
@@ -81,11 +80,7 @@ def report_reconstruction(
     """Print PSNR, SSIM and LPIPS of held-out pictures, and write `reconstruction.json`."""
     size = config.eval.batch_size
     tokenizer = BinaryTokenizer(stage.network, params, shapes=(), mesh=mesh, batch_size=size)
-    try:
-        lpips_params = load_lpips()
-    except UserError as error:
-        lpips_params = None
-        print_line(f"LPIPS is left out: {error}")
+    lpips_params = find_lpips("")
     with contextlib.closing(stage.loader("heldout", batch_size=size)) as loader:
         batches = (b["image"] for _, b in zip(range(config.eval.batches), loader, strict=False))
         measured = reconstruction.measure(tokenizer, batches, lpips_params=lpips_params)

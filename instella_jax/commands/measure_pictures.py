@@ -7,8 +7,13 @@ import os
 from pathlib import Path
 from typing import Any
 
-from instella_jax.commands.sampled_model import joined
-from instella_jax.config_keys import expand, path_argument
+from instella_jax.commands.report_arguments import (
+    add_report_arguments,
+    add_tokenizer_arguments,
+    check_report_arguments,
+)
+from instella_jax.commands.sampled_model import add_distributed, joined
+from instella_jax.config_keys import path_argument
 from instella_jax.errors import UserError
 
 _NAMES = {
@@ -51,14 +56,8 @@ def add_rfid(kinds: Any) -> None:
         description="Crops pictures as in training, sends them through their codes, and compares "
         "the two sets.",
     )
-    rfid.add_argument(
-        "model", type=expand, metavar="TOKENIZER", help="model folder of a tokenizer, or demo"
-    )
+    add_tokenizer_arguments(rfid)
     rfid.add_argument("reference", type=path_argument, metavar="PICTURES")
-    rfid.add_argument(
-        "--image-size", type=int, default=0, metavar="PIXELS",
-        help="side of the crops (default: the tokenizer's own)",
-    )  # fmt: skip
     _add_features(rfid)
     rfid.set_defaults(run=_rfid)
 
@@ -115,31 +114,14 @@ def _add_features(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_common(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="N",
-        help="pictures at a time (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=path_argument, metavar="DIR", help="folder to make with the report"
-    )
-    parser.add_argument(
-        "--distributed", default="auto", choices=("auto", "off", "slurm", "tpu"),
-        help="how processes that share the work find each other, as in training "
-        "(default: %(default)s)",
-    )  # fmt: skip
-
-
-def _check(options: argparse.Namespace) -> None:
-    if options.batch_size < 1:
-        raise UserError("--batch-size must be at least 1")
-    if options.out is not None and options.out.exists():
-        raise UserError(f"{options.out} is there already: give another --out or move it away")
+    add_report_arguments(parser)
+    add_distributed(parser)
 
 
 def _fid(options: argparse.Namespace) -> None:
     from instella_jax.evaluation.picture_sets import center_crop, open_pictures
 
-    _check(options)
+    check_report_arguments(options)
     generated, reference = open_pictures(options.generated), open_pictures(options.reference)
     if options.crop:
         reference = center_crop(reference, options.crop, options.kernel)
@@ -156,18 +138,21 @@ def _fid(options: argparse.Namespace) -> None:
 def _rfid(options: argparse.Namespace) -> None:
     from instella_jax.evaluation.picture_sets import center_crop, open_pictures
 
-    _check(options)
+    check_report_arguments(options)
     pictures = open_pictures(options.reference)
     with joined(options):
-        from instella_jax.evaluation.through_codes import open_tokenizer, reconstructed
+        from instella_jax.codec.tokenizer import BinaryTokenizer
+        from instella_jax.evaluation.through_codes import reconstructed
 
-        tokenizer = open_tokenizer(options.model, options.image_size)
-        reference = center_crop(pictures, tokenizer.side)
+        tokenizer = BinaryTokenizer.from_pretrained(options.model, batch_size=options.batch_size)
+        side = options.image_size or tokenizer.shapes[0][0]
+        tokenizer.network.config.grid(side, side)
+        reference = center_crop(pictures, side)
         about = {
             "tokenizer": os.fspath(options.model),
-            "weights": tokenizer.digest,
+            "weights": tokenizer.fingerprint,
             "reference": os.fspath(options.reference),
-            "image_size": tokenizer.side,
+            "image_size": side,
         }
         _compare(options, reconstructed(tokenizer, reference), reference, about, "rfid")
 
@@ -178,6 +163,7 @@ def _compare(
     import jax
 
     from instella_jax.evaluation import feature_sets, frechet
+    from instella_jax.evaluation.reports import publish
     from instella_jax.reporting.progress import Progress
 
     if options.inception is not None:
@@ -209,20 +195,9 @@ def _compare(
     rows += [(name, scores[name]) for name in ("precision", "recall") if name in scores]
     rows += [(f"{name} pictures", count) for name, count in counts.items()]
     report = {"scores": scores, "pictures": counts, "settings": extractor.settings, **about}
-    _tell(options, rows, report)
+    publish(options.out, report, ("measure", "value"), rows)
     if min(counts.values()) < 10_000:
         print(_NOTE)
-
-
-def _tell(options: argparse.Namespace, rows: list[Any], report: dict[str, Any]) -> None:
-    from instella_jax.evaluation import reports
-    from instella_jax.runtime.files import fresh_folder
-
-    table = reports.markdown_table(("measure", "value"), rows)
-    if options.out is not None:
-        with fresh_folder(options.out) as folder:
-            reports.save_report(folder, report, table)
-    print(table, end="")
 
 
 def _inception(options: argparse.Namespace) -> None:
@@ -260,7 +235,7 @@ def _captions(folder: Path) -> dict[str, str]:
 
 
 def _clip(options: argparse.Namespace) -> None:
-    _check(options)
+    check_report_arguments(options)
     captions = _captions(options.pictures)
     if missing := [name for name in captions if not (options.pictures / name).is_file()]:
         raise UserError(f"{options.pictures / missing[0]} is missing, its caption is not")
@@ -270,6 +245,7 @@ def _clip(options: argparse.Namespace) -> None:
 
         from instella_jax.data.images import read_picture
         from instella_jax.evaluation.clip import clip_scores, load_clip
+        from instella_jax.evaluation.reports import publish
         from instella_jax.runtime.digest import digest
 
         clip = load_clip(options.clip)
@@ -289,4 +265,5 @@ def _clip(options: argparse.Namespace) -> None:
                 "folder": os.fspath(options.pictures),
             }
             rows = [("CLIP score (cosine)", float(mean)), ("standard error", float(error))]
-            _tell(options, [*rows, ("pictures", len(scores))], report)
+            rows.append(("pictures", len(scores)))
+            publish(options.out, report, ("measure", "value"), rows)

@@ -6,7 +6,12 @@ import os
 import time
 from typing import Any
 
-from instella_jax.config_keys import expand, path_argument
+from instella_jax.commands.report_arguments import (
+    add_report_arguments,
+    add_tokenizer_arguments,
+    check_report_arguments,
+)
+from instella_jax.config_keys import expand
 from instella_jax.errors import UserError
 
 
@@ -18,9 +23,7 @@ def add_reconstruction(kinds: Any) -> None:
         description="Crops pictures as in training, sends them through their codes, and compares "
         "each with its copy. LPIPS needs the extra [perceptual], or files of its weights.",
     )
-    parser.add_argument(
-        "model", type=expand, metavar="TOKENIZER", help="model folder of a tokenizer, or demo"
-    )
+    add_tokenizer_arguments(parser)
     parser.add_argument(
         "pictures", nargs="?", type=expand, default="scenes", metavar="FOLDER",
         help="folder of pictures (default: scenes, 512 held-out ones of the demo)",
@@ -29,21 +32,11 @@ def add_reconstruction(kinds: Any) -> None:
         "--count", type=int, default=0, metavar="N", help="the first N pictures alone"
     )
     parser.add_argument(
-        "--image-size", type=int, default=0, metavar="PIXELS",
-        help="side of the crops (default: the tokenizer's own)",
-    )  # fmt: skip
-    parser.add_argument(
         "--lpips", default="", metavar="FILES",
         help="weights as load_lpips takes them (default: those of the extra [perceptual]; where it "
         "is missing LPIPS is left out)",
     )  # fmt: skip
-    parser.add_argument(
-        "--batch-size", type=int, default=32, metavar="N",
-        help="pictures at a time (default: %(default)s)",
-    )  # fmt: skip
-    parser.add_argument(
-        "--out", type=path_argument, metavar="DIR", help="folder to make with the report"
-    )
+    add_report_arguments(parser)
     parser.set_defaults(run=_reconstruction)
 
 
@@ -65,10 +58,9 @@ def find_lpips(source: str) -> Any:
 
 
 def _reconstruction(options: argparse.Namespace) -> None:
-    if options.batch_size < 1 or options.count < 0:
-        raise UserError("--batch-size must be at least 1 and --count at least 0")
-    if options.out is not None and options.out.exists():
-        raise UserError(f"{options.out} is there already: give another --out or move it away")
+    check_report_arguments(options)
+    if options.count < 0:
+        raise UserError("--count must be at least 0")
     import jax
 
     from instella_jax.codec.tokenizer import BinaryTokenizer
@@ -76,7 +68,6 @@ def _reconstruction(options: argparse.Namespace) -> None:
     from instella_jax.evaluation.heldout_pictures import open_pictures
     from instella_jax.reporting.progress import Progress
     from instella_jax.runtime import compile_cache, devices, sharding
-    from instella_jax.runtime.files import fresh_folder
 
     compile_cache.use_cache()
     devices.find_devices()
@@ -105,14 +96,8 @@ def _reconstruction(options: argparse.Namespace) -> None:
         "crop": "largest square from the centre, antialiased bicubic",
         "seconds": round(time.perf_counter() - begin, 1),
     }
-    table = reports.markdown_table(
-        ("measure", "mean", "standard deviation", "worst picture"),
-        reconstruction.table_rows(measured),
-    )
-    if options.out is not None:
-        with fresh_folder(options.out) as folder:
-            reports.save_report(folder, report, table)
-    print(table, end="")
+    head = ("measure", "mean", "standard deviation", "worst picture")
+    reports.publish(options.out, report, head, reconstruction.table_rows(measured))
     print(
         f"{measured['pictures']} pictures of {side}x{side}, {measured['bits']} bits each, "
         f"{report['seconds']} s" + (f": {options.out}" if options.out else "")

@@ -48,6 +48,11 @@ def add_model_arguments(parser: argparse.ArgumentParser) -> None:
     for name, (kind, meaning) in _SAMPLING.items():
         flag = f"--{name.replace('_', '-')}"
         parser.add_argument(flag, type=kind, help=f"{meaning} (default: the config's)")
+    add_distributed(parser)
+
+
+def add_distributed(parser: argparse.ArgumentParser) -> None:
+    """Add how `joined` finds the other processes."""
     parser.add_argument(
         "--distributed", default="auto", choices=("auto", "off", "slurm", "tpu"),
         help="how processes that share the work find each other, as in training "

@@ -11,7 +11,7 @@ from typing import Any
 
 import jax
 
-from instella_jax.runtime.files import write_bytes, write_json
+from instella_jax.runtime.files import fresh_folder, write_bytes, write_json
 
 _PACKAGES = ("instella-jax", "jax", "flax", "numpy", "pillow")
 
@@ -52,3 +52,14 @@ def save_report(folder: Path, report: dict[str, Any], table: str) -> None:
     """Write `report.json`, with where it comes from, and `report.md`, its table."""
     write_json(folder / "report.json", {**report, "provenance": provenance()})
     write_bytes(folder / "report.md", table.encode())
+
+
+def publish(
+    out: Path | None, report: dict[str, Any], head: Sequence[str], rows: Sequence[Sequence[Any]]
+) -> None:
+    """Print a table, and write it with the report to a new folder where one is given."""
+    table = markdown_table(head, rows)
+    if out is not None:
+        with fresh_folder(out) as folder:
+            save_report(folder, report, table)
+    print(table, end="")

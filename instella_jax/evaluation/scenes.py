@@ -11,7 +11,7 @@ from instella_jax.data.sources import scenes_source
 from instella_jax.evaluation.judge import judge, summarise
 from instella_jax.evaluation.pca import PcaCodec
 from instella_jax.models.pixels import psnr
-from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.runtime import sharding
 from instella_jax.sampling.sampler import Sampler, options_from_config
 from instella_jax.stages.tokenizer import reconstruct
@@ -27,13 +27,13 @@ def mean_psnr(copies: np.ndarray, pictures: np.ndarray) -> float:
     return float(each.mean())
 
 
-def through_code(network: BinaryTokenizer, params: Any, pictures: np.ndarray) -> np.ndarray:
+def through_code(network: TokenizerNetwork, params: Any, pictures: np.ndarray) -> np.ndarray:
     """Send pictures uint8 [n, h, w, 3] through their codes, a batch at a time."""
     parts = np.array_split(pictures, -(-len(pictures) // BATCH))
     return np.concatenate([sharding.fetch(reconstruct(network, params, p)[0]) for p in parts])
 
 
-def tokenizer_report(network: BinaryTokenizer, params: Any, config: Config) -> dict[str, float]:
+def tokenizer_report(network: TokenizerNetwork, params: Any, config: Config) -> dict[str, float]:
     """Return held-out PSNR of the tokenizer and of PCA with as many bits, in dB."""
     heldout, train = (scenes_source(config.data, split) for split in ("heldout", "train"))
     pictures = np.stack([heldout[i]["image"] for i in range(512)])

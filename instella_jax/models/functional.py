@@ -14,19 +14,19 @@ from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.discriminator import Discriminator
 from instella_jax.models.lora import Adapters
 from instella_jax.models.olmo import Olmo
-from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.models.vgg import MIN_SIDE, Lpips
 
 # A tree of arrays, or of their shapes.
 Params = Any
-Network = BinaryTokenizer | DiffusionTransformer | ArTransformer | Olmo | Discriminator | Lpips
+Network = TokenizerNetwork | DiffusionTransformer | ArTransformer | Olmo | Discriminator | Lpips
 # What can be trained.
 Trainable = Network | Adapters
 
 
 def example_inputs(network: Network) -> tuple[Shaped[Array, "..."], ...]:
     """Return arguments for the network's call, one row of zeros each."""
-    if isinstance(network, BinaryTokenizer):
+    if isinstance(network, TokenizerNetwork):
         side = network.config.multiple
         return (jnp.zeros((1, side, side, 3)),)
     if isinstance(network, Discriminator):
@@ -69,7 +69,7 @@ def tensor_sizes(network: Trainable) -> dict[str, int]:
     """
     if isinstance(network, Adapters | Discriminator | Lpips):
         return {}
-    if isinstance(network, BinaryTokenizer):
+    if isinstance(network, TokenizerNetwork):
         sizes = network.config
         return {"encoder heads": sizes.encoder_heads, "decoder heads": sizes.decoder_heads}
     if isinstance(network, Olmo):

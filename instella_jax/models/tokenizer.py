@@ -416,7 +416,7 @@ class Decoder(nn.Module):
         return from_patches(pixels, c.patch_size)
 
 
-class BinaryTokenizer(nn.Module):
+class TokenizerNetwork(nn.Module):
     """Encoder, quantizer and decoder.
 
     `encode` gives the logits of the bits; `sample_code` or `hard_code` makes bits of them;

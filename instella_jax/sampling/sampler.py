@@ -18,8 +18,9 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Integer, UInt8
+from jaxtyping import Array, Bool, Float, Int, Integer
 
+from instella_jax.codec.tokenizer import decode_codes
 from instella_jax.config import Config
 from instella_jax.config_keys import check_value
 from instella_jax.errors import UserError
@@ -31,9 +32,8 @@ from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import Params, apply, check_tensor
 from instella_jax.models.layers import Execution
 from instella_jax.models.olmo import Olmo
-from instella_jax.models.pixels import to_uint8
 from instella_jax.models.text import TextTokenizer
-from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.runtime import sharding
 from instella_jax.sampling import loops
 from instella_jax.stages.generator import GeneratorStage
@@ -171,14 +171,6 @@ def _rows_of(
 image_keys = jax.jit(loops.image_keys)
 
 
-@functools.partial(jax.jit, static_argnames=("network", "height", "width"))
-def decode(
-    network: BinaryTokenizer, params: Params, code: Float[Array, "B N K"], height: int, width: int
-) -> UInt8[Array, "B height width 3"]:
-    """Decode codes to images."""
-    return to_uint8(apply(network, params, code, height, width, method="decode"))
-
-
 class Sampler:
     """A text encoder, a generator and a tokenizer, ready to sample.
 
@@ -195,7 +187,7 @@ class Sampler:
         *,
         generator: Generator,
         text: Olmo,
-        tokenizer: BinaryTokenizer,
+        tokenizer: TokenizerNetwork,
         params: Mapping[str, Params],
         text_tokenizer: TextTokenizer,
         max_length: int,
@@ -465,7 +457,7 @@ class Sampler:
         """Return the pictures of codes, uint8 [B, height, width, 3]."""
         with self._devices():
             params, codes = self.params["tokenizer"], jnp.asarray(codes)
-            return sharding.fetch(decode(self.tokenizer, params, codes, height, width))
+            return sharding.fetch(decode_codes(self.tokenizer, params, codes, height, width))
 
     def _devices(self) -> contextlib.AbstractContextManager[None]:
         return sharding.use(self.mesh) if self.mesh else contextlib.nullcontext()

@@ -24,7 +24,7 @@ from instella_jax.models.functional import Network, Params, Trainable, apply
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.pixels import to_float
 from instella_jax.models.text import TextTokenizer
-from instella_jax.models.tokenizer import BinaryTokenizer, hard_code
+from instella_jax.models.tokenizer import TokenizerNetwork, hard_code
 from instella_jax.stages.base import Batch, Metrics
 from instella_jax.weights import lora_files, model_folder, model_parts
 
@@ -123,7 +123,7 @@ class GeneratorStage(abc.ABC):
         return tokenizer
 
     @functools.cached_property
-    def tokenizer_network(self) -> BinaryTokenizer:
+    def tokenizer_network(self) -> TokenizerNetwork:
         """Return the image tokenizer that the codes come from.
 
         Raises:
@@ -133,7 +133,7 @@ class GeneratorStage(abc.ABC):
         sizes = model_folder.code_sizes(self.config.tokenizer, model.num_tokens, model.bits)
         size = self.config.data.image_size
         sizes.grid(size, size)
-        return BinaryTokenizer(sizes, self.run)
+        return TokenizerNetwork(sizes, self.run)
 
     @property
     def critics(self) -> dict[str, Any]:
@@ -197,19 +197,9 @@ class GeneratorStage(abc.ABC):
             elif part == "generator":
                 folder = self.base_folder
                 name = model_parts.matching_part(folder, part, sizes[part], "model")
-                self._check_target(folder)
+                model_parts.check_target(folder, sizes)
             loaded[part] = model_folder.load_boxed(folder, name, network, self.run.param_dtype)
         return loaded
-
-    def _check_target(self, folder: Path) -> None:
-        """Check that the generator of a folder was trained to tell what its adapters are to."""
-        theirs = model_folder.read_description(folder).get("target", "epsilon")
-        ours = self.describe_process().get("target", theirs)
-        if theirs != ours:
-            raise UserError(
-                f"{folder} was trained with loss.target={theirs!r}: give "
-                f"--config.loss.target={theirs} to train adapters of it"
-            )
 
     def loader(self, split: str, **options: Any) -> Any:
         """Return batches with "image" or packed "code", "text", "ids" and "mask"."""

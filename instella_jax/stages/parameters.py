@@ -7,7 +7,6 @@ import jax
 import jax.numpy as jnp
 
 from instella_jax.config import Config
-from instella_jax.errors import UserError
 from instella_jax.models.functional import Params
 from instella_jax.models.lora import Adapters
 from instella_jax.runtime import sharding
@@ -95,12 +94,7 @@ def load_trained(stage: Stage, config: Config, mesh: jax.sharding.Mesh) -> Param
     """
     folder = model_folder.find_weights(config)
     sizes, boxed = stage.describe(), {}
-    theirs = model_folder.read_description(folder).get("target")
-    if theirs and theirs != sizes.get("target", theirs):
-        raise UserError(
-            f"the generator of {folder} predicts {theirs!r}, config.loss.target is "
-            f"{sizes['target']!r}: give --config.loss.target={theirs}"
-        )
+    model_parts.check_target(folder, sizes)
     for part, network in without_critics(stage, stage.networks).items():
         if isinstance(network, Adapters):
             key = jax.random.key(config.seed)

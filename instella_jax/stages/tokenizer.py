@@ -25,7 +25,7 @@ from instella_jax.models.discriminator import Discriminator
 from instella_jax.models.functional import Network, Params, apply
 from instella_jax.models.pixels import psnr, to_float, to_uint8
 from instella_jax.models.quantizers import drop_tail, keep_tokens, quantize
-from instella_jax.models.tokenizer import BinaryTokenizer, hard_code
+from instella_jax.models.tokenizer import TokenizerNetwork, hard_code
 from instella_jax.models.vgg import MIN_SIDE, Lpips
 from instella_jax.stages.base import Batch, Metrics
 from instella_jax.weights.model_folder import execution, tokenizer_config
@@ -41,7 +41,7 @@ CODE_TERMS = {
 
 @functools.partial(jax.jit, static_argnames="network")
 def reconstruct(
-    network: BinaryTokenizer, params: Params, images: UInt8[Array, "B height width 3"]
+    network: TokenizerNetwork, params: Params, images: UInt8[Array, "B height width 3"]
 ) -> tuple[UInt8[Array, "B height width 3"], Float[Array, " B"]]:
     """Return pictures sent through their codes, and their PSNR in dB."""
     x = to_float(images)
@@ -63,7 +63,7 @@ class TokenizerStage:
         """
         self.config = config
         self.sizes = tokenizer_config(config.model)
-        self.network = BinaryTokenizer(self.sizes, execution(config.run))
+        self.network = TokenizerNetwork(self.sizes, execution(config.run))
         side = config.data.image_size
         for height, width in {(side, side), *buckets.shapes(config)}:
             self.sizes.grid(height, width)

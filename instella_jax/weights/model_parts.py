@@ -12,7 +12,7 @@ from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import Network
 from instella_jax.models.layers import Execution
 from instella_jax.models.olmo import Olmo, OlmoConfig
-from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.weights import model_folder
 
 GENERATORS = {"diffusion": DiffusionTransformer, "ar": ArTransformer}
@@ -60,7 +60,7 @@ def make_network(
     if not isinstance(values, Mapping):
         raise UserError(f"model folder {folder} has no {part}")
     if part == "tokenizer":
-        return BinaryTokenizer(model_folder.tokenizer_config(values), run)
+        return TokenizerNetwork(model_folder.tokenizer_config(values), run)
     text = description.get("text")
     if not isinstance(text, Mapping):
         raise UserError(f"model folder {folder} has no text")
@@ -109,3 +109,22 @@ def matching_part(
                 f"{ours[size]!r}: give --config.{key}.{size}={theirs[size]!r} or another folder"
             )
     return name
+
+
+def check_target(folder: str | os.PathLike[str], wanted: Mapping[str, Any]) -> None:
+    """Check that the generator of a folder predicts what a config says.
+
+    Args:
+      folder: a model folder; where it says nothing, its diffusion generator predicts "epsilon".
+      wanted: the config's description, with a "target" for a diffusion generator.
+
+    Raises:
+      UserError: it predicts something else.
+    """
+    theirs = model_folder.read_description(folder).get("target", "epsilon")
+    ours = wanted.get("target", theirs)
+    if theirs != ours:
+        raise UserError(
+            f"the generator of {folder} predicts {theirs!r}, config.loss.target is {ours!r}: give "
+            f"--config.loss.target={theirs}"
+        )

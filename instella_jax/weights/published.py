@@ -18,7 +18,7 @@ from instella_jax.errors import UserError
 from instella_jax.models.functional import Network
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.text import TextTokenizer, tokenizer_files
-from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.runtime.files import fresh_folder, write_json
 from instella_jax.weights import (
     convert,
@@ -118,7 +118,7 @@ def inspect(
     path = source / TOKENIZER_FILE
     with open_any(path) as tensors:
         config = reference_sizes.measure_tokenizer(tensors.shapes, sizes.get("bae", {}), str(path))
-        parts = {"tokenizer": _account(path, BinaryTokenizer(config), tensors)}
+        parts = {"tokenizer": _account(path, TokenizerNetwork(config), tensors)}
     wanted = {
         "num_tokens": config.num_tokens,
         "bits": config.bits,

@@ -14,7 +14,7 @@ from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import Network
 from instella_jax.models.olmo import Olmo, OlmoConfig
-from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
+from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
 
 
 def _from_patch_convolution(x: np.ndarray) -> np.ndarray:
@@ -166,7 +166,7 @@ def _olmo(config: OlmoConfig) -> Iterator[Entry]:
 
 def entries(network: Network) -> list[Entry]:
     """List the reference tensors that make up the parameters of a network."""
-    if isinstance(network, BinaryTokenizer):
+    if isinstance(network, TokenizerNetwork):
         return list(_tokenizer(network.config))
     if isinstance(network, DiffusionTransformer):
         return list(_diffusion(network))

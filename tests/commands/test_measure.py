@@ -39,7 +39,7 @@ def report_of(folder):
 
 
 @pytest.mark.slow
-def test_scene_eval_says_all_that_is_needed_to_repeat_it(tmp_path, quick_compile, capsys):
+def test_scene_eval_says_all_that_is_needed_to_repeat_it(tmp_path, capsys):
     tasks = "single_object,counting"
     eval_("scenes", "demo", "--prompts=2", "--images-per-prompt=2", f"--tasks={tasks}",
           "--steps=4", "--seed=5", "--out", tmp_path / "out")  # fmt: skip
@@ -58,7 +58,7 @@ def test_scene_eval_says_all_that_is_needed_to_repeat_it(tmp_path, quick_compile
 
 
 @pytest.mark.slow
-def test_an_export_holds_the_pictures_of_the_model(tmp_path, quick_compile):
+def test_an_export_holds_the_pictures_of_the_model(tmp_path):
     from instella_jax.sampling.load import load_sampler
     from instella_jax.sampling.sampler import Options
 
@@ -84,8 +84,8 @@ def test_an_export_holds_the_pictures_of_the_model(tmp_path, quick_compile):
 
 @pytest.mark.slow
 def test_rfid_is_the_distance_of_crops_and_copies(tmp_path, scenes, monkeypatch, capsys):
+    from instella_jax.codec.tokenizer import BinaryTokenizer
     from instella_jax.evaluation.frechet import frechet_distance
-    from instella_jax.evaluation.through_codes import open_tokenizer
     from instella_jax.stages.tokenizer import reconstruct
 
     monkeypatch.setenv("INSTELLA_JAX_CACHE", str(tmp_path / "cache" / "xla"))
@@ -103,7 +103,7 @@ def test_rfid_is_the_distance_of_crops_and_copies(tmp_path, scenes, monkeypatch,
     assert report["pictures"] == {"reference": 6, "generated": 6}
     # The same by hand: the files are as large as the tokenizer's pictures, so that no crop is cut.
     originals = np.stack([np.asarray(Image.open(f)) for f in sorted(scenes.glob("*.png"))])
-    tokenizer = open_tokenizer("demo")
+    tokenizer = BinaryTokenizer.from_pretrained("demo")
     images = jax.numpy.array(originals)
     copies = np.asarray(reconstruct(tokenizer.network, tokenizer.params, images)[0])
     extractor = feature_sets.vgg_extractor(weights)

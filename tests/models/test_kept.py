@@ -8,7 +8,7 @@ from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import abstract_params, apply
 from instella_jax.models.layers import Execution
-from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
+from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
 from instella_jax.runtime import sharding
 
 LAYERS, TOKENS, HEADS, DIM = 8, 64, 2, 32
@@ -26,7 +26,7 @@ TOKENIZER = TokenizerConfig(
 def kept(kind, batch, **run):
     """Bytes that the backward pass reads, parameters included."""
     execution = Execution(dtype="bfloat16", **run)
-    is_tokenizer = kind is BinaryTokenizer
+    is_tokenizer = kind is TokenizerNetwork
     network = kind(TOKENIZER, execution) if is_tokenizer else kind(**GENERATOR, run=execution)
     code = jax.ShapeDtypeStruct((batch, TOKENS, 4), jnp.float32)
     text = jax.ShapeDtypeStruct((LAYERS, batch, TOKENS, WIDTH), jnp.bfloat16)
@@ -35,7 +35,7 @@ def kept(kind, batch, **run):
     # As many patches as latent tokens.
     pictures = jax.ShapeDtypeStruct((batch, 16, 4 * TOKENS // 8, 3), jnp.float32)
     inputs = {
-        BinaryTokenizer: (pictures,),
+        TokenizerNetwork: (pictures,),
         DiffusionTransformer: (code, times, text, mask),
         ArTransformer: (code.update(shape=(batch, TOKENS - 1, 4)), text, mask),
     }[kind]
@@ -54,7 +54,7 @@ def widths(kind, **run):
 
 
 @pytest.mark.parametrize("attention", ["xla", "blocks"])
-@pytest.mark.parametrize("kind", [DiffusionTransformer, ArTransformer, BinaryTokenizer])
+@pytest.mark.parametrize("kind", [DiffusionTransformer, ArTransformer, TokenizerNetwork])
 def test_without_recomputed_products_few_widths_are_kept(kind, attention):
     # The text has as many tokens as the image and counts to it.
     assert 10 < widths(kind, remat="dots", attention=attention) <= 20
@@ -62,18 +62,18 @@ def test_without_recomputed_products_few_widths_are_kept(kind, attention):
     assert widths(kind, remat="none", attention=attention) > 30
 
 
-@pytest.mark.parametrize("kind", [DiffusionTransformer, BinaryTokenizer])
+@pytest.mark.parametrize("kind", [DiffusionTransformer, TokenizerNetwork])
 def test_no_product_with_weights_is_computed_again(kind):
     def products(remat):
         execution = Execution(dtype="bfloat16", remat=remat, unroll=True, attention="xla")
         small = dict(GENERATOR, num_layers=2)
         network = (
-            BinaryTokenizer(TOKENIZER, execution)
-            if kind is BinaryTokenizer
+            TokenizerNetwork(TOKENIZER, execution)
+            if kind is TokenizerNetwork
             else kind(**small, run=execution)
         )
         params = sharding.values(abstract_params(network))
-        if kind is BinaryTokenizer:
+        if kind is TokenizerNetwork:
             inputs = (jnp.zeros((1, 16, 16, 3)),)
         else:
             text = jnp.zeros((2, 1, TOKENS, WIDTH))

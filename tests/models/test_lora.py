@@ -22,8 +22,6 @@ NETWORKS = {"diffusion": DiffusionTransformer(**SIZES), "ar": ArTransformer(**SI
 TARGETS = ("q_proj", "k_proj", "v_proj", "o_proj", "proj_cond", "net.0.proj", "net.2")
 RANK, ALPHA = 3, 5.0
 
-pytestmark = pytest.mark.usefixtures("quick_compile")
-
 
 @pytest.fixture(params=list(NETWORKS))
 def network(request):

@@ -16,7 +16,7 @@ from safetensors.numpy import load_file, save_file
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.olmo import Olmo
-from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.weights import convert, reference_sizes
 from tests import reference
 from tests.paths import ROOT
@@ -96,7 +96,7 @@ def double(w):
 
 def write_tokenizer(folder, meta, rng):
     bae, values = meta["bae"], {}
-    network = BinaryTokenizer(reference_sizes.tokenizer_sizes(bae))
+    network = TokenizerNetwork(reference_sizes.tokenizer_sizes(bae))
     w = weights(network, rng)
     for i, case in enumerate(meta["tokenizer_cases"]):
         size, scale = (case["height"], case["width"]), case["scale"]

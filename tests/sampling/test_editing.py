@@ -7,21 +7,10 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from instella_jax import InstellaPipeline
 from instella_jax.sampling import editing, loops
 
 PROMPT, OTHER = "a cat above a blue square", "a dog above a pizza"
 QUICK = dict(num_inference_steps=6)
-
-
-@pytest.fixture(scope="module")
-def pipes():
-    return {name: InstellaPipeline.from_pretrained(name) for name in ("demo", "demo_ar")}
-
-
-@pytest.fixture(params=["demo", "demo_ar"])
-def pipe(request, pipes):
-    return pipes[request.param]
 
 
 def code_of(pipe, prompt=PROMPT, seed=0):
@@ -56,7 +45,7 @@ def test_kept_tokens_stay_bit_by_bit(pipe):
     output = editing.regenerate(pipe, code, keep, OTHER, count=2, seed=3, **QUICK)
     for found in output.codes:
         np.testing.assert_array_equal(found[keep], code[keep])
-        assert (found[~keep] != code[~keep]).any()
+        assert (found[~keep] != code[~keep]).mean() > 0.03
     everything = editing.regenerate(pipe, code, keep | ~keep, OTHER, **QUICK)
     np.testing.assert_array_equal(everything.codes[0], code)
     nothing = editing.regenerate(pipe, code, keep & ~keep, OTHER, seed=3, **QUICK)

@@ -23,16 +23,6 @@ QUICK = dict(num_inference_steps=4)
 
 
 @pytest.fixture(scope="module")
-def pipes():
-    return {name: InstellaPipeline.from_pretrained(name) for name in ("demo", "demo_ar")}
-
-
-@pytest.fixture(params=["demo", "demo_ar"])
-def pipe(request, pipes):
-    return pipes[request.param]
-
-
-@pytest.fixture(scope="module")
 def saved(pipes, tmp_path_factory):
     folder = tmp_path_factory.mktemp("saved") / "model"
     pipes["demo"].save_pretrained(folder, {"objects_right": 0.96875, "prompts": 64})

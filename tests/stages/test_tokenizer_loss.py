@@ -5,7 +5,7 @@ import jax.numpy as jnp
 import numpy as np
 import pytest
 
-from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.stages import make_stage
 from instella_jax.stages.tokenizer import reconstruct
 
@@ -14,7 +14,7 @@ KEY = jax.random.key(4)
 PARAMS = {"tokenizer": {"gain": jnp.float32(1.0)}}
 
 
-class Known(BinaryTokenizer):
+class Known(TokenizerNetwork):
     """Logits are the picture's mean by the weights, a code's picture is as light as its bits."""
 
     def setup(self):

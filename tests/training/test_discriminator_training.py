@@ -66,7 +66,7 @@ class Run:
         return found
 
 
-def test_a_resumed_run_ends_where_an_unbroken_one_does(config, tmp_path, quick_compile):
+def test_a_resumed_run_ends_where_an_unbroken_one_does(config, tmp_path):
     run = Run(config)
     begin = jax.tree.map(lambda x: x.copy(), run.state)
     with contextlib.closing(run.loader()) as loader:
@@ -98,7 +98,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config, tmp_path, quick_c
 
 
 @pytest.mark.parametrize("axes", [dict(data=8), dict(data=2, fsdp=4)])
-def test_eight_devices_do_as_one(config, axes, quick_compile):
+def test_eight_devices_do_as_one(config, axes):
     results = []
     for sizes in ({}, axes):
         run = Run(config, **sizes)

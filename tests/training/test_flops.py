@@ -12,7 +12,7 @@ from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import abstract_params, apply
 from instella_jax.models.layers import Execution
 from instella_jax.models.olmo import Olmo, OlmoConfig
-from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
+from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
 from instella_jax.runtime.sharding import values
 from instella_jax.training import flops
 
@@ -85,7 +85,7 @@ def test_tokenizer_against_xla(levels):
         encoder_head_dim=64, decoder_layers=3, decoder_heads=6, decoder_head_dim=64,
         downsample_after=levels, upsample_after=levels,
     )  # fmt: skip
-    network = BinaryTokenizer(sizes, RUN)
+    network = TokenizerNetwork(sizes, RUN)
     patches = 8 * 12 // 4 ** len(levels)
     encoder = flops.encoder_forward(sizes, 64, 96) - unread(patches, 16 + patches, 256)
     got = counted(network, floats(1, 64, 96, 3), method="encode")

@@ -10,7 +10,7 @@ from instella_jax.errors import UserError
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.olmo import Olmo
-from instella_jax.models.tokenizer import BinaryTokenizer
+from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.weights import convert, reference_sizes
 from tests.paths import ROOT
 from tests.reference_params import to_params
@@ -19,7 +19,7 @@ VECTORS = ROOT / "tests/data/parity"
 META = json.loads((VECTORS / "meta.json").read_text())
 GENERATOR = reference_sizes.generator_sizes(META["generator"], META["bae"])
 NETWORKS = {
-    "tokenizer": BinaryTokenizer(reference_sizes.tokenizer_sizes(META["bae"])),
+    "tokenizer": TokenizerNetwork(reference_sizes.tokenizer_sizes(META["bae"])),
     "diffusion": DiffusionTransformer(**GENERATOR),
     "ar": ArTransformer(**GENERATOR),
     "olmo": Olmo(reference_sizes.olmo_config(META["text"])),

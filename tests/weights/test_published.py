@@ -21,7 +21,7 @@ import configs.t2i_diffusion
 from instella_jax.errors import UserError
 from instella_jax.models.layers import Execution
 from instella_jax.models.text import TextTokenizer
-from instella_jax.models.tokenizer import BinaryTokenizer, TokenizerConfig
+from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
 from instella_jax.runtime import sharding
 from instella_jax.sampling.sampler import Options, Sampler
 from instella_jax.stages import make_stage, parameters
@@ -363,7 +363,7 @@ def test_sizes_given_must_fit(source, bae, match):
 
 
 def test_published_sizes_need_no_file():
-    shapes = convert.reference_shapes(BinaryTokenizer(TokenizerConfig()))
+    shapes = convert.reference_shapes(TokenizerNetwork(TokenizerConfig()))
     assert reference_sizes.measure_tokenizer(shapes, {}, "file") == TokenizerConfig()
 
 
