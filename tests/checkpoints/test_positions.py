@@ -6,14 +6,24 @@ import numpy as np
 import pytest
 
 from instella_jax.checkpoints.positions import rows_of, share_state
+from instella_jax.data.samples import BadSample
 from tests.toy_stage import Points, ToyStage
 
 SAMPLES = 96
 
 
-def take(count, batch, state=None, index=0, processes=1, workers=0):
+class WithBroken(Points):
+    """Points of which some cannot be read."""
+
+    def __getitem__(self, index):
+        if index % 5 == 0:
+            raise BadSample(f"point {index}")
+        return super().__getitem__(index)
+
+
+def take(count, batch, state=None, index=0, processes=1, workers=0, points=Points):
     """Batches of some rows of one process, and the position after them."""
-    stage = ToyStage(source=Points(SAMPLES))
+    stage = ToyStage(source=points(SAMPLES))
     loader = stage.loader(
         "train", batch_size=batch, process_index=index, process_count=processes, workers=workers
     )
@@ -46,3 +56,22 @@ def test_no_sample_comes_twice_where_the_sizes_do_not_divide():
     before, state = take(5, 8)
     rest, _ = take(7, 7, share_state([state], 0, 1, 7))
     assert len(set(before + rest)) == 40 + 49
+
+
+def test_no_sample_comes_twice_where_some_rows_have_skipped_more_than_others():
+    before, state = take(4, 8, points=WithBroken)
+    (read,) = (entry["rows"] for entry in _positions(state))
+    assert max(read) > min(read)
+    rest, _ = take(5, 4, share_state([state], 0, 1, 4), points=WithBroken)
+    assert len(set(before + rest)) == 32 + 20
+
+
+def _positions(state):
+    """All parts of a loader's position that have rows."""
+    if isinstance(state, dict):
+        if "rows" in state:
+            yield state
+        state = list(state.values())
+    if isinstance(state, list):
+        for part in state:
+            yield from _positions(part)
