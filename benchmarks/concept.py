@@ -29,7 +29,8 @@ from instella_jax.evaluation.judge import judge, summarise
 from instella_jax.reporting.pictures import save_grid, save_png
 from instella_jax.runtime import devices
 from instella_jax.sampling.load import load_sampler
-from instella_jax.sampling.sampler import Sampler, options_from_config
+from instella_jax.sampling.options import options_from_config
+from instella_jax.sampling.sampler import Sampler
 from instella_jax.stages.parameters import with_target_of_weights
 from instella_jax.training.loop import train
 from instella_jax.weights.model_folder import ASSETS

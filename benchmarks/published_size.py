@@ -22,7 +22,8 @@ PROMPT = "a lighthouse on a rocky coast at sunset, oil painting"
 def generate(folder: Path, kind: str, side: int, steps: int) -> None:
     """Sample one image twice, compiling included and not."""
     from instella_jax.models.layers import Execution
-    from instella_jax.sampling.sampler import Options, Sampler
+    from instella_jax.sampling.options import Options
+    from instella_jax.sampling.sampler import Sampler
 
     start = time.perf_counter()
     run = Execution(param_dtype="bfloat16", dtype="bfloat16")

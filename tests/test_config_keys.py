@@ -20,7 +20,7 @@ from instella_jax.kernels import binary_sampling
 from instella_jax.models import attention, binary_diffusion
 from instella_jax.models.layers import REMAT_POLICIES
 from instella_jax.planning import plan
-from instella_jax.sampling.sampler import Options
+from instella_jax.sampling.options import Options
 from instella_jax.training import flops, loop
 from tests.paths import ROOT
 from tests.test_configs import CONFIGS, VARIANTS, get_config, leaves

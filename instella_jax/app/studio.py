@@ -13,7 +13,7 @@ from instella_jax.app.batching import Batcher, Job, Made, OnPreview, Row, Settin
 from instella_jax.app.requests import BadField, Limits, Request
 from instella_jax.codec.tokenizer import BinaryTokenizer
 from instella_jax.errors import UserError
-from instella_jax.sampling import sampler
+from instella_jax.sampling import options as sampling_options
 from instella_jax.sampling.pipeline import InstellaPipeline
 from instella_jax.sampling.records import make_record
 
@@ -152,7 +152,7 @@ class Studio:
         pipe = self.models[settings.model]
         # Few sizes of batches are ever compiled: the powers of two.
         size = min(1 << (len(rows) - 1).bit_length(), self.limits.batch)
-        requests = [sampler.Request(*rows[min(n, len(rows) - 1)]) for n in range(size)]
+        requests = [sampling_options.Request(*rows[min(n, len(rows) - 1)]) for n in range(size)]
         options = pipe.options(
             num_inference_steps=settings.steps,
             guidance_scale=settings.guidance_scale,

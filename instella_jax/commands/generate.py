@@ -22,7 +22,8 @@ if TYPE_CHECKING:
 
     from instella_jax.reporting.progress import Progress
     from instella_jax.sampling.load import Weights
-    from instella_jax.sampling.sampler import Options, Request, Sampler
+    from instella_jax.sampling.options import Options, Request
+    from instella_jax.sampling.sampler import Sampler
 
 EXAMPLES = """\
 examples:
@@ -271,7 +272,7 @@ def _options(
     Raises:
       UserError: one is out of its range.
     """
-    from instella_jax.sampling.sampler import Options
+    from instella_jax.sampling.options import Options
 
     names = {field.name for field in dataclasses.fields(Options)} - {"seed", "negative_prompt"}
     values = {**sampling, **{k: v for k, v in source.items() if k in names}}
@@ -293,7 +294,7 @@ def make_work(prompts: Sequence[Prompt], options: "Options") -> list[Work]:
     Raises:
       UserError: a seed or a size is out of its range.
     """
-    from instella_jax.sampling.sampler import requests_of
+    from instella_jax.sampling.options import requests_of
 
     work = []
     for size, group in itertools.groupby(prompts, key=lambda p: (p.height, p.width)):
@@ -412,7 +413,7 @@ def generate(config: Config, workdir: str | os.PathLike[str] | None) -> Path | N
     from instella_jax.reporting.progress import Progress
     from instella_jax.sampling.album import Album
     from instella_jax.sampling.load import load_sampler
-    from instella_jax.sampling.sampler import options_from_config
+    from instella_jax.sampling.options import options_from_config
     from instella_jax.training.workdir import USED, check_config
 
     if "sample" not in config:

@@ -79,7 +79,7 @@ def _scenes_report(options: argparse.Namespace, tasks: list[str]) -> None:
     from instella_jax.reporting.progress import Progress
     from instella_jax.runtime.files import fresh_folder
     from instella_jax.sampling.load import load_sampler
-    from instella_jax.sampling.sampler import options_from_config
+    from instella_jax.sampling.options import options_from_config
 
     config, workdir = find_config(options)
     sampler, weights = load_sampler(config, workdir)
@@ -185,7 +185,7 @@ def _export_pieces(options: argparse.Namespace, pieces: list[Any]) -> None:
     from instella_jax.evaluation.exports import export
     from instella_jax.reporting.progress import Progress, Throughput, progress_line
     from instella_jax.sampling.load import load_sampler
-    from instella_jax.sampling.sampler import options_from_config
+    from instella_jax.sampling.options import options_from_config
 
     config, workdir = find_config(options)
     sampler, weights = load_sampler(config, workdir)

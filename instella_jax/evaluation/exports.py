@@ -17,7 +17,8 @@ from instella_jax.errors import UserError
 from instella_jax.evaluation.layouts import LAYOUTS, Piece
 from instella_jax.reporting.pictures import save_png
 from instella_jax.runtime.files import replacing, write_bytes, write_json
-from instella_jax.sampling.sampler import Options, Sampler, requests_of
+from instella_jax.sampling.options import Options, requests_of
+from instella_jax.sampling.sampler import Sampler
 
 
 def export(

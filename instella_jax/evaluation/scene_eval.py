@@ -20,7 +20,8 @@ from instella_jax.data.scenes.source import render
 from instella_jax.errors import UserError
 from instella_jax.evaluation.judge import Judgement, compare, judge
 from instella_jax.evaluation.scenes import through_code
-from instella_jax.sampling.sampler import Options, Sampler, requests_of
+from instella_jax.sampling.options import Options, requests_of
+from instella_jax.sampling.sampler import Sampler
 
 # Share of true renderings that the judge must find right in each task.
 TRUSTED = 0.97

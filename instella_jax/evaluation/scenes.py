@@ -13,7 +13,8 @@ from instella_jax.evaluation.pca import PcaCodec
 from instella_jax.models.pixels import psnr
 from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.runtime import sharding
-from instella_jax.sampling.sampler import Sampler, options_from_config
+from instella_jax.sampling.options import options_from_config
+from instella_jax.sampling.sampler import Sampler
 from instella_jax.stages.tokenizer import reconstruct
 
 PCA_PICTURES = 4_096

@@ -15,8 +15,9 @@ from PIL import Image
 from instella_jax.errors import UserError, value_errors
 from instella_jax.runtime.files import write_bytes
 from instella_jax.runtime.sharding import fetch
+from instella_jax.sampling.generation import Start
+from instella_jax.sampling.options import Request
 from instella_jax.sampling.pipeline import InstellaPipeline, PipelineOutput, make_requests
-from instella_jax.sampling.sampler import Request, Start
 
 
 def _code(pipe: InstellaPipeline, code: np.ndarray) -> np.ndarray:

@@ -20,8 +20,9 @@ from instella_jax.models.layers import Execution
 from instella_jax.runtime.compile_cache import use_cache
 from instella_jax.runtime.sharding import fetch
 from instella_jax.sampling.load import Weights
+from instella_jax.sampling.options import Options, Request
 from instella_jax.sampling.pretrained import Pretrained, open_model, save_model
-from instella_jax.sampling.sampler import Options, Request, Sampler
+from instella_jax.sampling.sampler import Sampler
 from instella_jax.weights import hub, lora_files
 
 logger = logging.getLogger(__name__)

@@ -9,7 +9,8 @@ import numpy as np
 
 from instella_jax.models.functional import Params
 from instella_jax.runtime.sharding import fetch
-from instella_jax.sampling.sampler import Sampler, options_from_config
+from instella_jax.sampling.options import options_from_config
+from instella_jax.sampling.sampler import Sampler
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.stages.tokenizer import TokenizerStage, reconstruct
 

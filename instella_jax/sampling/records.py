@@ -11,7 +11,8 @@ import jax
 from instella_jax.errors import UserError
 from instella_jax.sampling.card import version
 from instella_jax.sampling.load import Weights
-from instella_jax.sampling.sampler import Options, Request, Sampler
+from instella_jax.sampling.options import Options, Request
+from instella_jax.sampling.sampler import Sampler
 
 # Keyword of the PNG chunk that holds a record as JSON.
 KEYWORD = "instella_jax"

@@ -1,16 +1,14 @@
 """Three networks that make pictures of prompts, a batch at a time.
 
-Axes: B pictures, U different prompts, N latent tokens, K bits, L text length.
+Axes: B pictures, U prompts, N latent tokens, K bits, L text length.
 """
 
-import collections
 import contextlib
 import copy
 import dataclasses
-import functools
 import logging
 import os
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,108 +16,26 @@ import jax
 import jax.numpy as jnp
 import numpy as np
 from jax.sharding import Mesh
-from jaxtyping import Array, Bool, Float, Int, Integer
+from jaxtyping import Array, Float, Integer
 
 from instella_jax.codec.tokenizer import decode_codes
-from instella_jax.config import Config
-from instella_jax.config_keys import check_value
 from instella_jax.errors import UserError
-from instella_jax.kernels import binary_sampling
-from instella_jax.models import binary_diffusion, lora
-from instella_jax.models.ar_transformer import ArTransformer
+from instella_jax.models import lora
 from instella_jax.models.binary_diffusion import Target
-from instella_jax.models.diffusion_transformer import DiffusionTransformer
-from instella_jax.models.functional import Params, apply, check_tensor
+from instella_jax.models.functional import Params, check_tensor
 from instella_jax.models.layers import Execution
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.text import TextTokenizer
 from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.runtime import sharding
 from instella_jax.sampling import loops
+from instella_jax.sampling.generation import Generator, OnStep, generate_codes
+from instella_jax.sampling.options import Options, Request, requests_of
+from instella_jax.sampling.prompt_features import PromptFeatures
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.weights import model_folder, model_parts
 
 logger = logging.getLogger(__name__)
-
-Generator = DiffusionTransformer | ArTransformer
-
-# Text is padded to a multiple of this, so that few lengths are ever compiled.
-TEXT_BLOCK = 32
-# Bytes of text features that are kept for prompts that come again.
-TEXT_CACHE = 2**28
-
-
-@dataclasses.dataclass(frozen=True)
-class Options:
-    """How prompts are sampled; the defaults are the published ones.
-
-    Attributes:
-      negative_prompt: what guidance leads away from; "" is the unconditional prompt.
-      images_per_prompt: pictures of each prompt; picture j has the seed `seed` + j.
-      seed: of the first picture of every prompt.
-      steps: of the diffusion sampler.
-      guidance: g in (1 + g) conditional - g unconditional; 0 is none. g is the scale of other
-        systems less 1.
-      temperature: of the guided logits; 0 takes the likelier bit.
-      rho: exponent of the schedule of times.
-      protocol: how bits are sampled between steps, 1 or 2 (the posterior).
-      height: of the pictures in pixels; 0 is the size that the model was trained at.
-      width: likewise.
-      batch_size: pictures sampled at a time.
-      kernel: what samples the bits, see `kernels.binary_sampling.resolve`.
-    """
-
-    negative_prompt: str = ""
-    images_per_prompt: int = 1
-    seed: int = 0
-    steps: int = 20
-    guidance: float = 7.5
-    temperature: float = 1.0
-    rho: float = 1.0
-    protocol: int = 1
-    height: int = 0
-    width: int = 0
-    batch_size: int = 16
-    kernel: str = "auto"
-
-    def __post_init__(self) -> None:
-        """Check ranges.
-
-        Raises:
-          UserError: a value is out of range.
-        """
-        for field in dataclasses.fields(self):
-            name = field.name
-            check_value(f"sample.{name}", getattr(self, name), called=name)
-
-
-def options_from_config(config: Config) -> Options:
-    """Read the options out of a config's `sample` section."""
-    names = {field.name for field in dataclasses.fields(Options)}
-    return Options(**{name: config[name] for name in names if name in config})
-
-
-class Request(NamedTuple):
-    """A picture to sample.
-
-    Attributes:
-      prompt: what it shows.
-      negative_prompt: what guidance leads away from; "" is the unconditional prompt.
-      seed: of its random numbers.
-    """
-
-    prompt: str
-    negative_prompt: str = ""
-    seed: int = 0
-
-
-def requests_of(prompts: str | Sequence[str], options: Options) -> list[Request]:
-    """Return the pictures that options ask for, those of a prompt together."""
-    return [
-        Request(prompt, options.negative_prompt, options.seed + number)
-        for prompt in ([prompts] if isinstance(prompts, str) else prompts)
-        for number in range(options.images_per_prompt)
-    ]
 
 
 class Samples(NamedTuple):
@@ -132,40 +48,6 @@ class Samples(NamedTuple):
 
     images: np.ndarray
     codes: np.ndarray
-
-
-class Start(NamedTuple):
-    """Codes that sampling starts from, in the place of noise.
-
-    Attributes:
-      code: float32 [B, N, K], 0 and 1.
-      keep: bool [B, N], tokens that stay as they are; None for none.
-      step: the step of the diffusion sampler that comes first; the codes get the noise of its time.
-    """
-
-    code: np.ndarray
-    keep: np.ndarray | None = None
-    step: int = 0
-
-
-# Called after each step with how many are done, how many there are, and the codes of a batch.
-OnStep = Callable[[int, int, jax.Array], None]
-
-
-@functools.partial(jax.jit, static_argnames="network")
-def text_features(
-    network: Olmo, params: Params, ids: Int[Array, "U L"], mask: Bool[Array, "U L"]
-) -> Float[Array, "layers U L Dt"]:
-    """Return the text features that the blocks of a generator attend to."""
-    return apply(network, params, ids, mask)[1:]
-
-
-@jax.jit
-def _rows_of(
-    features: tuple[Float[Array, "layers 1 L Dt"], ...], rows: Int[Array, " rows"]
-) -> Float[Array, "layers rows L Dt"]:
-    """Return the features of rows, each one of those given."""
-    return jnp.take(jnp.concatenate(features, axis=1), rows, axis=1)
 
 
 image_keys = jax.jit(loops.image_keys)
@@ -212,9 +94,7 @@ class Sampler:
         self.params = params
         self.text_tokenizer, self.max_length = text_tokenizer, max_length
         self.image_size, self.target, self.mesh = image_size, target, mesh
-        self._ids: dict[str, np.ndarray] = {}
-        # Features by prompt and padded length, the latest last.
-        self._known: collections.OrderedDict[tuple[str, int], jax.Array] = collections.OrderedDict()
+        self.prompt_features = PromptFeatures(text, params["text"], text_tokenizer, max_length)
 
     @classmethod
     def from_folder(
@@ -343,7 +223,11 @@ class Sampler:
         }
         return generator, {"text": text}
 
-    def __call__(self, prompts: str | Sequence[str], options: Options = Options()) -> np.ndarray:
+    def __call__(
+        self,
+        prompts: str | Sequence[str],
+        options: Options = Options(),  # noqa: B008 (frozen)
+    ) -> np.ndarray:
         """Sample pictures of prompts.
 
         Args:
@@ -362,7 +246,7 @@ class Sampler:
     def batches(
         self,
         requests: Sequence[Request],
-        options: Options = Options(),
+        options: Options = Options(),  # noqa: B008
         *,
         text_length: int = 0,
         on_step: OnStep | None = None,
@@ -448,7 +332,7 @@ class Sampler:
         """
         with self._devices():
             length = max(self.text_length(texts), text_length)
-            features, mask = self.describe(texts, length)
+            features, mask = self.prompt_features(texts, length)
             return self.codes(features, mask, seeds, options, **how)
 
     def decode(
@@ -462,175 +346,38 @@ class Sampler:
     def _devices(self) -> contextlib.AbstractContextManager[None]:
         return sharding.use(self.mesh) if self.mesh else contextlib.nullcontext()
 
-    def text_length(self, prompts: Sequence[str]) -> int:
-        """Return the number of tokens that prompts are padded to: that of the longest, rounded up.
-
-        Rounded, so that few lengths are compiled.
-
-        Raises:
-          UserError: a prompt is no text.
-        """
-        longest = max([1, *map(len, self._tokens(prompts))])
-        return min(-(-longest // TEXT_BLOCK) * TEXT_BLOCK, self.max_length)
-
-    def _tokens(self, prompts: Sequence[str]) -> list[np.ndarray]:
-        """Return the ids of each prompt, int32 without padding."""
-        new = [prompt for prompt in dict.fromkeys(prompts) if prompt not in self._ids]
-        for prompt in new:
-            if any("\ud800" <= letter <= "\udfff" for letter in prompt):
-                raise UserError(f"prompt {prompt!r} is not UTF-8: give it as UTF-8 text")
-        if new:
-            if len(self._ids) >= 2**16:
-                new = list(dict.fromkeys(prompts))
-                self._ids.clear()
-            rows = self.text_tokenizer.encode(new, max_length=self.max_length)
-            own = {prompt: ids[mask] for prompt, ids, mask in zip(new, *rows, strict=True)}
-            self._ids.update(own)
-        return [self._ids[prompt] for prompt in prompts]
-
-    def describe(
-        self, prompts: Sequence[str], length: int
-    ) -> tuple[Float[Array, "layers rows L Dt"], Bool[np.ndarray, "rows L"]]:
-        """Encode prompts, each different one by itself and once.
-
-        So no prompt's features depend on the others', and those that come again are remembered,
-        the last ones in `TEXT_CACHE` bytes.
-
-        Args:
-          prompts: the texts of all rows.
-          length: L, see `text_length`.
-
-        Returns:
-          features and mask of the rows.
-        """
-        unique = list(dict.fromkeys(prompts))
-        mask = np.zeros((len(unique), length), bool)
-        for row, ids in zip(mask, self._tokens(unique), strict=True):
-            row[length - len(ids) :] = True
-        rows = np.array([unique.index(prompt) for prompt in prompts])
-        features = tuple(self._features(prompt, length) for prompt in unique)
-        return _rows_of(features, rows), mask[rows]
-
-    def _features(self, prompt: str, length: int) -> Float[Array, "layers 1 L Dt"]:
-        if (prompt, length) in self._known:
-            self._known.move_to_end((prompt, length))
-            return self._known[prompt, length]
-        (ids,) = self._tokens([prompt])
-        if len(ids):
-            padded = np.full((1, length), self.text_tokenizer.pad_id, np.int32)
-            padded[0, length - len(ids) :] = ids
-            mask = np.arange(length)[None] >= length - len(ids)
-            features = text_features(self.text, self.params["text"], padded, mask)
-        else:
-            # Nothing sees the states of the empty prompt, so that any do.
-            sizes = self.text.config
-            shape = (sizes.num_hidden_layers, 1, length, sizes.hidden_size)
-            features = jax.device_put(np.zeros(shape, jnp.dtype(self.text.run.output_dtype)))
-        self._known[prompt, length] = features
-        while sum(x.nbytes for x in self._known.values()) > TEXT_CACHE and len(self._known) > 1:
-            self._known.popitem(last=False)
-        return features
-
     def codes(
         self,
         features: Float[Array, "layers rows L Dt"],
         mask: Any,
         seeds: Integer[np.ndarray, " B"],
         options: Options,
-        *,
-        start: Start | None = None,
-        blend: float | None = None,
-        on_step: OnStep | None = None,
+        **how: Any,
     ) -> Float[Array, "B N K"]:
         """Sample codes for text of rows = 2B, conditional ones first.
 
         Args:
-          features: see `describe`.
+          features: see `PromptFeatures`.
           mask: likewise.
           seeds: of the pictures.
           options: see `Options`.
-          start: see `Start`; None for noise.
-          blend: with rows = 3B, how far from the first B prompts to the second.
-          on_step: see `OnStep`; it changes no bit.
+          how: see `generate_codes`.
         """
         rows: Any = seeds.astype(np.uint32)
         if self.mesh is not None:
             rows, mask = jax.device_put((rows, mask), sharding.batch_sharding(self.mesh))
             features = jax.device_put(features, sharding.batch_sharding(self.mesh, leading=1))
-        keys = image_keys(rows)
-        kernel = binary_sampling.resolve(options.kernel, jax.default_backend())
-        shared = dict(
-            guidance=options.guidance, temperature=options.temperature, kernel=kernel, blend=blend
+        return generate_codes(
+            self.generator,
+            self.params["generator"],
+            features,
+            mask,
+            image_keys(rows),
+            options,
+            target=self.target,
+            **how,
         )
-        if isinstance(self.generator, ArTransformer):
-            return self._autoregressive(features, mask, keys, shared, start, on_step)
-        return self._diffusion(features, mask, keys, shared, options, start, on_step)
 
-    def _diffusion(
-        self,
-        features: Any,
-        mask: Any,
-        keys: Any,
-        shared: Mapping[str, Any],
-        options: Options,
-        start: Start | None,
-        on_step: OnStep | None,
-    ) -> Float[Array, "B N K"]:
-        shape = (self.generator.num_tokens, self.generator.bits)
-        first, known = 0, None
-        if start is None:
-            bits = loops.initial_bits(keys, shape)
-        else:
-            first, code = start.step, jnp.asarray(start.code, jnp.float32)
-            t = binary_diffusion.time_of_step(first, options.steps, options.rho)
-            bits = loops.noisy_bits(code, t, keys)
-            known = None if start.keep is None else (code, jnp.asarray(start.keep))
-        for step, stop in _parts(first, options.steps, on_step):
-            bits = loops.sample_diffusion(
-                self.generator,
-                self.params["generator"],
-                features,
-                mask,
-                keys,
-                steps=options.steps,
-                rho=options.rho,
-                protocol=options.protocol,
-                target=self.target,
-                bits=bits,
-                first=step,
-                last=stop,
-                known=known,
-                **shared,
-            )
-            if on_step is not None:
-                on_step(stop, options.steps, bits)
-        return bits
-
-    def _autoregressive(
-        self,
-        features: Any,
-        mask: Any,
-        keys: Any,
-        shared: Mapping[str, Any],
-        start: Start | None,
-        on_step: OnStep | None,
-    ) -> Float[Array, "B N K"]:
-        network, params = self.generator, self.params["generator"]
-        count = network.num_tokens
-        code = jnp.asarray(np.zeros((len(keys), count, network.bits), np.float32))
-        keep = None
-        if start is not None and start.keep is not None:
-            code, keep = jnp.asarray(start.code, jnp.float32), jnp.asarray(start.keep)
-        cache = loops.start_ar(network, params, features)
-        for step, stop in _parts(0, count, on_step):
-            cache, code = loops.continue_ar(
-                network, params, cache, mask, keys, code, step, stop, keep=keep, **shared
-            )
-            if on_step is not None:
-                on_step(stop, count, code)
-        return code
-
-
-def _parts(first: int, last: int, on_step: OnStep | None) -> list[tuple[int, int]]:
-    """Return the parts of a loop: all of it, or each step where somebody watches."""
-    return [(first, last)] if on_step is None else [(i, i + 1) for i in range(first, last)]
+    def text_length(self, prompts: Sequence[str]) -> int:
+        """Return the number of tokens that prompts are padded to, see `PromptFeatures.length`."""
+        return self.prompt_features.length(prompts)

@@ -60,7 +60,7 @@ def test_scene_eval_says_all_that_is_needed_to_repeat_it(tmp_path, capsys):
 @pytest.mark.slow
 def test_an_export_holds_the_pictures_of_the_model(tmp_path):
     from instella_jax.sampling.load import load_sampler
-    from instella_jax.sampling.sampler import Options
+    from instella_jax.sampling.options import Options
 
     prompts = ["a cat on a red background", "two dogs on a blue background"]
     path = tmp_path / "evaluation_metadata.jsonl"

@@ -14,7 +14,8 @@ from instella_jax.commands.measure import BENCHMARKS
 from instella_jax.errors import UserError
 from instella_jax.evaluation.exports import export
 from instella_jax.evaluation.layouts import LAYOUTS, read_pieces
-from instella_jax.sampling.sampler import Options, Samples
+from instella_jax.sampling.options import Options
+from instella_jax.sampling.sampler import Samples
 
 SIDE = 8
 

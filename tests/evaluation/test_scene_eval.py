@@ -10,7 +10,8 @@ from instella_jax.data.scenes.source import render
 from instella_jax.errors import UserError
 from instella_jax.evaluation import scene_eval
 from instella_jax.evaluation.scene_eval import TASKS, task_prompts
-from instella_jax.sampling.sampler import Options, Samples
+from instella_jax.sampling.options import Options
+from instella_jax.sampling.sampler import Samples
 from tests.data.scenes.caption_reader import read
 from tests.data.scenes.test_captions import CORE, is_true
 

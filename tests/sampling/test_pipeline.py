@@ -14,7 +14,8 @@ from safetensors import safe_open
 
 import instella_jax
 from instella_jax import InstellaPipeline
-from instella_jax.sampling.sampler import Options, Sampler
+from instella_jax.sampling.options import Options
+from instella_jax.sampling.sampler import Sampler
 from instella_jax.weights.model_folder import ASSETS
 from tools import make_random_published
 

@@ -8,9 +8,9 @@ import pytest
 
 from instella_jax.errors import UserError
 from instella_jax.runtime import sharding
-from instella_jax.sampling import loops
-from instella_jax.sampling import sampler as sampler_module
-from instella_jax.sampling.sampler import Options, Sampler, requests_of
+from instella_jax.sampling import loops, prompt_features
+from instella_jax.sampling.options import Options, requests_of
+from instella_jax.sampling.sampler import Sampler
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import init_stage
 from instella_jax.weights import model_folder
@@ -105,9 +105,9 @@ def test_settings_change_without_compiling(sampler):
 
 def test_repeated_prompts_are_encoded_once(sampler, monkeypatch):
     rows = []
-    encode = sampler_module.text_features
+    encode = prompt_features.text_features
     monkeypatch.setattr(
-        sampler_module,
+        prompt_features,
         "text_features",
         lambda network, params, ids, mask: (
             rows.append(len(ids)) or encode(network, params, ids, mask)
@@ -119,7 +119,7 @@ def test_repeated_prompts_are_encoded_once(sampler, monkeypatch):
     sampler([PROMPTS[1], "", PROMPTS[1]], options)
     sampler(PROMPTS[:1], dataclasses.replace(options, negative_prompt=PROMPTS[2]))
     assert rows == [1, 1, 1]
-    monkeypatch.setattr(sampler_module, "TEXT_CACHE", 1)
+    monkeypatch.setattr(prompt_features, "TEXT_CACHE", 1)
     sampler("a small boat", options)
     sampler(PROMPTS[:1], options)
     assert rows == [1, 1, 1, 1, 1]  # all but the last one were forgotten
@@ -142,8 +142,8 @@ def test_the_empty_prompt_is_what_the_encoder_makes_of_it(sampler):
     texts = ["", PROMPTS[0]]
     length = sampler.text_length(texts)
     ids, mask = sampler.text_tokenizer.encode(texts, pad_to=length)
-    whole = sampler_module.text_features(sampler.text, sampler.params["text"], ids, mask)
-    features, seen = sampler.describe(texts, length)
+    whole = prompt_features.text_features(sampler.text, sampler.params["text"], ids, mask)
+    features, seen = sampler.prompt_features(texts, length)
     np.testing.assert_array_equal(seen, mask)
     # Another number of rows is another order of sums, which shows in what is near 0 among numbers
     # of 6 on average.
@@ -226,7 +226,7 @@ def test_all_options_reach_the_diffusion_sampler(
         model_folder.save(tmp_path, stage.describe(), params, text_folder=stage.text_folder)
         sampler = Sampler.from_folder(tmp_path, tiny_tokenizer_folder)
     texts = [*PROMPTS, "", "", ""]
-    features, mask = sampler.describe(texts, sampler.text_length(texts))
+    features, mask = sampler.prompt_features(texts, sampler.text_length(texts))
     seeds = np.arange(3)
     options = Options(steps=4, guidance=3.0, temperature=0.6, rho=2.0, protocol=2)
     codes = np.asarray(sampler.codes(features, mask, seeds, options))

@@ -14,7 +14,7 @@ from instella_jax.errors import UserError
 from instella_jax.reporting.metrics import read_metrics
 from instella_jax.runtime import sharding
 from instella_jax.sampling.load import load_sampler
-from instella_jax.sampling.sampler import options_from_config
+from instella_jax.sampling.options import options_from_config
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import init_stage
 from instella_jax.stages.parameters import load_frozen

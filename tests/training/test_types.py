@@ -11,7 +11,7 @@ from instella_jax.planning import plan
 from instella_jax.reporting.metrics import read_metrics
 from instella_jax.runtime import sharding
 from instella_jax.sampling.load import load_sampler
-from instella_jax.sampling.sampler import options_from_config
+from instella_jax.sampling.options import options_from_config
 from instella_jax.stages import make_stage
 from instella_jax.stages.parameters import load_average
 from instella_jax.training import loop

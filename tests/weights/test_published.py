@@ -23,7 +23,8 @@ from instella_jax.models.layers import Execution
 from instella_jax.models.text import TextTokenizer
 from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
 from instella_jax.runtime import sharding
-from instella_jax.sampling.sampler import Options, Sampler
+from instella_jax.sampling.options import Options
+from instella_jax.sampling.sampler import Sampler
 from instella_jax.stages import make_stage, parameters
 from instella_jax.weights import convert, model_folder, model_parts, reference_sizes
 from instella_jax.weights.export import export_model
