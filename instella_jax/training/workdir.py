@@ -17,6 +17,7 @@ from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.runtime.digest import digest
 from instella_jax.runtime.files import Locked, locked, write_json
+from instella_jax.training.old_configs import migrate
 from instella_jax.weights import model_folder
 
 LOCK = ".lock"
@@ -63,7 +64,7 @@ def record_config(workdir: str | os.PathLike[str], config: Config) -> None:
 
 
 def read_config(workdir: str | os.PathLike[str]) -> Config:
-    """Read the config of the run that a workdir is of.
+    """Read the config of the run that a workdir is of, with the keys that this version has.
 
     Raises:
       UserError: it is of none.
@@ -79,7 +80,7 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not valid JSON; choose another --workdir or remove that file")
-    return ConfigDict(_with_tuples(config))
+    return ConfigDict(_with_tuples(migrate(config, path)))
 
 
 def changes(workdir: str | os.PathLike[str], config: Config) -> dict[str, tuple[Any, Any]]:
