@@ -29,6 +29,8 @@ SAMPLES = META["samples"]
 TOKENIZER_CASES = list(enumerate(META["tokenizer_cases"]))
 PROTOCOLS = {"protocal_1": 1, "protocal_2": 2}
 
+pytestmark = pytest.mark.accelerator
+
 
 @pytest.fixture(autouse=True)
 def exact_products():

@@ -8,6 +8,7 @@ from jax import export
 from jax.experimental.pallas import tpu as pltpu
 
 from instella_jax.models import attention
+from tests.attention_by_hand import inputs, masks, written_out
 
 SHAPES = {
     "square": (2, 40, 40, 4, 4),
@@ -15,39 +16,6 @@ SHAPES = {
     "shared heads": (2, 24, 24, 4, 2),
     "one query": (1, 1, 7, 2, 2),
 }
-
-
-def inputs(batch, queries, keys, heads, groups, dim=16, dtype=jnp.float32):
-    shapes = (batch, queries, heads, dim), (batch, keys, groups, dim), (batch, keys, groups, dim)
-    ks = jax.random.split(jax.random.key(0), 3)
-    return [jax.random.normal(k, s).astype(dtype) for k, s in zip(ks, shapes, strict=True)]
-
-
-def written_out(q, k, v, mask):
-    q, k, v = (np.asarray(x, np.float64) for x in (q, k, v))
-    out = np.zeros_like(q)
-    batch, queries, heads, dim = q.shape
-    if mask is not None:
-        mask = np.broadcast_to(mask, (batch, 1, queries, k.shape[1]))[:, 0]
-    for b in range(batch):
-        for h in range(heads):
-            shared = h * k.shape[2] // heads
-            logits = q[b, :, h] @ k[b, :, shared].T / np.sqrt(dim)
-            weights = np.exp(logits - logits.max(-1, keepdims=True))
-            if mask is not None:
-                blind = ~mask[b].any(-1, keepdims=True)
-                weights = np.where(blind, 1.0, weights * mask[b])
-            out[b, :, h] = weights / weights.sum(-1, keepdims=True) @ v[b, :, shared]
-    return out.reshape(batch, queries, -1)
-
-
-def masks(kind, batch, queries, keys):
-    """Of no keys, of padding that hides all of the first row, and of what comes later."""
-    if kind == "none":
-        return None
-    if kind == "padding":
-        return (jnp.arange(keys) >= keys - 5 * jnp.arange(batch)[:, None])[:, None, None]
-    return jnp.tril(jnp.ones((queries, keys), bool), -1)[None, None]
 
 
 @pytest.mark.parametrize("kind", ["none", "padding", "causal"])
