@@ -5,6 +5,7 @@ Axes: B batch, T sequence, H heads, Dh head width, D width. Kernels carry logica
 """
 
 import dataclasses
+import functools
 import math
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, no_type_check
@@ -58,7 +59,7 @@ class Execution:
     Attributes:
       param_dtype: type in which parameters are initialised and kept; their average and the
         moments of the optimizer are float32 in any case.
-      dtype: type of the computation (norms and softmax stay in float32).
+      dtype: type of the computation (statistics of norms and softmax stay in float32).
       output_dtype: type of the network's result; losses are computed in float32 of it.
       unroll: whether the depth is unrolled instead of scanned; the parameters are the same.
       remat: what the backward pass recomputes, a key of `REMAT_POLICIES`.
@@ -163,9 +164,21 @@ def linear(
     )
 
 
-def rms_norm(run: Execution, name: str | None = None) -> nn.RMSNorm:
-    """Return an RMSNorm over the last axis, computed in float32, with a learned scale."""
-    return nn.RMSNorm(
+@no_type_check  # flax's own fields cannot be checked at run time
+class RMSNorm(nn.RMSNorm):
+    """flax's own; in half precision `half_norm`, of the same parameter."""
+
+    def __call__(self, x: Float[Array, "*axes D"]) -> Float[Array, "*axes D"]:
+        """Return x over the root of its mean square, times the scale."""
+        if self.is_initializing() or jnp.dtype(self.dtype) == jnp.float32:
+            return super().__call__(x)
+        scale = self.get_variable("params", "scale")
+        return half_norm(x.astype(self.dtype), scale, self.epsilon, False)
+
+
+def rms_norm(run: Execution, name: str | None = None) -> RMSNorm:
+    """Return an RMSNorm over the last axis, its mean in float32, with a learned scale."""
+    return RMSNorm(
         epsilon=NORM_EPSILON,
         dtype=run.dtype,
         param_dtype=run.param_dtype,
@@ -177,11 +190,60 @@ def rms_norm(run: Execution, name: str | None = None) -> nn.RMSNorm:
 def layer_norm(
     x: Float[Array, "*axes D"], epsilon: float = NORM_EPSILON
 ) -> Float[Array, "*axes D"]:
-    """Normalise the last axis without parameters, in float32, and return the type of `x`."""
-    x32 = x.astype(jnp.float32)
-    centred = x32 - x32.mean(-1, keepdims=True)
+    """Normalise the last axis without parameters, its statistics in float32."""
+    if x.dtype != jnp.float32:
+        return half_norm(x, None, epsilon, True)
+    centred = x - x.mean(-1, keepdims=True)
     variance = jnp.square(centred).mean(-1, keepdims=True)
-    return (centred * jax.lax.rsqrt(variance + epsilon)).astype(x.dtype)
+    return centred * jax.lax.rsqrt(variance + epsilon)
+
+
+@functools.partial(jax.custom_vjp, nondiff_argnums=(2, 3))
+def half_norm(
+    x: Float[Array, "*axes D"], scale: Float[Array, " D"] | None, epsilon: float, centred: bool
+) -> Float[Array, "*axes D"]:
+    """Normalise the last axis in the type of `x`, with statistics in float32.
+
+    The backward pass reads `x` as it is and two numbers a row: jax's own would keep `x` and what
+    it is multiplied with in float32.
+
+    Args:
+      x: in half precision.
+      scale: of the result, None for none.
+      epsilon: added to the mean square.
+      centred: whether the mean is taken off before.
+    """
+    return _half_norm_forward(x, scale, epsilon, centred)[0]
+
+
+def _half_norm_forward(
+    x: Float[Array, "*axes D"], scale: Float[Array, " D"] | None, epsilon: float, centred: bool
+) -> tuple[Float[Array, "*axes D"], Any]:
+    exact = x.astype(jnp.float32)
+    mean = exact.mean(-1, keepdims=True) if centred else None
+    if mean is not None:
+        exact -= mean
+    root = jax.lax.rsqrt(jnp.square(exact).mean(-1, keepdims=True) + epsilon)
+    out = exact * root if scale is None else exact * root * scale
+    return out.astype(x.dtype), (x, scale, mean, root)
+
+
+def _half_norm_backward(epsilon: float, centred: bool, kept: Any, g: Array) -> tuple[Any, Any]:
+    x, scale, mean, root = kept
+    normal = x.astype(jnp.float32)
+    normal = (normal if mean is None else normal - mean) * root
+    g, of_scale = g.astype(jnp.float32), None
+    if scale is not None:
+        of_scale = (g * normal).sum(range(x.ndim - 1)).astype(scale.dtype)
+        g *= scale
+    along = (g * normal).mean(-1, keepdims=True)
+    of_x = root * (g - normal * along)
+    if centred:
+        of_x -= root * g.mean(-1, keepdims=True)
+    return of_x.astype(x.dtype), of_scale
+
+
+half_norm.defvjp(_half_norm_forward, _half_norm_backward)
 
 
 def rope_tables(

@@ -23,8 +23,8 @@ TOKENIZER = TokenizerConfig(
 )  # fmt: skip
 
 
-def kept(kind, batch, **run):
-    """Bytes that the backward pass reads, parameters included."""
+def kept(kind, batch, dtype=None, **run):
+    """Bytes that the backward pass reads, parameters included; of a type alone, or of all."""
     execution = Execution(dtype="bfloat16", **run)
     is_tokenizer = kind is TokenizerNetwork
     network = kind(TOKENIZER, execution) if is_tokenizer else kind(**GENERATOR, run=execution)
@@ -45,7 +45,8 @@ def kept(kind, batch, **run):
         return jax.vjp(lambda params: apply(network, params, *inputs, method=method), params)[1]
 
     shapes = jax.eval_shape(backward, sharding.values(abstract_params(network)), *inputs)
-    return sum(x.size * x.dtype.itemsize for x in jax.tree.leaves(shapes))
+    leaves = [x for x in jax.tree.leaves(shapes) if dtype in (None, x.dtype)]
+    return sum(x.size * x.dtype.itemsize for x in leaves)
 
 
 def widths(kind, **run):
@@ -60,6 +61,14 @@ def test_without_recomputed_products_few_widths_are_kept(kind, attention):
     assert 10 < widths(kind, remat="dots", attention=attention) <= 20
     assert widths(kind, remat="full", attention=attention) < 5
     assert widths(kind, remat="none", attention=attention) > 30
+
+
+@pytest.mark.parametrize("kind", [DiffusionTransformer, ArTransformer, TokenizerNetwork])
+def test_nothing_wide_is_kept_in_float32(kind):
+    # Two numbers of statistics for each norm of a row or of a head: a tenth of a width here. Sums
+    # of attention are float32, and computed again by this engine.
+    assert widths(kind, dtype=jnp.float32, remat="none", attention="blocks") < 0.5
+    assert widths(kind, dtype=jnp.float32, remat="dots", attention="blocks") < 0.1
 
 
 @pytest.mark.parametrize("kind", [DiffusionTransformer, TokenizerNetwork])
