@@ -6,6 +6,7 @@ import logging
 import os
 from typing import Any
 
+from instella_jax.commands.json_report import add_json
 from instella_jax.config_keys import expand, path_argument
 from instella_jax.errors import UserError
 
@@ -105,6 +106,7 @@ def _add_import(kinds: Any) -> None:
         help="processes (default: one per core, %(default)s)",
     )  # fmt: skip
     take.add_argument("--part", default="0/1", metavar="I/N", help=_PART)
+    add_json(take)
     take.set_defaults(act=_import)
 
 
@@ -168,6 +170,7 @@ def _add_encode(kinds: Any) -> None:
         help="how processes that share the work find each other, as in training: started by one "
         "of the scripts in launch/, they need no --part (default: %(default)s)",
     )  # fmt: skip
+    add_json(encode)
     encode.set_defaults(act=_encode)
 
 
@@ -188,11 +191,12 @@ def _add_scenes(kinds: Any) -> None:
         "--size", type=int, default=64, metavar="PIXELS", help="their side (default: %(default)s)"
     )
     scenes.add_argument("--seed", type=int, default=0, help="of the scenes")
+    add_json(scenes)
     scenes.set_defaults(act=_scenes)
 
 
-def run(options: argparse.Namespace) -> None:
-    """Run the action that the arguments name.
+def run(options: argparse.Namespace) -> dict[str, Any] | None:
+    """Run the action that the arguments name, and return its report.
 
     Raises:
       UserError: an argument cannot be used, or see the action.
@@ -202,11 +206,13 @@ def run(options: argparse.Namespace) -> None:
         low = 0 if name == "workers" else 1
         if getattr(options, name, low) < low:
             raise UserError(f"--{name.replace('_', '-')} must be at least {low}")
-    options.act(options)
+    return options.act(options)
 
 
-def _import(options: argparse.Namespace) -> None:
+def _import(options: argparse.Namespace) -> dict[str, Any]:
     from instella_jax.preparing import importing, readers
+    from instella_jax.preparing.filters import Filters
+    from instella_jax.preparing.import_report import report_lines
     from instella_jax.preparing.jobs import parse_part
     from instella_jax.reporting.progress import Progress
 
@@ -219,7 +225,7 @@ def _import(options: argparse.Namespace) -> None:
             split=options.split,
             unit_size=options.shard_size,
             reading=importing.Reading(keys or readers.CAPTION_KEYS, options.image_key),
-            filters=importing.Filters(
+            filters=Filters(
                 min_side=options.min_side,
                 max_watermark=options.max_watermark,
                 max_aspect=options.max_aspect,
@@ -229,8 +235,14 @@ def _import(options: argparse.Namespace) -> None:
             part=parse_part(options.part),
             show=progress.update,
         )
-    lines = [_WAITING] if report is None else importing.report_lines(report)
+    lines = [_WAITING] if report is None else report_lines(report)
     print("\n".join(lines))
+    return _whole(report)
+
+
+def _whole(report: dict[str, Any] | None) -> dict[str, Any]:
+    """Return the report of a data set, which there is once all parts are done."""
+    return {"complete": report is not None, **(report or {})}
 
 
 # Seconds between two lines of progress in the log of a batch job.
@@ -238,7 +250,7 @@ _INTERVAL = 10.0
 _WAITING = "this part is done; the data set is complete when the others are"
 
 
-def _encode(options: argparse.Namespace) -> None:
+def _encode(options: argparse.Namespace) -> dict[str, Any] | None:
     from instella_jax.preparing.jobs import parse_part
     from instella_jax.runtime import distributed
     from instella_jax.runtime.failure import end_together
@@ -247,10 +259,12 @@ def _encode(options: argparse.Namespace) -> None:
     if part is None:
         distributed.join(distributed.detect(os.environ, options.distributed))
     with end_together():
-        _encode_part(options, part)
+        return _encode_part(options, part)
 
 
-def _encode_part(options: argparse.Namespace, part: tuple[int, int] | None) -> None:
+def _encode_part(
+    options: argparse.Namespace, part: tuple[int, int] | None
+) -> dict[str, Any] | None:
     import jax
 
     from instella_jax.models.layers import Execution
@@ -293,15 +307,17 @@ def _encode_part(options: argparse.Namespace, part: tuple[int, int] | None) -> N
     if report is None:
         if part is not None:
             print(_WAITING)
-        return
+        return None if part is None else _whole(None)
     print(
         f"encoded {report['kept']} pictures, {report['bytes'] / 2**20:.2f} MiB of codes"
         + (f"; {report['dropped']} could not be read" if report["dropped"] else "")
     )
+    return _whole(report)
 
 
-def _scenes(options: argparse.Namespace) -> None:
+def _scenes(options: argparse.Namespace) -> dict[str, Any]:
     from instella_jax.preparing.scene_tars import write_tars
 
     paths = write_tars(options.out, options.count, options.per_tar, options.size, options.seed)
     print(f"{options.count} pictures in {len(paths)} tar(s) in {options.out}")
+    return {"pictures": options.count, "tars": [str(path) for path in paths]}

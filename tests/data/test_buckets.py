@@ -19,7 +19,8 @@ from instella_jax.data.image_sizes import sizes_path
 from instella_jax.data.shards import ImageShards, Shard, shard_writer, write_dataset_file
 from instella_jax.data.sources import make_split
 from instella_jax.errors import UserError
-from instella_jax.preparing.importing import Filters, import_dataset
+from instella_jax.preparing.filters import Filters
+from instella_jax.preparing.importing import import_dataset
 
 SHAPES = "16x16,16x32,32x16"
 # Height and width of pictures for each of them.

@@ -12,7 +12,9 @@ from PIL import Image, ImageCms
 
 from instella_jax.data import images
 from instella_jax.data.images import BadPicture, decode_picture, read_picture, read_size
-from instella_jax.preparing.importing import Filters, import_dataset, report_lines
+from instella_jax.preparing.filters import Filters
+from instella_jax.preparing.import_report import report_lines
+from instella_jax.preparing.importing import import_dataset
 
 RED, GREEN, BLUE, WHITE = (255, 0, 0), (0, 255, 0), (0, 0, 255), (255, 255, 255)
 

@@ -8,7 +8,8 @@ from PIL import Image
 
 from instella_jax.data import jpeg_damage
 from instella_jax.data.images import BadPicture
-from instella_jax.preparing.importing import import_dataset, report_lines
+from instella_jax.preparing.import_report import report_lines
+from instella_jax.preparing.importing import import_dataset
 from tests.data.test_images import JPEGS, decode, encoded, scenery
 
 SIZE = (256, 384)

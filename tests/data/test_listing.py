@@ -16,7 +16,8 @@ from instella_jax.data.loader import make_loader
 from instella_jax.data.shards import ImageShards
 from instella_jax.data.transforms import EvalTransform
 from instella_jax.errors import UserError
-from instella_jax.preparing.importing import import_dataset, report_lines
+from instella_jax.preparing.import_report import report_lines
+from instella_jax.preparing.importing import import_dataset
 from tests.small_data_sets import write_tar
 
 

@@ -7,7 +7,8 @@ from collections import Counter
 
 import pytest
 
-from instella_jax.preparing.importing import import_dataset, report_lines
+from instella_jax.preparing.import_report import report_lines
+from instella_jax.preparing.importing import import_dataset
 from tests.small_data_sets import contents, make_tfds, picture, samples, write_tar
 
 

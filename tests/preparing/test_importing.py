@@ -19,7 +19,9 @@ from instella_jax.data.captions import captions, label_caption
 from instella_jax.data.shards import ImageShards, Records
 from instella_jax.errors import UserError
 from instella_jax.preparing import importing
-from instella_jax.preparing.importing import Filters, Reading, import_dataset, report_lines
+from instella_jax.preparing.filters import Filters
+from instella_jax.preparing.import_report import report_lines
+from instella_jax.preparing.importing import Reading, import_dataset
 from instella_jax.preparing.readers import find_units, read_unit
 from tests.paths import ROOT
 from tests.small_data_sets import contents, make_tfds, picture, samples, write_tar

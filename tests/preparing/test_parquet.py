@@ -14,7 +14,9 @@ from pyarrow import parquet
 
 from instella_jax.data.shards import ImageShards
 from instella_jax.errors import UserError
-from instella_jax.preparing.importing import Filters, Reading, import_dataset, report_lines
+from instella_jax.preparing.filters import Filters
+from instella_jax.preparing.import_report import report_lines
+from instella_jax.preparing.importing import Reading, import_dataset
 from instella_jax.preparing.parquet_reader import read_parquet
 from tests.paths import ROOT
 

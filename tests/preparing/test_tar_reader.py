@@ -15,7 +15,9 @@ import pytest
 
 from instella_jax.errors import UserError
 from instella_jax.preparing import tar_reader
-from instella_jax.preparing.importing import Filters, import_dataset, report_lines
+from instella_jax.preparing.filters import Filters
+from instella_jax.preparing.import_report import report_lines
+from instella_jax.preparing.importing import import_dataset
 from instella_jax.preparing.items import Item, NotRead, Problem
 from tests.small_data_sets import contents, picture, samples, write_tar
 
