@@ -11,7 +11,7 @@ PACKAGE = "instella_jax"
 LAYERS = (
     "cli", "main", "commands", "app", "planning", "training", "evaluation", "sampling", "preparing",
     "codec", "stages", "losses", "weights", "checkpoints", "data", "kernels", "models",
-    "reporting", "runtime", "config_keys", "config", "errors",
+    "reporting", "runtime", "config_keys", "stored_config", "config", "errors",
 )  # fmt: skip
 
 

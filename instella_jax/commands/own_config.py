@@ -9,12 +9,10 @@ import json
 import sys
 from pathlib import Path
 
-from instella_jax.config import Config, base, generator
+from instella_jax.config import Config
 from instella_jax.errors import UserError
+from instella_jax.stored_config import complete
 from instella_jax.training.workdir import read_config
-
-# The sizes of a network are those of the run alone.
-_COMPLETE = ("model",)
 
 
 def get_config(given: str) -> Config:
@@ -28,11 +26,8 @@ def get_config(given: str) -> Config:
     """
     names = json.loads(given)
     own = read_config(names["workdir"])
-    if names["config"] is None:
-        newer = base(own.stage, "")
-        if own.stage != "tokenizer":
-            newer.update(generator(""))
-    else:
+    newer = None
+    if names["config"] is not None:
         newer = load_config(names["config"])
         if newer.stage != own.stage:
             raise UserError(
@@ -40,16 +35,8 @@ def get_config(given: str) -> Config:
                 f"{names['workdir']} of stage {own.stage!r}: leave --config out, which takes the "
                 "run's own config"
             )
-    _complete(own, newer)
+    complete(own, newer)
     return own
-
-
-def _complete(own: Config, newer: Config) -> None:
-    for key, value in newer.items():
-        if key not in own:
-            own[key] = value
-        elif key not in _COMPLETE and hasattr(value, "items"):
-            _complete(own[key], value)
 
 
 def load_config(config: str) -> Config:

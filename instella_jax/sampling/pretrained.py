@@ -10,7 +10,7 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from instella_jax.config import Config
+from instella_jax import stored_config
 from instella_jax.errors import UserError
 from instella_jax.models import lora
 from instella_jax.models.layers import Execution
@@ -150,9 +150,8 @@ def _open(folder: Path, others: Mapping[str, Path], kind: str | None, run: Execu
 
 
 def _open_run(workdir: Path, config: dict[str, Any], run: Execution) -> Pretrained:
-    from ml_collections import ConfigDict
-
-    own: Config = ConfigDict(config)
+    own = stored_config.from_json(config, workdir / "config.json")
+    stored_config.complete(own)
     own.run.update(dtype=run.dtype, param_dtype=run.param_dtype)
     own.mesh.update(data=-1, fsdp=1, tensor=1)
     sampler, weights = load_sampler(own, workdir)

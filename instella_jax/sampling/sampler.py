@@ -93,7 +93,8 @@ class Sampler:
         self.generator, self.text, self.tokenizer = generator, text, tokenizer
         self.params = params
         self.text_tokenizer, self.max_length = text_tokenizer, max_length
-        self.image_size, self.target, self.mesh = image_size, target, mesh
+        self.image_size, self.mesh = image_size, mesh
+        self.target: Target = target
         self.prompt_features = PromptFeatures(text, params["text"], text_tokenizer, max_length)
 
     @classmethod

@@ -11,13 +11,12 @@ from typing import Any
 import jax
 import numpy as np
 from flax import traverse_util
-from ml_collections import ConfigDict
 
+from instella_jax import stored_config
 from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.runtime.digest import digest
 from instella_jax.runtime.files import Locked, locked, write_json
-from instella_jax.training.old_configs import migrate
 from instella_jax.weights import model_folder
 
 LOCK = ".lock"
@@ -80,7 +79,7 @@ def read_config(workdir: str | os.PathLike[str]) -> Config:
         config = None
     if not isinstance(config, dict):
         raise UserError(f"{path} is not valid JSON; choose another --workdir or remove that file")
-    return ConfigDict(_with_tuples(migrate(config, path)))
+    return stored_config.from_json(config, path)
 
 
 def changes(workdir: str | os.PathLike[str], config: Config) -> dict[str, tuple[Any, Any]]:
@@ -172,13 +171,6 @@ def _recorded_digests(workdir: str | os.PathLike[str]) -> dict[str, dict[str, st
         return json.loads((Path(workdir) / "models.json").read_text(encoding="utf-8"))
     except (OSError, ValueError):
         return {}
-
-
-def _with_tuples(value: Any) -> Any:
-    """Return JSON with tuples for its lists, as config files have them."""
-    if isinstance(value, dict):
-        return {key: _with_tuples(inner) for key, inner in value.items()}
-    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 def _value(config: Config, key: str) -> Any:

@@ -11,11 +11,11 @@ import pytest
 from flax.traverse_util import flatten_dict
 
 from configs import t2i_ar, t2i_diffusion, tokenizer
+from instella_jax import stored_config
 from instella_jax.commands import own_config
 from instella_jax.config_keys import check_values
 from instella_jax.errors import UserError
 from instella_jax.stages import make_stage
-from instella_jax.training import old_configs
 from instella_jax.training.workdir import changes, check_config, read_config
 from tests.paths import ROOT
 
@@ -36,7 +36,7 @@ def name(request):
 def workdir(name, tmp_path):
     """A workdir with nothing but the config of its run."""
     shutil.copy(OLD / f"{name}.json", tmp_path / "config.json")
-    old_configs._tell.cache_clear()
+    stored_config._tell.cache_clear()
     return tmp_path
 
 

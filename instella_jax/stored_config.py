@@ -1,7 +1,7 @@
-"""Configs that older versions wrote into workdirs, as this version means them.
+"""Configs that runs wrote into their workdirs, those of older versions as this one means them.
 
 When a key of `loss` or one that says what is trained is renamed, removed or added, it gets a line
-here; `tests/training/test_old_configs.py` has the configs of version 0.1.0 and fails without it.
+here; `tests/test_stored_config.py` has the configs of version 0.1.0 and fails without it.
 """
 
 import functools
@@ -10,6 +10,9 @@ from pathlib import Path
 from typing import Any
 
 from flax.traverse_util import flatten_dict, unflatten_dict
+from ml_collections import ConfigDict
+
+from instella_jax.config import Config, base, generator
 
 logger = logging.getLogger(__name__)
 
@@ -44,8 +47,12 @@ MEANT: dict[str, dict[str, Any]] = {
 }
 
 
-def migrate(values: dict[str, Any], path: Path) -> dict[str, Any]:
-    """Return the values of a run's config with the keys that this version has for them.
+# The sizes of a network are those of the run alone.
+_COMPLETE = ("model",)
+
+
+def from_json(values: dict[str, Any], path: Path) -> Config:
+    """Return the config of a run with the keys that this version has for it.
 
     Args:
       values: of the whole config, as JSON has them.
@@ -60,7 +67,35 @@ def migrate(values: dict[str, Any], path: Path) -> dict[str, Any]:
             _tell(path, key, name)
     for key, value in MEANT.get(str(values.get("stage")), {}).items():
         new.setdefault(key, value)
-    return unflatten_dict(new, sep=".")
+    return ConfigDict(_with_tuples(unflatten_dict(new, sep=".")))
+
+
+def complete(own: Config, newer: Config | None = None) -> None:
+    """Add the keys that a config lacks, as another one has them; by default those of `config.base`.
+
+    That is all keys but those of one stage alone, which `from_json` adds to older configs.
+    """
+    whole: Config = _defaults(own.stage) if newer is None else newer
+    for key, value in whole.items():
+        if key not in own:
+            own[key] = value
+        elif key not in _COMPLETE and hasattr(value, "items"):
+            complete(own[key], value)
+
+
+def _defaults(stage: str) -> Config:
+    """Return the keys that all stages, or all generators, have."""
+    config: Config = base(stage, "")
+    if stage != "tokenizer":
+        config.update(generator(""))
+    return config
+
+
+def _with_tuples(value: Any) -> Any:
+    """Return JSON with tuples for its lists, as config files have them."""
+    if isinstance(value, dict):
+        return {key: _with_tuples(inner) for key, inner in value.items()}
+    return tuple(map(_with_tuples, value)) if isinstance(value, list) else value
 
 
 @functools.cache
