@@ -69,7 +69,8 @@ def varied(pictures: list[Captioned], count: int) -> list[Captioned]:
     seen: collections.Counter[str] = collections.Counter()
     left, chosen = list(pictures), []
     while len(chosen) < count:
-        best = max(left, key=lambda one: np.mean([1 / (1 + seen[fact]) for fact in facts(one)]))
+        # Sorted, since sums in another order may differ, and the choice should be the same again.
+        best = max(left, key=lambda x: np.mean([1 / (1 + seen[fact]) for fact in sorted(facts(x))]))
         left.remove(best)
         chosen.append(best)
         seen.update(facts(best))
