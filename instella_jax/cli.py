@@ -8,6 +8,7 @@ import argparse
 import os
 import sys
 from collections.abc import Sequence
+from typing import Any
 
 from instella_jax.commands import (
     app,
@@ -19,6 +20,7 @@ from instella_jax.commands import (
     measure,
     models,
 )
+from instella_jax.commands.json_report import add_json, reporting
 from instella_jax.errors import command_line
 
 EPILOG = """\
@@ -54,6 +56,7 @@ def make_parser() -> argparse.ArgumentParser:
         help="print its keys with their values, for example t2i_diffusion:instella_512; without, "
         "all keys as docs/config.md has them",
     )
+    add_json(keys)
     doctor = commands.add_parser(
         "doctor", help="what jax computes with here, and what is wrong with it"
     )
@@ -70,10 +73,10 @@ def _configured(options: argparse.Namespace) -> None:
     main()
 
 
-def _keys(options: argparse.Namespace) -> None:
+def _keys(options: argparse.Namespace) -> dict[str, Any]:
     from instella_jax.commands import keys
 
-    keys.main(options.config)
+    return keys.main(options.config)
 
 
 def _doctor(options: argparse.Namespace) -> None:
@@ -92,7 +95,8 @@ def run(arguments: Sequence[str]) -> None:
     if rest and not getattr(options, "takes_more", False):
         make_parser().parse_args(arguments)  # says what is wrong with them
     options.rest = rest
-    options.run(options)
+    with reporting(options.json if getattr(options, "reports", False) else False) as tell:
+        tell(options.run(options))
 
 
 def main() -> None:

@@ -12,6 +12,7 @@ The files in configs/ say what each of them does and which keys it has.
 import functools
 import logging
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -19,6 +20,7 @@ from absl import app, flags
 from ml_collections import config_flags
 
 from instella_jax.commands.arguments import NO_CONFIG, parse_flags
+from instella_jax.commands.json_report import reporting
 from instella_jax.config_keys import check_values, expand
 from instella_jax.errors import UserError, command_line
 
@@ -42,6 +44,11 @@ _MODE = flags.DEFINE_enum(
     MODES,
     "train; eval: held-out metrics; sample: prompts to PNG; plan: memory, speed and days, "
     "told without accelerators.",
+)
+_JSON = flags.DEFINE_boolean(
+    "json",
+    False,
+    "eval, plan: a report in JSON on standard output; all else goes to standard error.",
 )
 _DISTRIBUTED = flags.DEFINE_enum(
     "distributed",
@@ -80,10 +87,18 @@ def dispatch(argv: list[str]) -> None:
     if _CONFIG.value is None:
         raise UserError(NO_CONFIG)
     check_values(_CONFIG.value)
+    if _JSON.value and _MODE.value not in ("eval", "plan"):
+        raise UserError(f"--json is for --mode=eval and plan, not for --mode={_MODE.value}")
+    with reporting(_JSON.value) as tell:
+        dispatch_mode(tell)
+
+
+def dispatch_mode(tell: Callable[[Any], None]) -> None:
+    """Run the mode that the flags ask for, and tell its report if it has one."""
     if _MODE.value == "plan":
         from instella_jax.planning import report
 
-        report.main(_CONFIG.value)
+        tell(report.as_values(report.main(_CONFIG.value), _CONFIG.value))
         return
     # Before jax starts, which reads the cache folder once.
     from instella_jax.runtime import distributed
@@ -94,10 +109,10 @@ def dispatch(argv: list[str]) -> None:
     )
     distributed.join(setup)
     with end_together():
-        run(setup.processes)
+        run(setup.processes, tell)
 
 
-def run(processes: int) -> None:
+def run(processes: int, tell: Callable[[Any], None]) -> None:
     """Train, evaluate or sample, as one of several processes perhaps."""
     from instella_jax.runtime import devices
 
@@ -113,7 +128,7 @@ def run(processes: int) -> None:
     elif _MODE.value == "eval":
         from instella_jax.commands.evaluate import evaluate_config
 
-        evaluate_config(_CONFIG.value, given)
+        evaluate_config(_CONFIG.value, given, tell)
     else:
         from instella_jax.commands.generate import generate
 

@@ -53,7 +53,7 @@ def check_config_flags(words):
             known = KEYS if config is None else set(config_keys(config))
             assert key in known, key
         elif key == name:
-            assert name in ("config", "mode", "workdir", "help", "distributed"), name
+            assert name in ("config", "mode", "workdir", "help", "distributed", "json"), name
 
 
 def config_keys(config, prefix=""):

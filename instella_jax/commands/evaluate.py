@@ -3,6 +3,7 @@
 import contextlib
 import json
 import os
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -38,12 +39,17 @@ from instella_jax.weights import model_folder
 GRID = 32
 
 
-def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> dict:
+def evaluate_config(
+    config: Config,
+    workdir: str | os.PathLike[str] | None,
+    tell: Callable[[dict[str, Any]], None] = lambda report: None,
+) -> dict[str, float]:
     """Print and return the held-out metrics of a stage.
 
     Args:
       config: of the stage.
       workdir: of a training run; None for `init_from` or the shipped weights.
+      tell: called in the first process with all that is printed, as JSON has it.
 
     Raises:
       UserError: there are no such weights, or the data cannot be read.
@@ -66,18 +72,23 @@ def evaluate_config(config: Config, workdir: str | os.PathLike[str] | None) -> d
         metrics = evaluate(stage, params, frozen, config, mesh)
     print_line(f"held out, with {source}:")
     show(metrics)
+    report: dict[str, Any] = {"stage": config.stage, "weights": source, "heldout": metrics}
+    folder = Path(workdir or "drawn")
     if isinstance(stage, TokenizerStage):
-        report_reconstruction(stage, params["tokenizer"], config, mesh, Path(workdir or "drawn"))
+        own = params["tokenizer"]
+        report["reconstruction"] = report_reconstruction(stage, own, config, mesh, folder)
     if config.data.kind == "scenes":
-        out = Path(workdir or "drawn") / f"heldout-{config.stage}.png"
-        report_scenes(stage, {**frozen, **params}, config, mesh, out)
+        out = folder / f"heldout-{config.stage}.png"
+        report |= report_scenes(stage, {**frozen, **params}, config, mesh, out)
+    if jax.process_index() == 0:
+        tell(report)
     return metrics
 
 
 def report_reconstruction(
     stage: TokenizerStage, params: Any, config: Config, mesh: Mesh, folder: Path
-) -> None:
-    """Print PSNR, SSIM and LPIPS of held-out pictures, and write `reconstruction.json`."""
+) -> dict[str, float]:
+    """Print and return PSNR, SSIM and LPIPS of held-out pictures; write `reconstruction.json`."""
     size = config.eval.batch_size
     tokenizer = BinaryTokenizer(stage.network, params, shapes=(), mesh=mesh, batch_size=size)
     lpips_params = find_lpips("")
@@ -90,10 +101,13 @@ def report_reconstruction(
         folder.mkdir(parents=True, exist_ok=True)
         report = {**measured, "config": json.loads(config.to_json_best_effort())}
         write_json(folder / "reconstruction.json", {**report, "provenance": provenance()})
+    return measured["scores"]
 
 
-def report_scenes(stage: Stage, params: Any, config: Config, mesh: Mesh, out: Path) -> None:
-    """Print the metrics that the facts of emoji scenes allow, and save a grid of images."""
+def report_scenes(
+    stage: Stage, params: Any, config: Config, mesh: Mesh, out: Path
+) -> dict[str, Any]:
+    """Print and return the metrics that the facts of emoji scenes allow; save a grid of images."""
     if isinstance(stage, GeneratorStage):
         report = scenes.prompts_report(Sampler.from_stage(stage, params, mesh), config)
         print_line(f"share right of {scenes.PROMPTS} held-out prompts:")
@@ -101,15 +115,18 @@ def report_scenes(stage: Stage, params: Any, config: Config, mesh: Mesh, out: Pa
         print_line("the same of true pictures through the tokenizer (the ceiling):")
         show(report.ceiling)
         shown = Preview(report.pictures[:GRID], report.prompts[:GRID])
+        found = {"sampled": report.sampled, "ceiling": report.ceiling}
     elif isinstance(stage, TokenizerStage):
         print_line("512 held-out scenes, and PCA with as many bits:")
-        show(scenes.tokenizer_report(stage.network, params["tokenizer"], config))
+        found = {"scenes": scenes.tokenizer_report(stage.network, params["tokenizer"], config)}
+        show(found["scenes"])
         shown = preview(stage, params, {}, GRID // 2)
     else:
-        return
+        return {}
     if jax.process_index() == 0:
         save_grid(out, *shown)
     print_line(f"pictures: {out}")
+    return {**found, "pictures": str(out)}
 
 
 def print_line(line: str) -> None:

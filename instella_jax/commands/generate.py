@@ -12,9 +12,10 @@ from collections.abc import Iterator, Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, NamedTuple
 
+from instella_jax.commands.generate_arguments import EXAMPLES, add_arguments
 from instella_jax.commands.prompts import Prompt, read_prompts
 from instella_jax.config import Config
-from instella_jax.config_keys import check_values, expand, path_argument
+from instella_jax.config_keys import check_values
 from instella_jax.errors import UserError
 
 if TYPE_CHECKING:
@@ -24,16 +25,6 @@ if TYPE_CHECKING:
     from instella_jax.sampling.load import Weights
     from instella_jax.sampling.options import Options, Request
     from instella_jax.sampling.sampler import Sampler
-
-EXAMPLES = """\
-examples:
-  instella-jax generate "a cat above a blue square"
-  instella-jax generate "two dogs" --count 4 --seed 7 --out dogs
-  instella-jax generate "a red heart" --model demo_ar --out heart.png
-  instella-jax generate --prompts prompts.txt --model runs/t2i_diffusion --json
-  instella-jax generate --from heart.png --out again.png
-A line of a prompt file is a text, or JSON such as
-  {"prompt": "a cat", "negative_prompt": "a dog", "seed": 3, "height": 64, "width": 96}"""
 
 
 class Work(NamedTuple):
@@ -61,59 +52,7 @@ def add_parser(commands: Any) -> None:
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     parser.set_defaults(run=run)
-    parser.add_argument("prompt", nargs="*", metavar="PROMPT", help="a text in quotes, or several")
-    parser.add_argument(
-        "--prompts", type=expand, metavar="FILE", help="a prompt a line; - is standard input"
-    )
-    parser.add_argument(
-        "--from", dest="source", type=path_argument, metavar="PNG",
-        help="make this picture again, with other settings where some are given",
-    )  # fmt: skip
-    _add_model(parser)
-    _add_settings(parser)
-    parser.add_argument(
-        "--out", type=path_argument, metavar="PATH",
-        help="a folder, whose numbers go on from what is there (default: drawn), or a .png file "
-        "for one picture",
-    )  # fmt: skip
-    parser.add_argument("--force", action="store_true", help="overwrite a .png file that is there")
-    parser.add_argument(
-        "--json", action="store_true",
-        help="a line of JSON for each picture on standard output; all else goes to standard error",
-    )  # fmt: skip
-
-
-def _add_model(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "--model", type=expand,
-        help="demo, demo_ar, a folder (a model, a run, a published model), or the id of a "
-        "repository of the Hugging Face hub (default: demo)",
-    )  # fmt: skip
-    parser.add_argument("--tokenizer", type=expand, help="of images, where the model has none")
-    parser.add_argument("--text-encoder", type=expand, help="where the model has none")
-    parser.add_argument("--kind", choices=("diffusion", "ar"), help="where the model has both")
-    parser.add_argument("--dtype", choices=("float32", "bfloat16"), help="default: float32")
-
-
-def _add_settings(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--negative-prompt", metavar="TEXT", help="what guidance leads away from")
-    parser.add_argument("--seed", type=int, help="of the first picture of a prompt (default: 0)")
-    parser.add_argument("--count", type=int, metavar="N", help="pictures of each prompt (1)")
-    parser.add_argument("--steps", type=int, metavar="N", help="of the diffusion sampler (20)")
-    guidance = parser.add_mutually_exclusive_group()
-    guidance.add_argument(
-        "--guidance-scale", type=float, metavar="W",
-        help="as in diffusers; 1 is no guidance (default: the model's own)",
-    )  # fmt: skip
-    guidance.add_argument("--guidance", type=float, metavar="G", help="the published g = W - 1")
-    parser.add_argument(
-        "--temperature", type=float, help="0 takes the likelier bit (default: the model's own)"
-    )
-    parser.add_argument("--rho", type=float, help="exponent of the sampler's times (1)")
-    parser.add_argument("--protocol", type=int, choices=(1, 2), help="how bits are sampled (1)")
-    parser.add_argument("--height", type=int, metavar="PIXELS", help="default: as it was trained")
-    parser.add_argument("--width", type=int, metavar="PIXELS", help="likewise")
-    parser.add_argument("--batch-size", type=int, metavar="N", help="pictures at a time (16)")
+    add_arguments(parser)
 
 
 def run(given: argparse.Namespace) -> None:
@@ -134,6 +73,7 @@ def run(given: argparse.Namespace) -> None:
     stream = sys.stderr if given.json else sys.stdout
 
     from instella_jax.reporting.progress import Progress
+    from instella_jax.sampling.load import add_adapters
     from instella_jax.sampling.pretrained import open_model
 
     _start()
@@ -144,6 +84,12 @@ def run(given: argparse.Namespace) -> None:
         kind=given.kind or source.get("kind"),
         run=_execution(given.dtype or source.get("dtype", "float32")),
     )
+    # The adapters of a picture that is made again are those of its model, and of no other.
+    adapters = given.lora or ([] if given.model else source.get("weights", {}).get("lora", []))
+    sampler, weights = model.sampler, model.weights
+    for folder, scale in adapters:
+        sampler, weights = add_adapters(sampler, weights, folder, scale, merged=True)
+    model = dataclasses.replace(model, sampler=sampler, weights=weights)
     if source:
         _check_weights(given, source, model.weights)
     work = make_work(prompts, _options(given, source, model.sampling))
@@ -257,7 +203,7 @@ def _check_weights(given: argparse.Namespace, source: dict[str, Any], weights: "
     """
     theirs, ours = source["weights"]["digests"], weights.digests
     differing = [part for part in sorted({*theirs, *ours}) if theirs.get(part) != ours.get(part)]
-    if differing and given.model is None:
+    if differing and given.model is None and given.lora is None:
         raise UserError(
             f"{given.source} was made with other weights than {weights} has (differing: "
             f"{', '.join(differing)}): give --model with those, or with any to try"

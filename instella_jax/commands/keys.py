@@ -54,13 +54,16 @@ def document() -> str:
     return "\n".join([TITLE.rstrip(), *table(configs)]) + "\n"
 
 
-def main(config: str | None) -> None:
-    """Print all keys, or those of one config.
+def main(config: str | None) -> dict[str, dict[str, Any]]:
+    """Print all keys, or those of one config; return what is expected of each, and its value.
 
     Raises:
       UserError: there is no such config.
     """
+    about = {name: {"expected": k.expected, "meaning": k.meaning} for name, k in KEYS.items()}
     if config is None:
         print(document(), end="")
-    else:
-        print("\n".join(table({"value": values_of(config)})).lstrip())
+        return about
+    values = values_of(config)
+    print("\n".join(table({"value": values})).lstrip())
+    return {name: {"value": value, **about[name]} for name, value in values.items()}

@@ -6,6 +6,7 @@ import dataclasses
 from typing import Any
 
 from instella_jax.commands import measure_pictures, measure_reconstruction
+from instella_jax.commands.json_report import add_json
 from instella_jax.commands.sampled_model import add_model_arguments, find_config, joined
 from instella_jax.config_keys import path_argument
 from instella_jax.errors import UserError
@@ -53,10 +54,11 @@ def _add_scenes(kinds: Any) -> None:
     scenes.add_argument(
         "--out", type=path_argument, required=True, metavar="DIR", help="folder of the report"
     )
+    add_json(scenes)
     scenes.set_defaults(run=_scenes)
 
 
-def _scenes(options: argparse.Namespace) -> None:
+def _scenes(options: argparse.Namespace) -> dict[str, Any] | None:
     from instella_jax.evaluation.scene_eval import TASKS
 
     tasks = [name.strip() for name in options.tasks.split(",") if name.strip()] or list(TASKS)
@@ -67,10 +69,10 @@ def _scenes(options: argparse.Namespace) -> None:
     if options.out.exists():
         raise UserError(f"{options.out} is there already: give another --out or move it away")
     with joined(options):
-        _scenes_report(options, tasks)
+        return _scenes_report(options, tasks)
 
 
-def _scenes_report(options: argparse.Namespace, tasks: list[str]) -> None:
+def _scenes_report(options: argparse.Namespace, tasks: list[str]) -> dict[str, Any] | None:
     import jax
 
     from instella_jax.data.scenes import sprites
@@ -105,7 +107,7 @@ def _scenes_report(options: argparse.Namespace, tasks: list[str]) -> None:
             **world,
         )
     if not first:
-        return
+        return None
     scores = found.scores()
     table = reports.markdown_table(
         ("task", "correct", "standard error", "true pictures", "ceiling", "chance"),
@@ -126,6 +128,7 @@ def _scenes_report(options: argparse.Namespace, tasks: list[str]) -> None:
         save_grid(folder / "pictures.png", *found.examples())
     print(table, end="")
     print(options.out)
+    return report
 
 
 def _add_export(kinds: Any) -> None:
@@ -158,6 +161,7 @@ def _add_export(kinds: Any) -> None:
         "--out", type=path_argument, required=True, metavar="DIR",
         help="the folder to make, for adm the .npz file",
     )  # fmt: skip
+    add_json(give)
     give.set_defaults(run=_export)
 
 
@@ -168,7 +172,7 @@ BENCHMARKS = (
 )  # fmt: skip
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(options: argparse.Namespace) -> dict[str, Any] | None:
     from instella_jax.evaluation.layouts import LAYOUTS, read_pieces
 
     if options.benchmark == "adm" and options.out.suffix != ".npz":
@@ -176,10 +180,10 @@ def _export(options: argparse.Namespace) -> None:
     count = options.images_per_prompt or LAYOUTS[options.benchmark].count
     pieces = read_pieces(options.benchmark, options.prompts, count, options.name)
     with joined(options):
-        _export_pieces(options, pieces)
+        return _export_pieces(options, pieces)
 
 
-def _export_pieces(options: argparse.Namespace, pieces: list[Any]) -> None:
+def _export_pieces(options: argparse.Namespace, pieces: list[Any]) -> dict[str, Any] | None:
     import jax
 
     from instella_jax.evaluation.exports import export
@@ -207,5 +211,7 @@ def _export_pieces(options: argparse.Namespace, pieces: list[Any]) -> None:
             {"weights": weights.record()["digests"]},
             show,
         )
-    if first:
-        print(options.out)
+    if not first:
+        return None
+    print(options.out)
+    return {"benchmark": options.benchmark, "out": str(options.out)}

@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any
 
+from instella_jax.commands.json_report import add_json
 from instella_jax.commands.report_arguments import (
     add_report_arguments,
     add_tokenizer_arguments,
@@ -70,6 +71,7 @@ def add_inception(kinds: Any) -> None:
     )
     take.add_argument("source", type=path_argument, metavar="FILE.pth")
     take.add_argument("out", type=path_argument, metavar="FILE.safetensors")
+    add_json(take)
     take.set_defaults(run=_inception)
 
 
@@ -118,7 +120,7 @@ def _add_common(parser: argparse.ArgumentParser) -> None:
     add_distributed(parser)
 
 
-def _fid(options: argparse.Namespace) -> None:
+def _fid(options: argparse.Namespace) -> dict[str, Any] | None:
     from instella_jax.evaluation.picture_sets import center_crop, open_pictures
 
     check_report_arguments(options)
@@ -132,10 +134,10 @@ def _fid(options: argparse.Namespace) -> None:
             "crop": options.crop,
             "kernel": options.kernel,
         }
-        _compare(options, generated, reference, about, "fid")
+        return _compare(options, generated, reference, about, "fid")
 
 
-def _rfid(options: argparse.Namespace) -> None:
+def _rfid(options: argparse.Namespace) -> dict[str, Any] | None:
     from instella_jax.evaluation.picture_sets import center_crop, open_pictures
 
     check_report_arguments(options)
@@ -154,12 +156,13 @@ def _rfid(options: argparse.Namespace) -> None:
             "reference": os.fspath(options.reference),
             "image_size": side,
         }
-        _compare(options, reconstructed(tokenizer, reference), reference, about, "rfid")
+        return _compare(options, reconstructed(tokenizer, reference), reference, about, "rfid")
 
 
 def _compare(
     options: argparse.Namespace, generated: Any, reference: Any, about: dict[str, Any], fid: str
-) -> None:
+) -> dict[str, Any] | None:
+    """Print and publish the distance of two sets; return the report in the first process."""
     import jax
 
     from instella_jax.evaluation import feature_sets, frechet
@@ -183,7 +186,7 @@ def _compare(
                 show=lambda done, total, name=name: progress.update(f"{name} {done}/{total}"),
             )
     if not first:
-        return
+        return None
     a, b = found["generated"], found["reference"]
     distance = frechet.frechet_distance(a.statistics, b.statistics)
     name = fid if extractor.name == "fid" else extractor.name
@@ -198,9 +201,10 @@ def _compare(
     publish(options.out, report, ("measure", "value"), rows)
     if min(counts.values()) < 10_000:
         print(_NOTE)
+    return report
 
 
-def _inception(options: argparse.Namespace) -> None:
+def _inception(options: argparse.Namespace) -> dict[str, str]:
     from instella_jax.evaluation.inception import load_inception, save_inception
 
     if options.out.exists():
@@ -209,6 +213,7 @@ def _inception(options: argparse.Namespace) -> None:
         raise UserError(f"{options.out}: expected a name with .safetensors")
     save_inception(load_inception(options.source), options.out)
     print(options.out)
+    return {"out": str(options.out)}
 
 
 def _captions(folder: Path) -> dict[str, str]:
@@ -234,7 +239,7 @@ def _captions(folder: Path) -> dict[str, str]:
     return found
 
 
-def _clip(options: argparse.Namespace) -> None:
+def _clip(options: argparse.Namespace) -> dict[str, Any] | None:
     check_report_arguments(options)
     captions = _captions(options.pictures)
     if missing := [name for name in captions if not (options.pictures / name).is_file()]:
@@ -267,3 +272,5 @@ def _clip(options: argparse.Namespace) -> None:
             rows = [("CLIP score (cosine)", float(mean)), ("standard error", float(error))]
             rows.append(("pictures", len(scores)))
             publish(options.out, report, ("measure", "value"), rows)
+            return report
+    return None

@@ -57,7 +57,7 @@ def find_lpips(source: str) -> Any:
         return None
 
 
-def _reconstruction(options: argparse.Namespace) -> None:
+def _reconstruction(options: argparse.Namespace) -> dict[str, Any]:
     check_report_arguments(options)
     if options.count < 0:
         raise UserError("--count must be at least 0")
@@ -102,3 +102,4 @@ def _reconstruction(options: argparse.Namespace) -> None:
         f"{measured['pictures']} pictures of {side}x{side}, {measured['bits']} bits each, "
         f"{report['seconds']} s" + (f": {options.out}" if options.out else "")
     )
+    return report

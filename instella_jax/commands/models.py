@@ -6,6 +6,7 @@ import signal
 import sys
 from typing import Any
 
+from instella_jax.commands.json_report import add_json
 from instella_jax.config_keys import path_argument
 
 IMPORT_EXAMPLES = """\
@@ -50,6 +51,7 @@ def add_parsers(commands: Any) -> None:
         '{"axes_dims_rope": [8, 28, 28], "downsample_idx": [7], "upsample_idx": [7], '
         '"bae_scale": 1024}, "generator": {...}, "text": {...}}',
     )
+    add_json(take)
     give = commands.add_parser(
         "export",
         help="a model folder -> another form of it",
@@ -68,6 +70,7 @@ def add_parsers(commands: Any) -> None:
     give.add_argument(
         "--out", type=path_argument, required=True, metavar="DIR", help="the folder to make"
     )
+    add_json(give)
 
 
 def _prepare() -> None:
@@ -77,7 +80,7 @@ def _prepare() -> None:
     signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
 
 
-def _import(options: argparse.Namespace) -> None:
+def _import(options: argparse.Namespace) -> dict[str, str]:
     _prepare()
     from instella_jax.weights.published import import_model
     from instella_jax.weights.tensor_files import read_json_file
@@ -85,11 +88,13 @@ def _import(options: argparse.Namespace) -> None:
     sizes = read_json_file(options.sizes) if options.sizes else None
     import_model(options.source, options.text_encoder, options.out, sizes)
     print(options.out)
+    return {"out": str(options.out)}
 
 
-def _export(options: argparse.Namespace) -> None:
+def _export(options: argparse.Namespace) -> dict[str, str]:
     _prepare()
     from instella_jax.weights.export import export_model
 
     export_model(options.source, options.to, options.out)
     print(options.out)
+    return {"out": str(options.out), "form": options.to}

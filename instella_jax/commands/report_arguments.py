@@ -2,6 +2,7 @@
 
 import argparse
 
+from instella_jax.commands.json_report import add_json
 from instella_jax.config_keys import expand, path_argument
 from instella_jax.errors import UserError
 
@@ -26,6 +27,7 @@ def add_report_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--out", type=path_argument, metavar="DIR", help="folder to make with the report"
     )
+    add_json(parser)
 
 
 def check_report_arguments(options: argparse.Namespace) -> None:

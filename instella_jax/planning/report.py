@@ -1,6 +1,8 @@
 """A plan in words; see `plan.py`."""
 
+import dataclasses
 from collections.abc import Iterator
+from typing import Any
 
 from instella_jax.config import Config
 from instella_jax.data import buckets
@@ -86,6 +88,35 @@ def chip_lines(plan: Plan, config: Config) -> Iterator[str]:
             f" {mark}{chip.name:<7}{chip.tflops:>6,.0f} TFLOP/s {chip.memory_gb:>4.0f} GB"
             f"{together:>14} images/s {f'({number(one)} a device)':<24}{time:>14}{room}"
         )
+
+
+def as_values(plan: Plan, config: Config) -> dict[str, Any]:
+    """Return the plan as JSON has it: bytes, parameters, seconds, FLOPs per image."""
+    wanted, train = config.plan, config.train
+    rate = wanted.utilisation * wanted.devices * 1e12 / sum(plan.flops.values())
+    chips = {
+        chip.name: {
+            "images_per_second": rate * chip.tflops,
+            "seconds": train.steps * train.batch_size / (rate * chip.tflops),
+            "fits": plan.memory.total <= USABLE * chip.memory_gb * 1e9,
+        }
+        for chip in flops.CHIPS.values()
+    }
+    remedies = [
+        {"changes": changes, "total": memory.total, "fits": memory.total <= plan.limit}
+        for changes, memory in plan.remedies
+    ]
+    memory = {**dataclasses.asdict(plan.memory), "total": plan.memory.total}
+    return {
+        **dataclasses.asdict(plan),
+        "stage": config.stage,
+        "chip": wanted.chip,
+        "devices": wanted.devices,
+        "memory": memory,
+        "fits": plan.fits,
+        "remedies": remedies,
+        "chips": chips,
+    }
 
 
 def report(plan: Plan, config: Config) -> str:

@@ -18,7 +18,7 @@ from instella_jax.sampling.sampler import Sampler
 from instella_jax.stages import make_stage
 from instella_jax.stages.generator import GeneratorStage
 from instella_jax.stages.parameters import load_average, load_frozen
-from instella_jax.weights import model_folder, model_parts
+from instella_jax.weights import lora_files, model_folder, model_parts
 
 
 @dataclasses.dataclass(frozen=True)
@@ -30,11 +30,13 @@ class Weights:
       step: of the run's checkpoint, None for a model folder.
       paths: files, or folders, by the part that their weights are of; "checkpoint" is a run's, by
         its manifest.
+      adapters: folders of adapters that the generator has beside them, each with its scale.
     """
 
     folder: str
     step: int | None
     paths: dict[str, Path]
+    adapters: tuple[tuple[str, float], ...] = ()
 
     @functools.cached_property
     def digests(self) -> dict[str, str]:
@@ -48,7 +50,8 @@ class Weights:
     def record(self) -> dict[str, Any]:
         """Return it as JSON has it."""
         step = {} if self.step is None else {"step": self.step}
-        return {"folder": self.folder, **step, "digests": self.digests}
+        adapters = {"lora": [list(one) for one in self.adapters]} if self.adapters else {}
+        return {"folder": self.folder, **step, **adapters, "digests": self.digests}
 
 
 def _of_run(workdir: Path, step: int, stage: GeneratorStage) -> Weights:
@@ -135,3 +138,28 @@ def open_folders(
     }
     paths = {name: model_folder.weights_path(*place) for name, place in places.items()}
     return sampler, Weights(str(folder), None, paths)
+
+
+def add_adapters(
+    sampler: Sampler, weights: Weights, folder: str | os.PathLike[str], scale: float, merged: bool
+) -> tuple[Sampler, Weights]:
+    """Return a sampler whose generator has the adapters of a folder, in addition to any it has.
+
+    Args:
+      sampler: with the generator that they were trained on.
+      weights: of the sampler.
+      folder: with `adapter_config.json` and `adapter_model.safetensors`.
+      scale: how much of them, 1 being what was trained.
+      merged: whether they become part of the kernels.
+
+    Raises:
+      UserError: there are none, or those of another model.
+    """
+    adapters, own = lora_files.load(folder, sampler.generator)
+    name = f"lora {len(weights.adapters) + 1} x {scale:g}"
+    weights = dataclasses.replace(
+        weights,
+        paths={**weights.paths, name: Path(folder) / lora_files.WEIGHTS},
+        adapters=(*weights.adapters, (os.fspath(folder), float(scale))),
+    )
+    return sampler.with_adapters(adapters, scale * own, merged), weights

@@ -1,6 +1,5 @@
 """What a user imports: `InstellaPipeline`, prompts in and pictures out, as diffusers has it."""
 
-import dataclasses
 import functools
 import logging
 import math
@@ -19,11 +18,11 @@ from instella_jax.errors import UserError, value_errors
 from instella_jax.models.layers import Execution
 from instella_jax.runtime.compile_cache import use_cache
 from instella_jax.runtime.sharding import fetch
-from instella_jax.sampling.load import Weights
+from instella_jax.sampling.load import Weights, add_adapters
 from instella_jax.sampling.options import Options, Request
 from instella_jax.sampling.pretrained import Pretrained, open_model, save_model
 from instella_jax.sampling.sampler import Sampler
-from instella_jax.weights import hub, lora_files
+from instella_jax.weights import hub
 
 logger = logging.getLogger(__name__)
 
@@ -283,13 +282,9 @@ class InstellaPipeline:
         """
         if not isinstance(scale, int | float) or not math.isfinite(scale):
             raise UserError(f"scale is {scale!r}: expected a number")
-        adapters, own = lora_files.load(folder, self.sampler.generator)
-        self._plain = self._plain or (self.sampler, self.weights)
-        self.sampler = self.sampler.with_adapters(adapters, scale * own, merge)
-        number = sum(name.startswith("lora ") for name in self.weights.paths) + 1
-        path = Path(folder) / lora_files.WEIGHTS
-        paths = {**self.weights.paths, f"lora {number} x {scale:g}": path}
-        self.weights = dataclasses.replace(self.weights, paths=paths)
+        plain = self.sampler, self.weights
+        self.sampler, self.weights = add_adapters(*plain, folder, scale, merge)
+        self._plain = self._plain or plain
         self._compiled.clear()
 
     def unload_lora_weights(self) -> None:

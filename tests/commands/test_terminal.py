@@ -1,12 +1,15 @@
 """`instella-jax` as people type it: what is made, printed, refused and left alone."""
 
+import argparse
 import contextlib
 import io
 import json
 import os
+import shutil
 import subprocess
 import sys
 
+import jax
 import numpy as np
 import pytest
 from PIL import Image
@@ -15,8 +18,11 @@ from instella_jax import InstellaPipeline, cli
 from instella_jax.commands import configured, doctor
 from instella_jax.commands.prompts import Prompt, read_prompts
 from instella_jax.errors import UserError
+from instella_jax.models.functional import init_params
 from instella_jax.reporting.pictures import save_png
+from instella_jax.runtime import sharding
 from instella_jax.sampling.records import read_record
+from instella_jax.weights import lora_files
 from tests.paths import ROOT
 
 PROMPT = "a cat above a blue square"
@@ -230,10 +236,27 @@ def test_a_run_is_trained_and_drawn_with(tiny_tokenizer_folder, tmp_path):
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
+    params = {}
     for model in ("run", "run/model"):
-        generate(PROMPT, f"--model={tmp_path / model}", f"--out={model.replace('/', '-')}.png")
-    ours, theirs = map(pixels, ("run.png", "run-model.png"))
-    np.testing.assert_array_equal(ours, theirs)
+        pipe = InstellaPipeline.from_pretrained(tmp_path / model)
+        params[model] = jax.tree.leaves(pipe.sampler.params["generator"])
+        file = f"{model.replace('/', '-')}.png"
+        generate(PROMPT, f"--model={tmp_path / model}", f"--out={file}")
+        picture = pipe(PROMPT, num_inference_steps=4).images[0]
+        np.testing.assert_array_equal(pixels(file), np.asarray(picture))
+    # A model folder holds the run's parameters in bfloat16.
+    for ours, theirs in zip(params["run"], params["run/model"], strict=True):
+        np.testing.assert_array_equal(ours.astype("bfloat16").astype("float32"), theirs)
+    # As version 0.1.0 left it, which had fewer keys.
+    file = tmp_path / "run/config.json"
+    config = json.loads(file.read_text())
+    for section, key in (("loss", "draws"), ("loss", "time_shift"), ("optimizer", "kind")):
+        del config[section][key]
+    for key in ("lora", "pos_emb_std", "profile"):
+        del config[key]
+    file.write_text(json.dumps(config))
+    generate(PROMPT, f"--model={tmp_path / 'run'}", "--out=old.png")
+    np.testing.assert_array_equal(pixels("old.png"), pixels("run.png"))
 
 
 def test_the_doctor_speaks_json(monkeypatch, capsys):
@@ -270,3 +293,113 @@ def test_the_script_of_a_shell(shell):
     pytest.importorskip("argcomplete")
     status, out, _ = call("completion", shell)
     assert status == 0 and "_ARGCOMPLETE" in out and "instella-jax" in out
+
+
+@pytest.fixture
+def adapters(tmp_path):
+    """A folder of random adapters of the autoregressive demo."""
+    network = InstellaPipeline.from_pretrained("demo_ar").sampler.generator
+    made = lora_files.make_adapters(network, 2, 2.0, ("q_proj", "net.2"), "float32")
+    rng = np.random.default_rng(0)
+    like = sharding.values(jax.eval_shape(lambda key: init_params(made, key), jax.random.key(0)))
+    params = jax.tree.map(lambda x: 0.2 * rng.normal(size=x.shape).astype(np.float32), like)
+    lora_files.save(tmp_path / "lora", network, made, params, base="demo_ar", step=1)
+    return tmp_path / "lora"
+
+
+@pytest.mark.slow
+def test_adapters_are_used_and_a_picture_says_so_and_is_repeated(adapters):
+    plain = InstellaPipeline.from_pretrained("demo_ar")
+    generate(PROMPT, "--model=demo_ar", f"--lora={adapters}:0.5", "--out=a.png")
+    assert (pixels("a.png") != np.asarray(plain(PROMPT).images[0])).any()
+    plain.load_lora_weights(adapters, scale=0.5, merge=True)
+    np.testing.assert_array_equal(pixels("a.png"), np.asarray(plain(PROMPT).images[0]))
+    assert read_record("a.png")["weights"]["lora"] == [[str(adapters), 0.5]]
+    generate("--from=a.png", "--out=again.png")
+    with open("again.png", "rb") as ours, open("a.png", "rb") as theirs:
+        assert ours.read() == theirs.read()
+    generate("--from=a.png", f"--lora={adapters}:2", "--out=more.png")
+    assert (pixels("more.png") != pixels("a.png")).any()
+    generate("--from=a.png", "--model=demo_ar", "--out=without.png")
+    assert "lora" not in read_record("without.png")["weights"]
+    shutil.rmtree(adapters)
+    assert refused("generate", "--from=a.png", "--out=b.png").startswith("no adapters at ")
+
+
+@pytest.mark.parametrize(
+    ("text", "expected"),
+    [("a/b", ("a/b", 1.0)), ("a/b:0.5", ("a/b", 0.5)), ("a:b", ("a:b", 1.0)), ("5", ("5", 1.0)),
+     ("a:inf", ("a:inf", 1.0)), ("a:-1", ("a", -1.0))],
+)  # fmt: skip
+def test_a_folder_of_adapters_may_have_a_scale(text, expected):
+    options, _ = cli.make_parser().parse_known_args(["generate", "a", f"--lora={text}"])
+    assert options.lora == [expected]
+
+
+def process(*arguments):
+    return subprocess.run(
+        [sys.executable, "-m", "instella_jax", *map(str, arguments), "--json"],
+        env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)},
+        capture_output=True, text=True, check=False,
+    )  # fmt: skip
+
+
+def json_of(*arguments):
+    """Run a command as a process of its own; its standard output is JSON and nothing else."""
+    run = process(*arguments)
+    assert run.returncode == 0, run.stderr
+    return json.loads(run.stdout), run.stderr
+
+
+@pytest.mark.slow
+def test_a_plan_and_held_out_figures_are_json(tiny_tokenizer_folder):
+    tiny = f"{ROOT}/tests/tiny_tokenizer.py"
+    plan, said = json_of("plan", tiny, "plan.devices=1", "plan.chip=H100")
+    assert plan["memory"]["total"] == sum(v for k, v in plan["memory"].items() if k != "total")
+    assert plan["fits"] and plan["chips"]["H100"]["fits"] and plan["chip"] == "H100"
+    # 989 TFLOP/s at 22 %, and 8 steps of 8 pictures.
+    rate = 0.22 * 989e12 / sum(plan["flops"].values())
+    assert plan["chips"]["H100"]["images_per_second"] == pytest.approx(rate)
+    assert plan["chips"]["H100"]["seconds"] == pytest.approx(64 / rate)
+    assert "Plan of stage tokenizer" in said
+    heldout, said = json_of("eval", "heldout", tiny, f"init_from={tiny_tokenizer_folder}")
+    assert heldout["weights"] == str(tiny_tokenizer_folder) and heldout["stage"] == "tokenizer"
+    assert f"psnr {heldout['heldout']['psnr']:.4f}" in said
+    assert set(heldout["scenes"]) == {"psnr", "psnr_pca"} and "ssim" in heldout["reconstruction"]
+    assert os.path.exists(heldout["pictures"])
+
+
+def test_a_run_is_not_trained_with_json():
+    run = process("train", "tokenizer")
+    assert run.returncode == 2 and not run.stdout
+    assert run.stderr == "error: --json is for --mode=eval and plan, not for --mode=train\n"
+
+
+def test_reports_of_data_and_keys_are_json(tmp_path):
+    def report(*arguments):
+        status, out, err = call(*arguments, "--json")
+        assert status == 0, err
+        return json.loads(out)
+
+    made = report("data", "scenes", "tars", "--count=4")
+    assert made == {"pictures": 4, "tars": ["tars/00000.tar"]}
+    taken = report("data", "import", "tars", "shards", "--workers=1")
+    assert taken["complete"] and taken["kept"] == 4
+    keys = report("keys", "t2i_ar")
+    assert keys["stage"]["value"] == "ar" and "seed" in report("keys")
+
+
+def test_every_command_that_makes_or_measures_something_has_json():
+    """All but `train`, whose report is metrics.jsonl, `app` and `completion`."""
+    found = {}
+
+    def walk(parser, name):
+        actions = [a for a in parser._actions if isinstance(a, argparse._SubParsersAction)]
+        for action in actions:
+            for key, inner in action.choices.items():
+                walk(inner, f"{name} {key}".strip())
+        if not actions:
+            found[name] = "--json" in parser._option_string_actions
+
+    walk(cli.make_parser(), "")
+    assert {name for name, has in found.items() if not has} == {"train", "app", "completion"}
