@@ -12,8 +12,9 @@ import jaxtyping
 import pytest
 
 # Shapes and types in the signatures of what computes on arrays are checked at every call. Before
-# anything of these modules is imported. Not those of stages/base.py: its protocol is for static
-# checkers.
+# anything of these modules is imported. Not those of stages/base.py: beartype takes no value for
+# one of a protocol without looking for all of its members, of which the toys of tests have some.
+# Stages have its signatures, and are checked (tests/stages/test_base.py).
 CHECKED = (
     "instella_jax.kernels",
     "instella_jax.losses",

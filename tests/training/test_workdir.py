@@ -6,7 +6,7 @@ import shutil
 import pytest
 
 from instella_jax.errors import UserError
-from instella_jax.training.workdir import USED, check_config, record_config
+from instella_jax.training.workdir import USED, check_config, read_config, record_config
 from instella_jax.weights import model_folder
 
 
@@ -124,6 +124,17 @@ def test_the_weights_of_a_frozen_text_encoder_count(config, workdir, tmp_path):
     (weights / "text.safetensors").write_bytes(b"others")
     with pytest.raises(UserError, match="another config.text.encoder: text.safetensors has other"):
         check_config(workdir, config)
+
+
+def test_a_model_that_is_no_longer_named_is_a_change(config, workdir):
+    config.tokenizer = ""
+    with pytest.raises(UserError, match="belongs to a run with tokenizer='/.*this one has ''"):
+        check_config(workdir, config)
+
+
+def test_the_config_of_a_run_comes_back_as_it_was(config, workdir):
+    assert isinstance(config.data.scenes.styles, tuple)
+    assert read_config(workdir).to_dict() == config.to_dict()
 
 
 def test_a_run_from_before_there_were_digests_goes_by_the_path(config, workdir, copies):
