@@ -11,7 +11,7 @@ from tests.paths import ROOT
 from tools import build_notebook
 
 NOTEBOOK = ROOT / "notebooks" / "instella_jax_colab.ipynb"
-SECONDS = 300
+SECONDS = 900  # a cell that hangs, on however busy a machine
 
 
 @pytest.fixture(scope="module")
