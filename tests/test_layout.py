@@ -1,6 +1,7 @@
 """The rooms of the house: what may import what."""
 
 import ast
+import collections
 
 import pytest
 
@@ -86,3 +87,9 @@ def test_imports_lead_down(graph):
         if room(name) in height and height.get(room(other), -1) < height[room(name)]
     ]
     assert not upwards
+
+
+def test_no_two_test_files_have_one_name():
+    """pytest imports them by their bare names, and a second one of a name ends the whole run."""
+    names = collections.Counter(path.name for path in (ROOT / "tests").rglob("test_*.py"))
+    assert [name for name, times in names.items() if times > 1] == []
