@@ -248,20 +248,23 @@ def _clip(options: argparse.Namespace) -> dict[str, Any] | None:
         import jax
         import numpy as np
 
-        from instella_jax.data.images import read_picture
         from instella_jax.evaluation.clip import clip_scores, load_clip
+        from instella_jax.evaluation.picture_sets import listed
         from instella_jax.evaluation.reports import publish
+        from instella_jax.reporting.progress import Progress
         from instella_jax.runtime.digest import digest
 
-        clip = load_clip(options.clip)
-        names, scores = list(captions), []
-        for start in range(0, len(names), options.batch_size):
-            some = names[start : start + options.batch_size]
-            # The last batch is filled up, so that all have the compiled shape.
-            full = [*some, *some[-1:] * (options.batch_size - len(some))]
-            images = np.stack([clip.prepare(read_picture(options.pictures / n)) for n in full])
-            scores.extend(clip_scores(clip, images, [captions[n] for n in full])[: len(some)])
-        if jax.process_index() == 0:
+        clip, names = load_clip(options.clip), list(captions)
+        first = jax.process_index() == 0
+        with contextlib.closing(Progress(enabled=first, interval=10.0)) as progress:
+            scores = clip_scores(
+                clip,
+                listed([options.pictures / name for name in names]),
+                list(captions.values()),
+                batch_size=options.batch_size,
+                show=lambda done, total: progress.update(f"pictures {done}/{total}"),
+            )
+        if first:
             mean, error = np.mean(scores), np.std(scores) / np.sqrt(len(scores))
             report = {
                 "scores": {"clip_score": float(mean), "error": float(error)},

@@ -8,7 +8,7 @@ Axes: B batch, T positions, D width, P width of the shared space.
 
 import dataclasses
 import functools
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +20,10 @@ from flax.traverse_util import unflatten_dict
 from jaxtyping import Array, Bool, Float, Int
 
 from instella_jax.errors import UserError
+from instella_jax.evaluation.feature_sets import of_all
+from instella_jax.evaluation.picture_sets import PictureSet, batches
 from instella_jax.models.functional import Params
+from instella_jax.runtime import sharding
 from instella_jax.weights.tensor_files import read_json_file, require_file
 
 # Mean and deviation of the colours, in [0, 1], of CLIP's training pictures.
@@ -312,8 +315,43 @@ def _check(config: ClipConfig, params: Params, folder: Path) -> None:
         raise UserError(f"{folder}: the weights do not fit its config.json at {odd[0][0]}")
 
 
-def clip_scores(clip: Clip, images: np.ndarray, texts: Sequence[str]) -> np.ndarray:
-    """Return the cosine of each prepared image and its text: float32 [B]."""
-    pictures = clip.embed_images(jnp.asarray(images))
-    words = clip.embed_texts(jnp.asarray(clip.tokenise(texts)))
-    return np.asarray((pictures * words).sum(-1))
+def clip_scores(
+    clip: Clip,
+    pictures: PictureSet,
+    texts: Sequence[str],
+    *,
+    batch_size: int = 32,
+    show: Callable[[int, int], None] = lambda done, total: None,
+) -> np.ndarray:
+    """Return the cosine of each picture and its text, float32 [n], those of all processes.
+
+    Args:
+      clip: the model.
+      pictures: the whole set, in every process.
+      texts: of each picture.
+      batch_size: pictures at a time in each process, which its devices share.
+      show: is given how many pictures of this process are done, of how many.
+    """
+    mesh = sharding.make_mesh({"data": -1, "fsdp": 1, "tensor": 1}, jax.local_devices())
+    size = -(-batch_size // mesh.size) * mesh.size
+    rows = sharding.batch_sharding(mesh)
+    placed = dataclasses.replace(
+        clip, params=jax.device_put(clip.params, sharding.replicated(mesh))
+    )
+    part, of = jax.process_index(), jax.process_count()
+    own = [texts[i] for i in range(part, len(pictures), of)]
+    scores = np.zeros(0, np.float32)
+    for images in batches(pictures, clip.prepare, size, part, of):
+        some = own[len(scores) : len(scores) + len(images)]
+        # The last batch is filled up, so that all have the compiled shape.
+        left = size - len(some)
+        full = np.pad(images, ((0, left), *((0, 0),) * (images.ndim - 1)))
+        ids = clip.tokenise([*some, *some[-1:] * left])
+        seen = placed.embed_images(jax.device_put(full, rows))
+        read = placed.embed_texts(jax.device_put(ids, rows))
+        scores = np.concatenate([scores, np.asarray((seen * read).sum(-1))[: len(some)]])
+        show(len(scores), len(own))
+    found = np.zeros(len(pictures), np.float32)
+    for number, each in enumerate(of_all(scores)):
+        found[number::of] = each
+    return found

@@ -152,16 +152,16 @@ def measure(
         show(statistics.count, total)
     whole = Statistics.empty(extractor.width)
     for count, mean, scatter in zip(
-        _of_all(np.array([statistics.count])),
-        _of_all(statistics.mean),
-        _of_all(statistics.scatter),
+        of_all(np.array([statistics.count])),
+        of_all(statistics.mean),
+        of_all(statistics.scatter),
         strict=True,
     ):
         whole.merge(Statistics(int(count[0]), mean, scatter))
     features = None
     if keep:
         own = np.concatenate(kept) if kept else np.zeros((0, extractor.width), np.float32)
-        features = np.concatenate(_of_all(own))
+        features = np.concatenate(of_all(own))
     found = Measured(whole, features)
     if path is not None and jax.process_index() == 0:
         _keep(path, found)
@@ -209,7 +209,7 @@ def _first_says(value: bool) -> bool:
     return bool(multihost_utils.broadcast_one_to_all(np.array(value)))
 
 
-def _of_all(array: np.ndarray) -> list[np.ndarray]:
+def of_all(array: np.ndarray) -> list[np.ndarray]:
     """Return the arrays of all processes, which may differ in their first size, bit for bit."""
     if jax.process_count() == 1:
         return [array]

@@ -185,16 +185,14 @@ def t2i_compbench(paths: Sequence[Path], count: int, model: str) -> list[Piece]:
     return pieces
 
 
+# Folders by the categories of the prompt files, as the benchmark's own programs have them.
 _ONEIG = {
-    "anime": "anime",
-    "portrait": "human",
-    "human": "human",
-    "general": "object",
-    "object": "object",
-    "text": "text",
-    "knowledge": "reasoning",
-    "reasoning": "reasoning",
-    "multilingualism": "multilingualism",
+    "Anime_Stylization": "anime",
+    "Portrait": "human",
+    "General_Object": "object",
+    "Text_Rendering": "text",
+    "Knowledge_Reasoning": "reasoning",
+    "Multilingualism": "multilingualism",
 }
 
 
@@ -204,7 +202,7 @@ def oneig(paths: Sequence[Path], count: int, model: str) -> list[Piece]:
     pieces = []
     for record in _records(paths):
         category = _field(record, "category")
-        folder = _ONEIG.get(category.replace("_", " ").split()[0].lower())
+        folder = _ONEIG.get(category)
         if folder is None:
             raise UserError(f"OneIG has no category {category!r}: expected {', '.join(_ONEIG)}")
         name = _plain_name(_field(record, "id"), "id")

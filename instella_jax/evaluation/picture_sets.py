@@ -52,8 +52,7 @@ def open_pictures(path: Path) -> PictureSet:
             )
         if not files:
             raise UserError(f"{path} holds no pictures")
-        names = [_stamp(f) for f in files]
-        return PictureSet(names, lambda i: _read(files[i]))
+        return listed(files)
     if path.suffix == ".npz" and path.is_file():
         try:
             with path.open("rb") as file, np.load(file, allow_pickle=False) as arrays:
@@ -67,6 +66,11 @@ def open_pictures(path: Path) -> PictureSet:
         stamp = _stamp(path)
         return PictureSet([(*stamp, i) for i in range(len(pictures))], pictures.__getitem__)
     raise UserError(f"{path} is no folder of pictures and no .npz file")
+
+
+def listed(files: Sequence[Path]) -> PictureSet:
+    """Return the pictures of files."""
+    return PictureSet([_stamp(f) for f in files], lambda i: _read(files[i]))
 
 
 def _is_grid(path: Path) -> bool:

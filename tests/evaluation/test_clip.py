@@ -1,11 +1,14 @@
 import json
 
+import jax
+import jax.numpy as jnp
 import numpy as np
 import pytest
 from PIL import Image
 
 from instella_jax.errors import UserError
 from instella_jax.evaluation import clip
+from instella_jax.evaluation.picture_sets import PictureSet
 from tests.needs_torch import needs_torch
 
 SIZES = {
@@ -72,9 +75,57 @@ def test_embeddings_are_those_of_transformers(tmp_path, act, old):
         (found.text_embeds, ours.embed_texts(ids)),
     ):
         np.testing.assert_allclose(np.asarray(mine), theirs.numpy(), atol=2e-5)
-    scores = clip.clip_scores(ours, images, ["a cat", "a dog and a cat", "dog"])
-    expected = (found.image_embeds * found.text_embeds).sum(-1).numpy()
-    np.testing.assert_allclose(scores, expected, atol=2e-5)
+
+
+def random_clip(folder):
+    """A model with random weights, its tokenizer of few words."""
+    from transformers import CLIPTokenizer
+
+    count = tokenizer_files(folder)
+    tokenizer = CLIPTokenizer.from_pretrained(folder, local_files_only=True)
+    text = {**SIZES["text_config"], "eos_token_id": count - 1}
+    config = clip.read_config({**SIZES, "text_config": text})
+    towers = {
+        "vision": (clip.ImageTower(config), jnp.zeros((1, 32, 32, 3))),
+        "text": (clip.TextTower(config, count), jnp.zeros((1, 12), jnp.int32)),
+    }
+    rng = np.random.default_rng(3)
+    params = {
+        name: jax.tree.map(
+            lambda x: rng.normal(size=x.shape).astype(np.float32) * 0.3,
+            jax.eval_shape(tower.init, jax.random.key(0), example)["params"],
+        )
+        for name, (tower, example) in towers.items()
+    }
+    return clip.Clip(config, params, tokenizer)
+
+
+def test_pictures_are_shared_among_devices_and_processes(tmp_path, monkeypatch):
+    ours, rng = random_clip(tmp_path), np.random.default_rng(4)
+    images = [rng.integers(0, 256, (40, 33 + n, 3), np.uint8) for n in range(21)]
+    texts = [("a cat", "a dog and a cat", "dog")[n % 3] for n in range(21)]
+    pictures = PictureSet(range(21), images.__getitem__)
+    prepared = np.stack([ours.prepare(image) for image in images])
+    wanted = (ours.embed_images(prepared) * ours.embed_texts(ours.tokenise(texts))).sum(-1)
+    assert np.std(wanted) > 0.01
+    done = []
+    found = clip.clip_scores(
+        ours, pictures, texts, batch_size=6, show=lambda *now: done.append(now)
+    )
+    assert done == [(8, 21), (16, 21), (21, 21)]  # eight devices
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
+    # Two processes, one after the other.
+    parts = []
+    monkeypatch.setattr(jax, "process_count", lambda: 2)
+    for number in range(2):
+        monkeypatch.setattr(jax, "process_index", lambda number=number: number)
+        with monkeypatch.context() as patch:
+            patch.setattr(clip, "of_all", lambda own: parts.append(own) or [])
+            clip.clip_scores(ours, pictures, texts, batch_size=8)
+    monkeypatch.setattr(clip, "of_all", lambda own: parts)
+    found = clip.clip_scores(ours, pictures, texts, batch_size=8)
+    assert [len(part) for part in parts] == [11, 10]
+    np.testing.assert_allclose(found, wanted, atol=1e-5)
 
 
 @needs_torch
