@@ -129,6 +129,71 @@ def test_scores_by_hand(same_code):
     assert scores["error"] == pytest.approx(np.sqrt(11 / 48) / 2)
 
 
+def test_overall_is_the_mean_of_tasks_whatever_their_size(same_code):
+    prompts = task_prompts("counting", 4, 0, WORLD) + task_prompts("colours", 2, 0, WORLD)
+    right = np.array([[1, 1], [1, 0], [0, 0], [1, 1], [0, 0], [1, 0]], bool)
+    ruler = {name: np.arange(6) / 8 for name in ("true", "ceiling", "chance")}
+    report = scene_eval.SceneReport(prompts, right, ruler, np.zeros((6, 2, 8, 8, 3)), [])
+    scores = report.scores()
+    assert list(scores) == ["counting", "colours", "overall"]
+    # Colours: shares 0 and 1/2, standard deviation sqrt(1/8), over sqrt(2).
+    assert scores["colours"]["correct"] == 0.25
+    assert scores["colours"]["error"] == pytest.approx(0.25)
+    assert scores["colours"]["true"] == pytest.approx((4 + 5) / 16)
+    overall = scores["overall"]
+    assert overall["correct"] == pytest.approx((0.625 + 0.25) / 2)
+    assert overall["chance"] == pytest.approx((1.5 / 8 + 4.5 / 8) / 2)
+    # Of a mean of two independent figures.
+    assert overall["error"] == pytest.approx(np.sqrt(11 / 48 / 4 + 0.25**2) / 2)
+    # The error of one prompt is not known.
+    lonely = scene_eval.SceneReport(prompts[:1], right[:1], {}, np.zeros((1, 2, 8, 8, 3)), [])
+    assert np.isnan(lonely.scores()["counting"]["error"])
+
+
+def test_each_picture_is_reported_with_what_was_seen_in_it():
+    prompts = task_prompts("counting", 3, 0, WORLD) + task_prompts("colours", 2, 0, WORLD)
+    right = np.arange(10).reshape(5, 2) % 3 == 0
+    pictures = np.arange(10, dtype=np.uint8).reshape(5, 2, 1, 1, 1)
+    seen = [dataclasses.replace(prompts[0].scene, background=f"ground {n}") for n in range(10)]
+    report = scene_eval.SceneReport(prompts, right, {}, pictures, seen)
+    rows = report.images()
+    assert [row["seen"]["background"] for row in rows] == [f"ground {n}" for n in range(10)]
+    assert [row["right"] for row in rows] == [n % 3 == 0 for n in range(10)]
+    assert [row["picture"] for row in rows] == [0, 1] * 5
+    assert [row["prompt"] for row in rows] == [p.text for p in prompts for _ in range(2)]
+    assert [row["task"] for row in rows] == ["counting"] * 6 + ["colours"] * 4
+    shown, words, each = report.examples(2)
+    assert each == 2 and shown.ravel().tolist() == [0, 2, 6, 8]
+    assert [word.rpartition(" ")[2] for word in words] == [
+        "(right)",
+        "(wrong)",
+        "(right)",
+        "(wrong)",
+    ]
+    assert words[2].startswith(prompts[3].text)
+
+
+def test_a_judge_is_trusted_task_by_task(monkeypatch, same_code):
+    """Many right ones of a task make nothing good of another."""
+
+    def spoilt(scene, size):
+        one = len(scene.objects) == 1
+        return render(on_black(scene) if one else scene, size)
+
+    monkeypatch.setattr(scene_eval, "render", spoilt)
+    prompts = task_prompts("counting", 36, 0, WORLD) + task_prompts("colours", 1, 0, WORLD)
+    with pytest.raises(UserError, match="only 0.000 of the true pictures of colours"):
+        scene_eval.measure_judge(prompts, None, None, 64)
+
+
+def test_chance_stays_within_a_task(same_code):
+    """Of two prompts each is shown the other one's picture, never one of another task."""
+    prompts = task_prompts("single_object", 2, 0, WORLD) + task_prompts("counting", 1, 0, WORLD)
+    ruler = scene_eval.measure_judge(prompts, None, None, 64)
+    # A task of one prompt has no stranger but itself.
+    assert ruler["chance"].tolist() == [False, False, True]
+
+
 def test_a_judge_that_does_not_know_true_pictures_is_no_judge(monkeypatch, same_code):
     monkeypatch.setattr(scene_eval, "render", lambda scene, size: render(on_black(scene), size))
     with pytest.raises(UserError, match="finds only 0.000 of the true pictures of colours right"):
