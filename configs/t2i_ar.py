@@ -14,7 +14,7 @@ from instella_jax.config import base, generator
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Return the config of a variant: "" (demo), "instella_512" or "instella_1024"."""
+    """Return the config of a variant: "" (demo) or one of `config.VARIANTS`."""
     c = base("ar", variant)
     c.update(generator(variant))
     # How often a caption is dropped for guidance.

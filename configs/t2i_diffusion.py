@@ -22,7 +22,7 @@ from instella_jax.config import base, generator
 
 
 def get_config(variant: str = "") -> ConfigDict:
-    """Return the config of a variant: "" (demo), "instella_512" or "instella_1024"."""
+    """Return the config of a variant: "" (demo) or one of `config.VARIANTS`."""
     c = base("diffusion", variant)
     c.update(generator(variant))
     # What the network is asked, "epsilon" (is the bit flipped) or "x" (the clean bit); how times

@@ -9,7 +9,7 @@ from ml_collections import ConfigDict
 
 from instella_jax.errors import UserError
 
-VARIANTS = {"": 64, "instella_512": 512, "instella_1024": 1024}
+VARIANTS = {"": 64, "instella_512": 512, "instella_768": 768, "instella_1024": 1024}
 
 
 # An ml_collections.ConfigDict, whose keys no type checker can know.
@@ -21,7 +21,8 @@ def base(stage: str, variant: str) -> Config:
 
     Args:
       stage: "tokenizer", "diffusion" or "ar".
-      variant: "" for the demo, "instella_512" or "instella_1024" for the published recipe.
+      variant: "" for the demo, "instella_512", "instella_768" or "instella_1024" for the published
+        recipe.
 
     Raises:
       UserError: the variant is unknown.

@@ -330,16 +330,33 @@ KEYS: dict[str, Key] = {
         "side of the part of each picture that LPIPS sees, elsewhere at each step; 0 is all", 0
     ),
     **_weighed("adversarial", "of the discriminator's answers, which begins then; 0 has none"),
+    "loss.adversarial.kind": choice(
+        "what judges: a network of its own on patches, or heads on the features of loss.vision",
+        "patches", "features",
+    ),
     "loss.adversarial.adaptive": switch(
         "weigh it by the gradients, so that at weight 1 it pulls as strongly as all other losses"
     ),
     "loss.adversarial.lecam": real("weight of LeCam, which keeps the discriminator calm", 0),
     "loss.adversarial.augment": switch("show it pictures that DiffAug has changed"),
-    "loss.adversarial.width": whole("channels of the discriminator at full size", 1, 4_096),
-    "loss.adversarial.halvings": whole("how often it halves its maps", 1, 8),
+    "loss.adversarial.width": whole(
+        "channels of the discriminator at full size, or of each head", 1, 4_096
+    ),
+    "loss.adversarial.halvings": whole("how often the kind patches halves its maps", 1, 8),
+    "loss.adversarial.heads": whole(
+        "blocks of loss.vision, evenly, on each of which the kind features has a head", 1, 64
+    ),
     "loss.adversarial.learning_rate": real("of its Adam, constant", 0),
     "loss.adversarial.b1": share("decay of its first moment", below=True),
     "loss.adversarial.b2": share("decay of its second moment", below=True),
+    **_weighed("features", "of the distance of patches in the features of loss.vision"),
+    **_weighed("alignment", "of the decoder's states, by a head, to the features of loss.vision"),
+    "loss.alignment.block": whole("of the decoder, after which the states are aligned, from 0", 0),
+    "loss.alignment.learning_rate": real("of the head's Adam, constant", 0),
+    "loss.vision": path(
+        "folder of a Dinov2Model of transformers, which losses look through; read by features, "
+        "alignment and adversarial.kind=features alone"
+    ),
     "loss.quantizer": choice(
         "what makes bits in training", "bernoulli", "bsq", "lfq", "fsq"
     ),

@@ -30,10 +30,15 @@ _TOKENIZER = {
         "balance": _TERM,
         "perceptual": {"weight": 0.0, "start": 0, "warmup": 10_000, "weights": "", "window": 0},
         "adversarial": {
-            "weight": 0.0, "start": 20_000, "warmup": 0, "adaptive": True, "lecam": 0.001,
-            "augment": True, "width": 64, "halvings": 3, "learning_rate": 1e-4, "b1": 0.5,
-            "b2": 0.9,
+            "kind": "patches", "weight": 0.0, "start": 20_000, "warmup": 0, "adaptive": True,
+            "lecam": 0.001, "augment": True, "width": 64, "halvings": 3, "heads": 4,
+            "learning_rate": 1e-4, "b1": 0.5, "b2": 0.9,
         },
+        "features": {"weight": 0.0, "start": 0, "warmup": 10_000},
+        "alignment": {
+            "weight": 0.0, "start": 0, "warmup": 0, "block": 0, "learning_rate": 1e-4,
+        },
+        "vision": "",
         "quantizer": "bernoulli",
         "tail_drop": 0.0,
         "freeze_encoder": False,

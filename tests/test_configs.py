@@ -10,9 +10,10 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
+from instella_jax import main
 from instella_jax.commands import generate
 from instella_jax.config_keys import KEYS, check_values
-from instella_jax.data import sources
+from instella_jax.data import buckets, sources
 from instella_jax.errors import UserError
 from instella_jax.models.functional import abstract_params
 from instella_jax.runtime import devices, sharding
@@ -23,11 +24,12 @@ from instella_jax.stages.base import init_stage
 from instella_jax.training import loop
 from instella_jax.training.optimizer import make_optimizer
 from instella_jax.weights import model_folder
+from tests import vision_folders
 from tests.paths import ROOT
 from tests.toy_stage import Points
 
 CONFIGS = sorted(path.stem for path in (ROOT / "configs").glob("*.py"))
-VARIANTS = ("", "instella_512", "instella_1024")
+VARIANTS = ("", "instella_512", "instella_768", "instella_1024")
 GENERATORS = ("t2i_diffusion", "t2i_ar")
 # Published sizes, docs/model.md.
 TOKENIZER = dict(
@@ -126,6 +128,29 @@ def test_the_variants_for_photographs_learn_by_all_losses(side, bits):
     assert set(stage.frozen_networks) == {"lpips"}
     assert config.loss.adversarial.start + config.loss.adversarial.warmup < config.train.steps
     assert config.loss.temperature.steps <= config.train.steps
+
+
+@pytest.mark.parametrize("variant", [*VARIANTS, "photographs_128", "photographs_256"])
+@pytest.mark.parametrize("recipe", ["stage2", "finetune", "finetune_decoder"])
+def test_recipes_begin_with_the_model_of_the_variant_s_run(variant, recipe):
+    config, plain = get_config("tokenizer", f"{variant}+{recipe}"), get_config("tokenizer", variant)
+    check_values(config)
+    assert config.model == plain.model
+    argument = f"configs/tokenizer.py:{variant}" if variant else "configs/tokenizer.py"
+    assert config.init_from == f"{main.default_workdir(argument)}/model"
+    stage, side = make_stage(config), plain.data.image_size
+    assert stage.freeze_encoder == (recipe != "finetune")
+    if recipe == "stage2":
+        sides = [(n, n) for n in (2 * side, side * 3 // 2, side)]
+        assert list(buckets.shapes(config)) == (sides if variant else [(side, side)])
+    else:
+        assert set(stage.networks) == {"tokenizer"} and set(stage.frozen_networks) == {"lpips"}
+        assert config.train.steps == 2_000
+
+
+def test_a_recipe_that_there_is_not_is_named():
+    with pytest.raises(UserError, match=r"unknown variant \+stage3: expected one of \+stage2, "):
+        get_config("tokenizer", "instella_512+stage3")
 
 
 @pytest.mark.parametrize("variant", VARIANTS)
@@ -290,8 +315,17 @@ def test_every_key_has_a_reader(name, tmp_path, monkeypatch, tiny_tokenizer_fold
         config.sample.update(prompt="a heart", out=str(tmp_path))
     else:
         # A loss of weight 0 reads nothing else.
-        for loss in ("entropy", "balance", "perceptual", "adversarial"):
+        for loss in (
+            "entropy",
+            "balance",
+            "perceptual",
+            "adversarial",
+            "features",
+            "alignment",
+        ):
             config.loss[loss].weight = 1.0
+        vision_folders.write(tmp_path / "dinov2")
+        config.loss.update(vision=str(tmp_path / "dinov2"), adversarial=dict(heads=3))
     # Keys that nobody reads: the test must find them.
     config.dead = config.train.dead = 0
     keys = set(leaves(config))
@@ -302,6 +336,9 @@ def test_every_key_has_a_reader(name, tmp_path, monkeypatch, tiny_tokenizer_fold
         pretend_to_draw(config, monkeypatch)
         config.lora.rank = 2
         make_stage(config)
+    else:
+        config.loss.adversarial.kind = "features"
+        assert make_stage(config).networks
     read_all_kinds_of_data(config, tmp_path, monkeypatch)
     for kind in KEYS["optimizer.kind"].choices:
         config.optimizer.kind = kind

@@ -62,7 +62,8 @@ def test_an_old_run_means_what_it_meant(name, workdir):
         assert weights == {
             "loss.pixel.weight": 1.0, "loss.code.weight": 0.0, "loss.entropy.weight": 0.0,
             "loss.balance.weight": 0.0, "loss.perceptual.weight": 0.0,
-            "loss.adversarial.weight": 0.0,
+            "loss.adversarial.weight": 0.0, "loss.features.weight": 0.0,
+            "loss.alignment.weight": 0.0,
         }  # fmt: skip
         assert found["loss.pixel.kind"] == "smooth_l1" and found["loss.quantizer"] == "bernoulli"
     else:

@@ -5,6 +5,7 @@ Hinge (Lim and Ye, 2017), LeCam (Tseng et al., 2021) and DiffAug (Zhao et al., 2
 Axes: B batch.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import jax
@@ -13,8 +14,7 @@ import optax
 from jaxtyping import Array, Float, Key
 
 from instella_jax.config import Config
-from instella_jax.models.discriminator import Discriminator
-from instella_jax.models.functional import Params, apply
+from instella_jax.models.functional import Params
 
 # How fast the running means of the discriminator's answers follow them.
 PACE = 0.01
@@ -22,21 +22,23 @@ PACE = 0.01
 _HOLE, _SHIFT = 0.5, 0.125
 
 Pictures = Float[Array, "B height width 3"]
+# A discriminator: its parameters and images to logits of "this is a picture".
+Judge = Callable[[Params, Pictures], Float[Array, "..."]]
 
 
 def fooling_loss(
-    network: Discriminator, params: Params, fake: Pictures, key: Key[Array, ""], augment: bool
+    judge: Judge, params: Params, fake: Pictures, key: Key[Array, ""], augment: bool
 ) -> Float[Array, ""]:
     """Return what the tokenizer pays: minus the mean answer to its reconstructions.
 
     Nothing of it reaches the discriminator's parameters.
     """
     params = jax.lax.stop_gradient(params)
-    return -jnp.mean(apply(network, params, augmented(fake, key) if augment else fake))
+    return -jnp.mean(judge(params, augmented(fake, key) if augment else fake))
 
 
 def judging_loss(
-    network: Discriminator,
+    judge: Judge,
     params: Params,
     real: Pictures,
     fake: Pictures,
@@ -53,7 +55,7 @@ def judging_loss(
     (see `discriminator_optimizer`).
     """
     to_real, to_fake = (
-        apply(network, params, augmented(images, jax.random.fold_in(key, i)) if augment else images)
+        judge(params, augmented(images, jax.random.fold_in(key, i)) if augment else images)
         for i, images in enumerate((real, jax.lax.stop_gradient(fake)))
     )
     hinge = jnp.mean(jax.nn.relu(1.0 - to_real)) + jnp.mean(jax.nn.relu(1.0 + to_fake))

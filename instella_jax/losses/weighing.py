@@ -9,6 +9,7 @@ from typing import Any
 
 import jax
 import jax.numpy as jnp
+import optax
 from jaxtyping import Array, Float, Int
 
 from instella_jax.config import Config
@@ -88,6 +89,28 @@ def weigh(
     # Its value is 0, its gradient the sum of theirs.
     carrier = jnp.sum(jax.lax.stop_gradient(pull) * (decoded - here))
     return jax.lax.stop_gradient(total) + carrier, metrics
+
+
+def weigh_at(
+    inputs: tuple[Any, ...], config: Config, function: Callable[..., Float[Array, ""]], step: Step
+) -> tuple[Float[Array, ""], Float[Array, ""], Float[Array, ""]]:
+    """Return function(*inputs) weighted, as it is, and the norm of the weighted gradient that it
+    has at the first of the inputs.
+
+    Args:
+      inputs: trees of arrays, through which the gradient goes on.
+      config: the section of the loss.
+      function: the loss.
+      step: of training.
+    """
+    here = jax.lax.stop_gradient(inputs)
+    gradients = jax.value_and_grad(function, argnums=tuple(range(len(inputs))))
+    value, pull = from_start(config, step, gradients, *here)
+    weight = ramp(config, step)
+    # See `weigh`.
+    moved = jax.tree.map(lambda g, x, y: jnp.sum(g * (x - y)), pull, inputs, here)
+    total = jax.lax.stop_gradient(weight * value) + weight * optax.tree.sum(moved)
+    return total, value, weight * optax.tree.norm(pull[0])
 
 
 def _norm(x: Pictures) -> Float[Array, ""]:

@@ -16,10 +16,26 @@ from instella_jax.models.lora import Adapters
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.models.vgg import MIN_SIDE, Lpips
+from instella_jax.models.vision_heads import AlignmentHead, FeatureDiscriminator
+from instella_jax.models.vision_transformer import VisionTransformer
 
 # A tree of arrays, or of their shapes.
 Params = Any
-Network = TokenizerNetwork | DiffusionTransformer | ArTransformer | Olmo | Discriminator | Lpips
+Network = (
+    TokenizerNetwork
+    | DiffusionTransformer
+    | ArTransformer
+    | Olmo
+    | Discriminator
+    | Lpips
+    | VisionTransformer
+    | AlignmentHead
+    | FeatureDiscriminator
+)
+# Convolutions, and what only losses look through.
+_Unsplit = (
+    Adapters | Discriminator | Lpips | VisionTransformer | AlignmentHead | FeatureDiscriminator
+)
 # What can be trained.
 Trainable = Network | Adapters
 
@@ -31,6 +47,13 @@ def example_inputs(network: Network) -> tuple[Shaped[Array, "..."], ...]:
         return (jnp.zeros((1, side, side, 3)),)
     if isinstance(network, Discriminator):
         return (jnp.zeros((1, MIN_SIDE, MIN_SIDE, 3)),)
+    if isinstance(network, VisionTransformer):
+        side = network.config.patch_size
+        return (jnp.zeros((1, side, side, 3)),)
+    if isinstance(network, AlignmentHead):
+        return (jnp.zeros((1, 1, 1, network.width)),)
+    if isinstance(network, FeatureDiscriminator):
+        return (jnp.zeros((network.heads, 1, 1, 1, network.features)),)
     if isinstance(network, Lpips):
         return (jnp.zeros((1, MIN_SIDE, MIN_SIDE, 3)),) * 2
     if isinstance(network, Olmo):
@@ -65,9 +88,9 @@ def tensor_sizes(network: Trainable) -> dict[str, int]:
     """Return numbers of a network that the mesh axis `tensor` must divide, by what they count.
 
     An MLP of a width that is a multiple of the heads is split where these are. Adapters go by the
-    network that they adapt, and convolutions are not split.
+    network that they adapt, and neither convolutions nor what only losses look through is split.
     """
-    if isinstance(network, Adapters | Discriminator | Lpips):
+    if isinstance(network, _Unsplit):
         return {}
     if isinstance(network, TokenizerNetwork):
         sizes = network.config

@@ -7,6 +7,8 @@ patches. Images are [B, height, width, 3] in [-1, 1].
 """
 
 import dataclasses
+import functools
+import itertools
 import math
 
 import flax.linen as nn
@@ -137,6 +139,8 @@ def position_ids(
     return np.concatenate([latent, image.reshape(-1, 3)])
 
 
+# The collection of what is tapped on the way.
+STATES = "states"
 # From which row of a sequence to which, None for its end.
 Rows = tuple[int, int | None]
 ALL: Rows = (0, None)
@@ -265,7 +269,8 @@ class Trunk(nn.Module):
     """Blocks over [latent tokens ; image patches], with a change of grid between segments.
 
     Only one half of what the last block gives is used, `latent_wanted` says which; where the
-    depth is unrolled, the other half is not computed.
+    depth is unrolled, the other half is not computed. What the image positions are after block
+    `tapped` is sown as "tapped" among the "states", which cost nothing where nobody asks for them.
     """
 
     config: TokenizerConfig
@@ -276,6 +281,7 @@ class Trunk(nn.Module):
     resample: type[nn.Module]
     latent_wanted: bool
     run: Execution
+    tapped: int | None = None
 
     @nn.compact
     def __call__(
@@ -310,13 +316,17 @@ class Trunk(nn.Module):
                 )
                 x = jnp.concatenate([latent, image.reshape(batch, -1, width)], axis=1)
                 name, last = f"blocks_{segment}", end == self.num_layers
+                tap = None
+                if self.tapped is not None and start <= self.tapped < end:
+                    tap = self.tapped + 1 - start
+                run = functools.partial(self._run, name, end - start, tap=tap, grid=(rows, columns))
                 if not last:
-                    x = self._run(name, end - start, ALL, x, cos, sin)
+                    x = run(ALL, x, cos, sin)
                     latent, image = x[:, :tokens], x[:, tokens:]
                 elif self.latent_wanted:
-                    latent = self._run(name, end - start, (0, tokens), x, cos, sin)
+                    latent = run((0, tokens), x, cos, sin)
                 else:
-                    image = self._run(name, end - start, (tokens, None), x, cos, sin)
+                    image = run((tokens, None), x, cos, sin)
                 image = image.reshape(batch, rows, columns, width)
             start = end
         return latent if self.latent_wanted else image
@@ -329,20 +339,42 @@ class Trunk(nn.Module):
         x: Float[Array, "B T D"],
         cos: Float[Array, "T Dh"],
         sin: Float[Array, "T Dh"],
+        *,
+        tap: int | None,
+        grid: tuple[int, int],
     ) -> Float[Array, "B S D"]:
-        """Return the wanted rows of `x` after `count` blocks."""
+        """Return the wanted rows of `x` after `count` blocks, and sow the image after `tap`."""
         sizes = (self.num_heads, self.head_dim, self.run)
         blocks = repeat(Block, count, self.run)(*sizes, name=name)
-        if wanted == ALL or not self.run.unroll or self.is_initializing():
+        if not self.is_mutable_collection(STATES):
+            tap = None
+        skips = self.run.unroll and wanted != ALL
+        if self.is_initializing() or not (skips or tap):
             return blocks(x, cos, sin)[0][:, slice(*wanted)]
-        # All layers of a scan do the same; unrolled, the last one leaves out what nobody reads.
         params = nn.unbox(blocks.variables["params"])
+
+        def sow(x: Float[Array, "B S D"]) -> None:
+            rows, columns = grid
+            image = x[:, x.shape[1] - rows * columns :]
+            self.sow(STATES, "tapped", image.reshape(len(x), rows, columns, x.shape[-1]))
+
+        if not skips:
+            for first, end in itertools.pairwise(sorted({0, tap or count, count})):
+                some = repeat(Block, end - first, self.run)(*sizes, parent=None)
+                own = jax.tree.map(lambda p, a=first, b=end: p[a:b], params)
+                x, _ = some.apply({"params": own}, x, cos, sin)
+                if end == tap:
+                    sow(x)
+            return x[:, slice(*wanted)]
+        # All layers of a scan do the same; unrolled, the last one leaves out what nobody reads.
         for layer in range(count):
             block = recomputed(Block, self.run)(
                 *sizes, wanted if layer == count - 1 else ALL, parent=None
             )
             own = jax.tree.map(lambda p, layer=layer: p[layer], params)
             x, _ = block.apply({"params": own}, x, cos, sin)
+            if layer + 1 == tap:
+                sow(x)
         return x
 
 
@@ -382,6 +414,7 @@ class Decoder(nn.Module):
 
     config: TokenizerConfig
     run: Execution
+    tapped: int | None = None
 
     @nn.compact
     def __call__(
@@ -406,7 +439,7 @@ class Decoder(nn.Module):
         scale = None if c.scale is None else c.scale // c.patch_size // shrink
         trunk = Trunk(
             c, c.decoder_layers, c.decoder_heads, c.decoder_head_dim, c.upsample_after,
-            Upsample, False, run, name="trunk",
+            Upsample, False, run, self.tapped, name="trunk",
         )  # fmt: skip
         image = trunk(latent, jnp.broadcast_to(mask.astype(run.dtype), grid), scale)
         image = rms_norm(run, "out_norm")(image)
@@ -420,11 +453,13 @@ class TokenizerNetwork(nn.Module):
     """Encoder, quantizer and decoder.
 
     `encode` gives the logits of the bits; `sample_code` or `hard_code` makes bits of them;
-    `decode` makes the image of a code.
+    `decode` makes the image of a code, and can sow what the decoder's image positions are after
+    block `tapped`, see `Trunk`.
     """
 
     config: TokenizerConfig
     run: Execution = Execution()
+    tapped: int | None = None
 
     def setup(self):
         c = self.config
@@ -436,7 +471,7 @@ class TokenizerNetwork(nn.Module):
             (c.bits, c.encoder_width),
             self.run.param_dtype,
         )
-        self.decoder = Decoder(c, self.run)
+        self.decoder = Decoder(c, self.run, self.tapped)
 
     def __call__(
         self, images: Float[Array, "B height width 3"]

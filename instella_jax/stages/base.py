@@ -27,8 +27,8 @@ class Stage(Protocol):
         """Those of the networks that are trained beside the model and are no part of it, as a
         discriminator is, each with its own optimizer, by part; {} without.
 
-        `loss` counts what they pay as 0, with its gradient: one gradient then serves all, in which
-        no network sees another's parameters but through what the loss lets through.
+        `loss` counts what only they pay as 0, with its gradient: one gradient then serves all, in
+        which no network sees another's parameters but through what the loss lets through.
         """
         ...
 

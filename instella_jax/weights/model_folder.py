@@ -248,16 +248,21 @@ def load_boxed(folder: str | os.PathLike[str], part: str, network: Network, dtyp
     Raises:
       UserError: see `open_part`.
     """
+    with open_part(folder, part, network) as tensors:
+        values = {name: value.astype(dtype, copy=False) for name, value in tensors.items()}
+    return with_axes(network, unflatten_dict(values, sep="/"))
+
+
+def with_axes(network: Network, params: Any) -> Any:
+    """Box parameters with the logical axes that the network gives them."""
 
     def box(like: Any, value: np.ndarray) -> Any:
         return like.replace_boxed(value) if isinstance(like, nn.Partitioned) else value
 
-    with open_part(folder, part, network) as tensors:
-        values = {name: value.astype(dtype, copy=False) for name, value in tensors.items()}
     return jax.tree.map(
         box,
         abstract_params(network),
-        unflatten_dict(values, sep="/"),
+        params,
         is_leaf=lambda x: isinstance(x, nn.Partitioned),
     )
 

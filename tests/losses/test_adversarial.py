@@ -1,5 +1,7 @@
 """The two players' losses against numpy, who learns from what, and what the discriminator sees."""
 
+import functools
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -19,6 +21,7 @@ from instella_jax.runtime import sharding
 
 KEY = jax.random.key(3)
 JUDGE = Discriminator(width=4, halvings=2)
+judge = functools.partial(apply, JUDGE)
 REAL, FAKE = jnp.asarray(np.random.default_rng(0).uniform(-1, 1, (2, 3, 16, 24, 3)), jnp.float32)
 
 
@@ -29,7 +32,7 @@ def params():
 
 
 def test_hinge_and_lecam_are_those_of_numpy(params):
-    loss, metrics = judging_loss(JUDGE, params, REAL, FAKE, KEY, False, 0.3)
+    loss, metrics = judging_loss(judge, params, REAL, FAKE, KEY, False, 0.3)
     real, fake = (np.asarray(apply(JUDGE, params, x)) for x in (REAL, FAKE))
     assert real.shape == (3, 4, 6)
     hinge = np.maximum(0, 1 - real).mean() + np.maximum(0, 1 + fake).mean()
@@ -37,15 +40,15 @@ def test_hinge_and_lecam_are_those_of_numpy(params):
     assert float(metrics["discriminator"]) == pytest.approx(hinge, rel=1e-5)
     assert float(metrics["lecam"]) == pytest.approx(lecam, rel=1e-5)
     assert float(loss) == pytest.approx(hinge + 0.3 * lecam, rel=1e-5)
-    assert float(fooling_loss(JUDGE, params, FAKE, KEY, False)) == pytest.approx(-fake.mean())
+    assert float(fooling_loss(judge, params, FAKE, KEY, False)) == pytest.approx(-fake.mean())
 
 
 def test_neither_player_learns_for_the_other(params):
     def judging(params, fake):
-        return judging_loss(JUDGE, params, REAL, fake, KEY, False, 0.3)[0]
+        return judging_loss(judge, params, REAL, fake, KEY, False, 0.3)[0]
 
     def fooling(params, fake):
-        return fooling_loss(JUDGE, params, fake, KEY, False)
+        return fooling_loss(judge, params, fake, KEY, False)
 
     def size(tree):
         return sum(float(jnp.abs(x).sum()) for x in jax.tree.leaves(tree))
@@ -59,7 +62,7 @@ def test_neither_player_learns_for_the_other(params):
 def test_its_optimizer_moves_the_running_means_towards_the_answers(params):
     optimizer = discriminator_optimizer(ConfigDict(dict(learning_rate=1e-3, b1=0.5, b2=0.9)))
     gradient, metrics = jax.grad(
-        lambda p: judging_loss(JUDGE, p, REAL, FAKE, KEY, False, 0.3), has_aux=True
+        lambda p: judging_loss(judge, p, REAL, FAKE, KEY, False, 0.3), has_aux=True
     )(params)
     updates, _ = optimizer.update(gradient, optimizer.init(params), params)
     now = np.array([metrics["answers_real"], metrics["answers_fake"]])
@@ -95,3 +98,34 @@ def test_each_picture_is_changed_in_its_own_way_and_gradients_pass():
     assert (holes > 0.05).all() and (holes < 0.5).all()
     gradient = jax.grad(lambda x: jnp.square(augmented(x, KEY)).sum())(images)
     assert (np.abs(gradient).sum((1, 2, 3)) > 0).all()
+
+
+def test_brightness_saturation_and_contrast_are_changed():
+    """What is neither cut out nor shifted out, of pictures that show one change each."""
+    grey = jnp.full((64, 16, 16, 3), 0.25)
+    left = np.asarray(augmented(grey, KEY))
+    shades = np.array([x[np.abs(x).sum(-1) > 0][0] for x in left])
+    # Without colour and without contrast only brightness acts: up to a half, either way.
+    np.testing.assert_allclose(shades, shades[:, :1].repeat(3, 1), atol=1e-6)
+    moved = shades[:, 0] - 0.25
+    assert moved.min() < -0.4 and moved.max() > 0.4 and np.abs(moved).max() <= 0.5
+    coloured = grey + jnp.array([0.3, 0.0, -0.3])
+    left = np.asarray(augmented(coloured, KEY))
+    spread = np.array([np.ptp(x[np.abs(x).sum(-1) > 0][0]) for x in left]) / 0.6
+    # The mean of a picture takes its colours with it: saturation and contrast multiply.
+    assert spread.min() < 0.3 and spread.max() > 1.7 and spread.max() <= 3
+    edge = grey.at[:, 8:].set(0.75)
+    left = np.asarray(augmented(edge, KEY))
+    steps = np.array([np.ptp(np.unique(np.round(x[np.abs(x).sum(-1) > 0], 4))) for x in left]) / 0.5
+    both = steps[steps > 0.1]  # a hole may leave one half alone
+    assert len(both) > 40 and both.min() < 0.65 and both.max() > 1.35 and both.max() <= 1.5 + 1e-3
+
+
+def test_what_a_shift_leaves_is_in_the_middle_of_the_range():
+    """Rows and columns that come back in on the other side are no part of a picture."""
+    ramp = jnp.broadcast_to(jnp.arange(16.0)[:, None, None] + 100, (16, 16, 3))
+    left = np.asarray(augmented(jnp.broadcast_to(ramp, (32, 16, 16, 3)), KEY))
+    for x in left:
+        for column in range(16):
+            rows = x[:, column, 0][x[:, column, 0] != 0]
+            assert (np.diff(rows) > 0).all()  # nothing has wrapped around

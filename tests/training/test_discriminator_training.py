@@ -1,4 +1,4 @@
-"""Training with a discriminator: resumed exactly, and split over devices."""
+"""Training with discriminator and alignment: resumed exactly, and split over devices."""
 
 import contextlib
 
@@ -11,8 +11,10 @@ from instella_jax.checkpoints.manager import Checkpoints, Keep
 from instella_jax.runtime import sharding
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import without_critics
+from instella_jax.stages.parameters import load_frozen
 from instella_jax.training.setup import initial_state, state_shapes
 from instella_jax.training.step import jit_step
+from tests import vision_folders
 
 pytestmark = pytest.mark.slow
 DEVICES = jax.devices()
@@ -20,11 +22,19 @@ DEVICES = jax.devices()
 START = 2
 
 
-@pytest.fixture
-def config(tiny_tokenizer_config):
+@pytest.fixture(params=["patches", "features"])
+def config(request, tiny_tokenizer_config, tmp_path):
+    """A network of its own judges, or heads on a frozen one, to which the decoder is aligned."""
     config = tiny_tokenizer_config.copy_and_resolve_references()
-    config.loss.adversarial.update(weight=0.5, start=START, width=4, halvings=1)
+    config.loss.adversarial.update(
+        kind=request.param, weight=0.5, start=START, width=4, halvings=1, heads=2
+    )
     config.loss.balance.weight = 0.1
+    if request.param == "features":
+        vision_folders.write(tmp_path / "dinov2")
+        config.loss.vision = str(tmp_path / "dinov2")
+        config.loss.alignment.update(weight=0.5, block=0)
+        config.loss.features.update(weight=0.1, warmup=0)
     return config.lock()
 
 
@@ -48,6 +58,7 @@ class Run:
         )
         self.config, self.stage = config, make_stage(config)
         with sharding.use(self.mesh):
+            self.frozen = load_frozen(self.stage, self.mesh)
             self.state, optimizer = initial_state(self.stage, config, self.mesh)
             self.step = jit_step(self.stage, optimizer, config, self.state)
 
@@ -61,7 +72,7 @@ class Run:
         with sharding.use(self.mesh):
             for _ in range(steps):
                 batch = sharding.place(sharding.arrays(next(loader)), rows)
-                self.state, metrics = self.step(self.state, {}, batch)
+                self.state, metrics = self.step(self.state, self.frozen, batch)
                 found.append(jax.device_get(metrics))
         return found
 
@@ -76,11 +87,20 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config, tmp_path):
         plays = step >= START
         assert (metrics["discriminator"] > 0) == plays
         assert (metrics["grad_norm_discriminator"] > 0) == plays
+        if config.loss.features.weight:
+            assert metrics["features"] > 0 and metrics["pull_features"] > 0
+            assert metrics["alignment"] > 0 and metrics["grad_norm_alignment"] > 0
+            continue
         # Its weight is 0.5 of the pull of all others.
         pull = 0.5 * metrics["pull_pixel"] if plays else 0
         assert metrics["pull_adversarial"] == pytest.approx(pull, rel=1e-3)
     assert np.abs(whole.params["discriminator"]["answers"]).min() > 0
     assert set(without_critics(run.stage, whole.params)) == {"tokenizer"}
+    moved = jax.tree.map(lambda a, b: (a != b).any(), whole.params, numbers(begin).params)
+    assert all(np.any(jax.tree.leaves(part)) for part in moved.values())
+    # What is looked through is no part of what is trained.
+    fresh = numbers(load_frozen(run.stage, run.mesh))
+    jax.tree.map(np.testing.assert_array_equal, numbers(run.frozen), fresh)
 
     run.state = begin
     with contextlib.closing(run.loader()) as loader:
