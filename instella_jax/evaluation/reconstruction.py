@@ -57,6 +57,7 @@ def measure(
     tokenizer: BinaryTokenizer,
     batches: Iterable[np.ndarray],
     *,
+    tokens: int = 0,
     lpips_params: Params | None = None,
     show: Callable[[int], None] = lambda done: None,
 ) -> dict[str, Any]:
@@ -66,6 +67,7 @@ def measure(
       tokenizer: what encodes and decodes.
       batches: uint8 [B, height, width, 3], sides as the tokenizer takes them; the last may be
         shorter, and is filled up where it is.
+      tokens: how many of a code are decoded, the first ones; 0: all.
       lpips_params: what `load_lpips` returns; None: LPIPS is left out.
       show: is given how many pictures are done.
 
@@ -76,8 +78,10 @@ def measure(
       many bits never change.
 
     Raises:
-      UserError: there is no picture.
+      UserError: there is no picture, or the tokenizer was not trained for so few tokens.
     """
+    tokenizer.check_tokens(tokens)
+    tokens = tokens or tokenizer.num_tokens
     found: dict[str, list[np.ndarray]] = {}
     on: Any = 0
     count, most, size = 0, 0, (0, 0)
@@ -85,7 +89,7 @@ def measure(
         most, rows, size = max(most, len(images)), len(images), images.shape[1:3]
         # So that one shape is compiled.
         full = np.concatenate([images, np.repeat(images[-1:], most - rows, axis=0)])
-        codes = tokenizer.encode(full)
+        codes = tokenizer.encode(full)[:, :tokens]
         copies = tokenizer.decode(codes, *size)
         for name, values in figures(full, copies, lpips_params).items():
             found.setdefault(name, []).append(values[:rows])
@@ -95,7 +99,7 @@ def measure(
     if not count:
         raise UserError("there are no pictures to measure the tokenizer on")
     values = {name: np.concatenate(parts) for name, parts in found.items()}
-    bits = tokenizer.num_tokens * tokenizer.bits
+    bits = tokens * tokenizer.bits
     worst = {name: float(v.max() if name == "lpips" else v.min()) for name, v in values.items()}
     return {
         "pictures": count,

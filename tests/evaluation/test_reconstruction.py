@@ -87,6 +87,22 @@ def test_means_are_those_of_all_pictures_each_counted_once(tokenizer):
         measure(tokenizer, [])
 
 
+def test_the_first_tokens_alone_are_decoded_where_that_was_trained(tokenizer):
+    side = tokenizer.shapes[0][0]
+    images = pictures(5, side, side)
+    with pytest.raises(UserError, match="train one with loss.tail_drop"):
+        measure(tokenizer, [images], tokens=1)
+    nested = BinaryTokenizer(
+        tokenizer.network, tokenizer.params, shapes=tokenizer.shapes, nested=True
+    )
+    report = measure(nested, [images], tokens=1)
+    codes = tokenizer.encode(images)
+    codes[:, 1:] = 0
+    expected = figures(images, tokenizer.decode(codes), None)["psnr"]
+    assert report["scores"]["psnr"] == pytest.approx(expected.mean(), rel=1e-4)
+    assert report["bits"] == tokenizer.bits
+
+
 @pytest.mark.slow
 def test_lpips_is_there_with_its_weights(tokenizer):
     from instella_jax.losses.perceptual import Vgg16, lpips
