@@ -19,10 +19,34 @@ from instella_jax.training import flops
 from instella_jax.training import step as step_module
 from instella_jax.training.setup import initial_state
 from instella_jax.training.step import gradients
+from tests.uncompiled import compile_nothing
 
 
 def edit(config, **keys):
     return plan.changed(config, {key.replace("__", "."): value for key, value in keys.items()})
+
+
+@pytest.fixture(scope="module")
+def measured():
+    """What has been measured here, by config and mesh."""
+    return {}
+
+
+@pytest.fixture
+def once(measured, monkeypatch):
+    """The same step on the same mesh is compiled for one of the tests of this file alone."""
+    measure = plan.measure
+
+    def known(config, mesh):
+        values = config.to_dict()
+        # For whom the plan is, is no matter of the step.
+        del values["plan"]
+        key = repr((values, tuple(mesh.shape.items())))
+        if key not in measured:
+            measured[key] = measure(config, mesh)
+        return measured[key]
+
+    monkeypatch.setattr(plan, "measure", known)
 
 
 def part_size(x, where):
@@ -31,7 +55,8 @@ def part_size(x, where):
 
 
 @pytest.mark.slow
-def test_counts_are_those_of_a_real_training_state(tiny_diffusion_config):
+def test_counts_are_those_of_a_real_training_state(tiny_diffusion_config, monkeypatch):
+    compile_nothing(monkeypatch)
     config = edit(
         tiny_diffusion_config, mesh__data=2, mesh__fsdp=4, plan__devices=8, text__trainable=False
     )
@@ -68,8 +93,7 @@ def test_frozen_parameters_are_those_that_training_loads(tiny_diffusion_config):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("accumulate", [1, 2])
-def test_gradients_are_divided_like_the_parameters(tiny_tokenizer_config, monkeypatch, accumulate):
+def test_gradients_are_divided_like_the_parameters(tiny_tokenizer_config, monkeypatch):
     held, said = {}, []
 
     def watched(*arguments):
@@ -86,11 +110,11 @@ def test_gradients_are_divided_like_the_parameters(tiny_tokenizer_config, monkey
         jax.stages.Compiled, "memory_analysis", lambda c: said.append(analyse(c)) or said[0]
     )
     monkeypatch.setattr(plan, "working_bytes", lambda config, mesh, of_cpu: of_cpu)
-    config = edit(tiny_tokenizer_config, mesh__fsdp=4, train__accumulate=accumulate)
+    config = edit(tiny_tokenizer_config, mesh__fsdp=4, train__accumulate=2)
     mesh = sharding.make_mesh(config.mesh, jax.devices()[:4])
     memory, *_ = plan.measure(config, mesh)
     # With several parts there are the sum and what is added to it.
-    assert memory.gradients == accumulate * sum(held.values())
+    assert memory.gradients == 2 * sum(held.values())
     assert memory.gradients + memory.working == said[0].temp_size_in_bytes
     assert memory.total == memory.kept + memory.batch + said[0].temp_size_in_bytes
 
@@ -121,7 +145,7 @@ def test_accumulation_takes_less(tiny_tokenizer_config):
     assert plain > 32 * 64 * 64 * 3 * 4
 
 
-def test_a_step_that_fits_is_planned_without_warning(tiny_tokenizer_config, capsys):
+def test_a_step_that_fits_is_planned_without_warning(tiny_tokenizer_config, once):
     config = edit(tiny_tokenizer_config, plan__devices=1, plan__utilisation=0.5)
     made = plan.make_plan(config)
     text = report.report(made, config)
@@ -139,7 +163,7 @@ def test_a_step_that_fits_is_planned_without_warning(tiny_tokenizer_config, caps
 
 
 @pytest.mark.slow
-def test_a_step_that_does_not_fit_names_what_would(tiny_tokenizer_config):
+def test_a_step_that_does_not_fit_names_what_would(tiny_tokenizer_config, once):
     # A plan measures "auto" as "blocks".
     config = edit(
         tiny_tokenizer_config, train__batch_size=64, plan__devices=1, run__attention="blocks"
@@ -157,14 +181,6 @@ def test_a_step_that_does_not_fit_names_what_would(tiny_tokenizer_config):
     assert again == fitting
     text = report.report(made, config)
     assert "does NOT fit" in text and f"--config.{next(iter(changes))}=" in text
-
-
-@pytest.mark.slow
-def test_nothing_fits_in_no_memory(tiny_tokenizer_config):
-    config = edit(tiny_tokenizer_config, mesh__data=2, plan__devices=2, plan__memory_gb=1e-9)
-    made = plan.make_plan(config)
-    assert any("mesh.fsdp" in changes for changes, _ in made.remedies)
-    assert "nothing tried fits" in report.report(made, config)
 
 
 def pretend_to_measure(gigabytes, kept=28.0, gradients=5.0, slack=0.0):
@@ -204,6 +220,20 @@ def test_parts_are_sized_by_the_last_try(
     assert [memory.total <= room for _, memory in found] == [False] * (len(tried) - 1) + [True]
 
 
+def test_nothing_fits_in_no_memory(tiny_tokenizer_config, monkeypatch):
+    memory_of = pretend_to_measure(dict(none=300, full=39))
+
+    def measure(config, mesh):
+        _, (state, frozen, _) = plan.abstract_step(config, mesh)
+        return memory_of(config, mesh)[0], state, frozen
+
+    monkeypatch.setattr(plan, "measure", measure)
+    config = edit(tiny_tokenizer_config, mesh__data=2, plan__devices=2, plan__memory_gb=1e-9)
+    made = plan.make_plan(config)
+    assert any("mesh.fsdp" in changes for changes, _ in made.remedies)
+    assert "nothing tried fits" in report.report(made, config)
+
+
 def test_numbers_are_written_to_be_read(tiny_tokenizer_config):
     memory = plan.Memory(*[40_000] * 7)
     made = plan.Plan(
@@ -238,7 +268,7 @@ def test_impossible_plans_are_user_errors(tiny_tokenizer_config, keys):
         plan.make_plan(plan.changed(tiny_tokenizer_config, keys))
 
 
-def test_attention_that_only_a_gpu_has_is_planned_for(tiny_tokenizer_config):
+def test_attention_that_only_a_gpu_has_is_planned_for(tiny_tokenizer_config, once):
     config = edit(tiny_tokenizer_config, plan__devices=1, run__attention="blocks")
     expected = plan.make_plan(config).memory
     for engine in ("cudnn", "flash", "auto"):
@@ -249,8 +279,11 @@ def test_attention_that_only_a_gpu_has_is_planned_for(tiny_tokenizer_config):
 def test_the_command_plans_without_files_or_devices():
     run = subprocess.run(
         [sys.executable, "-m", "instella_jax.main", "--config=configs/t2i_ar.py:instella_512",
-         "--mode=plan", "--config.model.num_layers=2", "--config.text.model.num_hidden_layers=2",
-         "--config.plan.devices=4"],
+         "--mode=plan", "--config.model.num_layers=1", "--config.text.model.num_hidden_layers=1",
+         "--config.model.num_heads=2", "--config.text.model.hidden_size=64",
+         "--config.text.model.intermediate_size=64", "--config.text.model.num_attention_heads=2",
+         "--config.text.model.num_key_value_heads=2", "--config.plan.devices=4",
+         "--config.data.kind=codes"],
         capture_output=True, text=True, check=False,
     )  # fmt: skip
     assert run.returncode == 0, run.stderr
@@ -265,7 +298,9 @@ def test_the_sums_of_memory_hold_every_part_once():
     assert memory.kept == 1_111 and memory.total == 1_111_111
 
 
-def test_the_average_takes_what_the_parameters_take(tiny_tokenizer_config):
-    config = edit(tiny_tokenizer_config, plan__devices=1)
+def test_the_average_takes_what_the_parameters_take(tiny_tokenizer_config, once):
+    config = edit(tiny_tokenizer_config, plan__devices=1, run__attention="blocks")
     memory, state, _ = plan.measure(config, sharding.make_mesh(config.mesh, jax.devices()[:1]))
     assert memory.average == memory.params == 4 * plan.parameter_count(state.params) > 0
+    # A batch that is not taken in parts has its gradients once.
+    assert memory.gradients == memory.average

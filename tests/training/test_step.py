@@ -3,11 +3,12 @@
 import jax
 import jax.numpy as jnp
 import numpy as np
+import optax
 import pytest
 from ml_collections import ConfigDict
 
 from instella_jax.training.optimizer import make_optimizer, make_schedule
-from instella_jax.training.step import init_state, make_step
+from instella_jax.training.step import ROUNDING, init_state, make_step, round_at_random
 from tests.toy_stage import Points, ToyStage
 
 OPTIMIZER = dict(
@@ -25,7 +26,7 @@ def make_config(optimizer=(), **train):
 def start(config, stage=None):
     """Returns a state and the compiled step."""
     stage = stage or ToyStage()
-    optimizer = make_optimizer(config.optimizer, steps=100)
+    optimizer = make_optimizer(config.optimizer, 100, stage.critics)
     state = init_state(stage.init(jax.random.key(1)), optimizer, jax.random.key(2))
     return state, jax.jit(make_step(stage, optimizer, config, lambda *_: {}))
 
@@ -157,6 +158,32 @@ def test_each_step_has_new_noise_and_the_same_step_the_same():
     assert first["loss"] == again["loss"]
 
 
+def test_each_bfloat16_parameter_is_rounded_by_a_key_that_the_loss_never_gets():
+    class Sum(ToyStage):
+        def __init__(self, dtype):
+            super().__init__()
+            self.dtype = dtype
+
+        def init(self, key):
+            return {"line": {name: jnp.ones(512, self.dtype) for name in "ab"}}
+
+        def loss(self, params, frozen, batch, key, step):
+            return sum(x.astype(jnp.float32).sum() for x in jax.tree.leaves(params)), {}
+
+    moved = {}
+    for dtype in (jnp.float32, jnp.bfloat16):
+        state, step = start(make_config(dict(learning_rate=1e-3)), Sum(dtype))
+        moved[dtype] = step(state, {}, batches(1))[0].params["line"]
+    # Of step 0; parts of a batch have their numbers in the place of ROUNDING.
+    key = jax.random.fold_in(jax.random.fold_in(jax.random.key(2), 0), ROUNDING)
+    assert ROUNDING > 2**30
+    for number, name in enumerate("ab"):
+        exact, rounded = moved[jnp.float32][name], moved[jnp.bfloat16][name]
+        wanted = round_at_random(exact, jax.random.fold_in(key, number))
+        np.testing.assert_array_equal(rounded, wanted)
+        assert 0 < np.mean(np.asarray(rounded, np.float32) < exact) < 1
+
+
 def test_a_batch_that_is_not_finite_changes_nothing_and_is_counted():
     state, step = start(make_config())
     batch = batches(4)
@@ -198,6 +225,49 @@ def test_a_gradient_spike_is_skipped_where_that_is_asked_for():
     assert [float(m["counts"]["skipped"]) for m in metrics] == [0, 1]
     assert float(metrics[0]["grad_norm"]) < 50 < float(metrics[1]["grad_norm"])
     assert_same(trained(first), trained(second))
+
+
+def test_a_spike_is_what_exceeds_the_limit_and_no_less():
+    state, step = start(make_config())
+    norm = float(step(state, {}, batches(1))[1]["grad_norm"])
+    for share, skipped in ((1.01, 0), (0.99, 1)):
+        state, step = start(make_config(spike_norm=share * norm))
+        assert step(state, {}, batches(1))[1]["counts"]["skipped"] == skipped
+
+
+class Judged(ToyStage):
+    """A line with a critic, whose gradient is 3, or no number; what it pays is counted as 0."""
+
+    def __init__(self, finite):
+        super().__init__(noise=0.0)
+        self.finite, self.critics = finite, {"critic": optax.sgd(0.1)}
+
+    def init(self, key):
+        return {**super().init(key), "critic": jnp.ones(())}
+
+    def loss(self, params, frozen, batch, key, step):
+        loss, metrics = super().loss(params, frozen, batch, key, step)
+        paid = params["critic"] - jax.lax.stop_gradient(params["critic"])
+        # The slope of the root is infinite at 0, times 0.
+        return loss + (3 * paid if self.finite else jnp.sqrt(jnp.square(paid))), metrics
+
+
+def test_a_critic_has_a_norm_of_its_own():
+    alone, alone_step = start(make_config(), ToyStage(noise=0.0))
+    state, step = start(make_config(), Judged(finite=True))
+    _, wanted = alone_step(alone, {}, batches(1))
+    after, metrics = step(state, {}, batches(1))
+    np.testing.assert_allclose(metrics["grad_norm"], wanted["grad_norm"], rtol=1e-6)
+    assert metrics["grad_norm_critic"] == 3 and "grad_norm_line" not in metrics
+    assert after.params["critic"] == pytest.approx(0.7)
+
+
+def test_a_critic_without_a_finite_gradient_changes_nothing():
+    state, step = start(make_config(), Judged(finite=False))
+    after, metrics = step(state, {}, batches(1))
+    assert np.isfinite(metrics["loss"]) and np.isfinite(metrics["grad_norm"])
+    assert metrics["counts"]["skipped"] == 1
+    assert_same(trained(state), trained(after))
 
 
 def test_several_steps_in_a_call_are_as_many_calls():
