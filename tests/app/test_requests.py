@@ -3,7 +3,9 @@ import dataclasses
 import pytest
 
 from instella_jax.app import openai_form
+from instella_jax.app.batching import Busy, Stopping
 from instella_jax.app.requests import BadField, Limits, Request
+from instella_jax.errors import UserError
 
 LIMITS = Limits(prompt=20, pictures=4, steps=50)
 
@@ -86,3 +88,21 @@ def test_what_is_no_json_object_is_refused(body):
 
 def test_a_field_that_is_null_is_left_out():
     assert openai_form.parse(b'{"prompt": "a cat", "n": null}') == {"prompt": "a cat"}
+
+
+@pytest.mark.parametrize(
+    ("error", "status", "kind", "code"),
+    [
+        (BadField("model", "no model"), 404, "invalid_request_error", "model_not_found"),
+        (BadField("n", "too many"), 400, "invalid_request_error", "invalid_value"),
+        (Busy("full"), 429, "rate_limit_error", "queue_full"),
+        (Stopping("ends"), 503, "server_error", "shutting_down"),
+        (UserError("no such size"), 400, "invalid_request_error", None),
+        (ZeroDivisionError("of ours"), 500, "server_error", "internal_error"),
+    ],
+)
+def test_each_error_has_the_status_that_clients_go_by(error, status, kind, code):
+    found, body = openai_form.describe_error(error)
+    assert (found, body["error"]["type"], body["error"]["code"]) == (status, kind, code)
+    assert body["error"]["param"] == getattr(error, "field", None)
+    assert "of ours" not in body["error"]["message"]

@@ -158,7 +158,9 @@ def test_an_image_does_not_depend_on_its_batch(name):
     text, mask = rows(text, mask, chosen)
     text = jnp.pad(text, ((0, 0), (0, 0), (2, 0), (0, 0)), constant_values=3.0)
     network = SAMPLERS[name].args[0]
-    text_kv = network.apply({"params": params(network)}, text, method="text_kv")
+    text_kv = jax.jit(functools.partial(network.apply, method="text_kv"))(
+        {"params": params(network)}, text
+    )
     again = sample(name, text_kv, jnp.pad(mask, ((0, 0), (2, 0))), SEEDS[chosen])
     np.testing.assert_array_equal(again, bits[chosen])
 
@@ -190,7 +192,7 @@ def test_options_do_not_recompile(name):
 def test_ar_at_temperature_zero_takes_the_likelier_bits():
     text, mask = prompts(3)
     bits = sample("ar", text, mask, SEEDS, temperature=0.0, guidance=0.0)
-    logits = AR.apply({"params": params(AR)}, jnp.asarray(bits[:, :-1]), text[:, :3], mask[:3])
+    logits = forward(AR)(bits[:, :-1], text[:, :3], mask[:3])
     np.testing.assert_array_equal(bits, logits > 0)
     other = sample("ar", text, mask, SEEDS + 9, temperature=0.0, guidance=0.0)
     np.testing.assert_array_equal(bits, other)
@@ -207,8 +209,8 @@ def test_cache_gives_the_logits_of_the_whole_prefix():
     text, mask = prompts(3)
     z = (jax.random.uniform(jax.random.key(3), (6, 6, 5)) < 0.5).astype(jnp.float32)
     variables = {"params": params(AR)}
-    whole = AR.apply(variables, z[:, :-1], text, mask)
-    cache = AR.apply(variables, text, method="start_cache")
+    whole = forward(AR)(z[:, :-1], text, mask)
+    cache = jax.jit(functools.partial(AR.apply, method="start_cache"))(variables, text)
     step = jax.jit(functools.partial(AR.apply, method="step"))
     for n in range(6):
         logits, cache = step(variables, z[:, n - 1], n, cache, mask)
