@@ -73,7 +73,11 @@ def test_depth_and_remat_change_neither_result_nor_gradients(kind):
     grads, out = gradients(kind)
     assert np.isfinite(out).all()
     assert all((np.abs(g).max() > 0) for g in jax.tree.leaves(grads))
-    ways = [dict(unroll=True), *(dict(remat=name) for name in REMAT_POLICIES if name != "none")]
+    # What is computed again is one wrapper's doing: its ways are tried on one network.
+    names = [name for name in REMAT_POLICIES if name != "none"]
+    ways = [dict(unroll=True), *(dict(remat=name) for name in names)]
+    if kind is not ArTransformer:
+        ways = [dict(unroll=True, remat="full")]
     for way in ways:
         other_grads, other = gradients(kind, **way)
         np.testing.assert_allclose(other, out, rtol=1e-5, atol=1e-6)
@@ -130,7 +134,7 @@ def test_initial_values():
 @pytest.mark.parametrize("kind", [DiffusionTransformer, ArTransformer])
 def test_position_embeddings_begin_with_the_spread_that_is_asked_for(kind):
     network = kind(**SIZES, pos_emb_std=0.5)
-    params = nn.unbox(network.init(jax.random.key(0), *inputs(kind)))["params"]
+    params = nn.unbox(jax.jit(network.init)(jax.random.key(0), *inputs(kind)))["params"]
     value = params["blocks"]["pos_emb"]
     error = 0.5 / np.sqrt(2 * value.size)
     assert abs(value.std() - 0.5) < 4 * error
