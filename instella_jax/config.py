@@ -37,8 +37,8 @@ def base(stage: str, variant: str) -> Config:
             seed=0,
             # Steps that a profiler trace in WORKDIR/profile records; 0 for none.
             profile=0,
-            # Devices on each axis; -1 is "the rest".
-            mesh=dict(data=-1, fsdp=1, tensor=1),
+            # Devices on each axis; -1 is "the rest". dcn_data is over slices of TPUs, or nodes.
+            mesh=dict(dcn_data=1, data=-1, fsdp=1, tensor=1),
             # How networks are computed; see models.layers.Execution.
             run=dict(
                 param_dtype="float32",

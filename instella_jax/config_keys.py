@@ -180,6 +180,9 @@ KEYS: dict[str, Key] = {
     ),
     "shipped": text("shipped weights that sampling and evaluation use without a workdir"),
     "tokenizer": path('model folder of the image tokenizer; "demo" is the shipped one'),
+    "mesh.dcn_data": whole(
+        "slices or nodes that split the batch, between which only sums of gradients go", 1
+    ),
     "mesh.data": whole("devices that split the batch; -1 is the rest", 1, also=(-1,)),
     "mesh.fsdp": whole(
         "devices that split batch, parameters and optimizer; -1 is the rest", 1, also=(-1,)

@@ -1,12 +1,14 @@
 """A plan in words; see `plan.py`."""
 
 import dataclasses
+import math
 from collections.abc import Iterator
 from typing import Any
 
 from instella_jax.config import Config
 from instella_jax.data import buckets
 from instella_jax.planning.plan import USABLE, Memory, Plan, imitate_devices, make_plan
+from instella_jax.runtime import sharding
 from instella_jax.training import flops
 
 NOTES = """\
@@ -122,11 +124,11 @@ def as_values(plan: Plan, config: Config) -> dict[str, Any]:
 def report(plan: Plan, config: Config) -> str:
     """Return the plan as text."""
     train = config.train
-    mesh = " ".join(f"{axis}={n}" for axis, n in plan.mesh.items())
+    mesh = " ".join(f"{axis}={n}" for axis, n in plan.mesh.items() if (axis, n) != ("dcn_data", 1))
     parts = ", ".join(f"{name} {number(value / 1e9)}" for name, value in plan.flops.items())
     (height, width), *smaller = buckets.shapes(config)
     largest = f" (the largest of {1 + len(smaller)} buckets)" if smaller else ""
-    rows = train.batch_size // (plan.mesh["data"] * plan.mesh["fsdp"])
+    rows = train.batch_size // math.prod(plan.mesh[axis] for axis in sharding.BATCH_AXES)
     return "\n".join(
         [
             f"Plan of stage {config.stage}: {height}x{width} px{largest}, mesh {mesh}, "

@@ -12,16 +12,20 @@ import flax.linen as nn
 import jax
 import jax.numpy as jnp
 import numpy as np
+from jax.experimental import mesh_utils
 from jax.sharding import AbstractMesh, AxisType, Mesh, NamedSharding
 from jax.sharding import PartitionSpec as P
 
 from instella_jax.errors import UserError
 
-AXES = ("data", "fsdp", "tensor")
+AXES = ("dcn_data", "data", "fsdp", "tensor")
+# Those that split a batch.
+BATCH_AXES = AXES[:3]
 
-# fsdp shards parameters and batch alike; tensor splits heads and MLP hidden units.
+# fsdp shards parameters and batch alike; tensor splits heads and MLP hidden units. Over dcn_data,
+# the slow network between slices or nodes, nothing goes but the sums of gradients.
 RULES = (
-    ("batch", ("data", "fsdp")),
+    ("batch", BATCH_AXES),
     ("embed", "fsdp"),
     ("heads", "tensor"),
     ("mlp", "tensor"),
@@ -32,29 +36,59 @@ RULES = (
 
 
 def make_mesh(sizes: Mapping[str, int], devices: Sequence[Any] | None = None) -> Mesh:
-    """Build the (data, fsdp, tensor) mesh.
+    """Build the (dcn_data, data, fsdp, tensor) mesh.
 
     Args:
-      sizes: size of each axis; one may be -1, "the rest of the devices".
+      sizes: size of each axis; one may be -1, "the rest of the devices". Without dcn_data it is 1.
       devices: default: all of them.
 
     Raises:
-      UserError: the sizes do not multiply to the number of devices.
+      UserError: the sizes do not multiply to the number of devices, or dcn_data is not that of the
+        slices or nodes.
     """
     devices = list(devices) if devices is not None else jax.devices()
-    shape = [int(sizes[axis]) for axis in AXES]
+    shape = [int(sizes.get(axis, 1)) for axis in AXES]
     fixed = math.prod(size for size in shape if size != -1)
     fits = shape.count(-1) <= 1 and all(size == -1 or size > 0 for size in shape)
     if fits and -1 in shape and len(devices) % fixed == 0:
         shape[shape.index(-1)] = len(devices) // fixed
     if -1 in shape or not fits or math.prod(shape) != len(devices):
-        wanted = ", ".join(f"{axis}={int(sizes[axis])}" for axis in AXES)
+        wanted = ", ".join(
+            f"{axis}={int(sizes[axis])}" for axis in AXES if axis != "dcn_data" or axis in sizes
+        )
         divisors = [n for n in range(1, len(devices) + 1) if len(devices) % n == 0]
         raise UserError(
             f"mesh {wanted} does not fit {len(devices)} device(s): the sizes must multiply to "
             f"{len(devices)} (one may be -1 for the rest); each must be one of {divisors}"
         )
-    return jax.make_mesh(shape, AXES, axis_types=(AxisType.Auto,) * 3, devices=devices)
+    types = (AxisType.Auto,) * len(AXES)
+    grid = _across_slices(shape, devices)
+    if grid is not None:
+        return Mesh(grid, AXES, axis_types=types)
+    return jax.make_mesh(shape, AXES, axis_types=types, devices=devices)
+
+
+def _across_slices(shape: Sequence[int], devices: Sequence[Any]) -> np.ndarray | None:
+    """Return devices with the first axis over slices or nodes, None where all are in one.
+
+    Raises:
+      UserError: there is another number of them.
+    """
+    # What one network joins: slices of TPUs and nodes of GPUs, as jax tells them, else processes.
+    slices = {getattr(d, "slice_index", None) for d in devices}
+    processes = {d.process_index for d in devices}
+    counts = {len(slices), len(processes)}
+    if shape[0] == 1 or counts == {1}:
+        return None
+    if shape[0] not in counts:
+        raise UserError(
+            f"mesh.dcn_data is {shape[0]}, but the devices are in {len(slices)} slice(s) or "
+            f"node(s) and {len(processes)} process(es): use one of {sorted(counts | {1})}"
+        )
+    return mesh_utils.create_hybrid_device_mesh(
+        (1, *shape[1:]), (shape[0], 1, 1, 1), devices,
+        process_is_granule=shape[0] != len(slices),
+    )  # fmt: skip
 
 
 @contextlib.contextmanager
@@ -116,8 +150,8 @@ def arrays(batch: dict[str, Any]) -> dict[str, np.ndarray]:
 
 
 def batch_sharding(mesh: Mesh, leading: int = 0) -> NamedSharding:
-    """Return sharding of a batch over data and fsdp, its batch axis being number `leading`."""
-    return NamedSharding(mesh, P(*(None,) * leading, ("data", "fsdp")))
+    """Return sharding of a batch over BATCH_AXES, its batch axis being number `leading`."""
+    return NamedSharding(mesh, P(*(None,) * leading, BATCH_AXES))
 
 
 def replicated(mesh: Mesh) -> NamedSharding:
@@ -127,7 +161,7 @@ def replicated(mesh: Mesh) -> NamedSharding:
 
 def batch_parts(mesh: Mesh | AbstractMesh) -> int:
     """Return into how many parts a batch is split."""
-    return mesh.shape["data"] * mesh.shape["fsdp"]
+    return math.prod(mesh.shape[axis] for axis in BATCH_AXES)
 
 
 def place(tree: Any, sharding: NamedSharding) -> Any:

@@ -153,7 +153,7 @@ def _open_run(workdir: Path, config: dict[str, Any], run: Execution) -> Pretrain
     own = stored_config.from_json(config, workdir / "config.json")
     stored_config.complete(own)
     own.run.update(dtype=run.dtype, param_dtype=run.param_dtype)
-    own.mesh.update(data=-1, fsdp=1, tensor=1)
+    own.mesh.update(dcn_data=1, data=-1, fsdp=1, tensor=1)
     sampler, weights = load_sampler(own, workdir)
     sampling = {name: own.sample[name] for name in ("guidance", "temperature")}
     return Pretrained(sampler, weights, sampling, {})

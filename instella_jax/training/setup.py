@@ -33,7 +33,7 @@ def check_sizes(config: Config, mesh: jax.sharding.Mesh) -> None:
     if train.batch_size % parts:
         raise UserError(
             f"train.batch_size={train.batch_size} does not split into {parts} parts "
-            f"(data x fsdp devices x train.accumulate): use a multiple of {parts}"
+            f"(dcn_data x data x fsdp devices x train.accumulate): use a multiple of {parts}"
         )
     if sharding.batch_parts(mesh) % jax.process_count():
         raise UserError(

@@ -1,6 +1,7 @@
 """Meshes of eight devices against one device."""
 
 import contextlib
+import dataclasses
 import itertools
 
 import flax.linen as nn
@@ -29,6 +30,7 @@ MESHES = {
     "fsdp": dict(data=1, fsdp=8, tensor=1),
     "tensor": dict(data=1, fsdp=1, tensor=2),
     "mixed": dict(data=2, fsdp=2, tensor=2),
+    "slices": dict(dcn_data=2, data=1, fsdp=2, tensor=2),
 }
 ONE = dict(data=1, fsdp=1, tensor=1)
 
@@ -115,7 +117,7 @@ def on_one_device(config, known):
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        *itertools.product(["tokenizer"], ["data", "fsdp", "tensor", "mixed"]),
+        *itertools.product(["tokenizer"], ["data", "fsdp", "tensor", "mixed", "slices"]),
         *itertools.product(["diffusion", "ar"], ["mixed"]),
         pytest.param("diffusion", "data", marks=pytest.mark.slow),
         *itertools.product(["tokenizer by muon"], ["data", "mixed"]),
@@ -134,6 +136,16 @@ def test_two_steps_are_those_of_one_device(config, on_one_device, name):
     assert "all-reduce" in compiled
     if name in ("data", "pair"):  # For which a CPU has one thread a device.
         assert not collectives.at_once(compiled)
+    if name == "slices":
+        between = [kind for kind, groups in collectives.kinds(compiled) if across(groups, 4)]
+        assert set(between) == {"all-reduce"}, between
+        inside = [kind for kind, groups in collectives.kinds(compiled) if not across(groups, 4)]
+        assert "all-gather" in inside
+
+
+def across(groups, size):
+    """Whether devices talk with those of another slice of so many devices."""
+    return any(len({device // size for device in group}) > 1 for group in groups)
 
 
 def test_initial_values_are_made_in_their_place_and_those_of_one_device(config, on_one_device):
@@ -191,8 +203,9 @@ def test_an_axis_that_does_not_divide_stays_whole():
 
 @pytest.mark.parametrize(
     ("sizes", "shape"),
-    [((8, 1, 1), (8, 1, 1)), ((-1, 2, 2), (2, 2, 2)), ((1, -1, 1), (1, 8, 1))],
-)
+    [((1, 8, 1, 1), (1, 8, 1, 1)), ((1, -1, 2, 2), (1, 2, 2, 2)), ((1, 1, -1, 1), (1, 1, 8, 1)),
+     ((2, -1, 1, 2), (2, 2, 1, 2))],
+)  # fmt: skip
 def test_the_rest_of_the_devices_fills_an_axis(sizes, shape):
     mesh = sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
     assert tuple(mesh.shape.values()) == shape
@@ -203,10 +216,45 @@ def test_the_rest_of_the_devices_fills_an_axis(sizes, shape):
 )
 def test_a_mesh_that_does_not_fit_is_named_with_what_would(sizes):
     with pytest.raises(UserError) as error:
-        sharding.make_mesh(dict(zip(sharding.AXES, sizes, strict=True)))
+        sharding.make_mesh(dict(zip(("data", "fsdp", "tensor"), sizes, strict=True)))
     message = str(error.value)
     assert message.startswith(f"mesh data={sizes[0]}, fsdp={sizes[1]}, tensor={sizes[2]} ")
     assert "does not fit 8 device(s)" in message and "[1, 2, 4, 8]" in message
+
+
+@dataclasses.dataclass(frozen=True)
+class Chip:
+    """What jax says of a device of a cluster."""
+
+    id: int
+    process_index: int
+    slice_index: int
+    platform: str = "gpu"
+    device_kind: str = "another"
+
+
+def chips(slices, processes):
+    """Eight chips, in no order, of so many slices and processes."""
+    found = [Chip(i, i * processes // 8, i * slices // 8) for i in range(8)]
+    return found[::2] + found[1::2]
+
+
+@pytest.mark.parametrize(("slices", "processes"), [(2, 2), (2, 8), (1, 2)])
+def test_the_first_axis_is_over_slices_or_nodes(slices, processes):
+    sizes = dict(dcn_data=2, data=2, fsdp=-1, tensor=1)
+    mesh = sharding.make_mesh(sizes, chips(slices, processes))
+    assert dict(mesh.shape) == dict(dcn_data=2, data=2, fsdp=2, tensor=1)
+    for half, numbers in zip(mesh.devices, ({0, 1, 2, 3}, {4, 5, 6, 7}), strict=True):
+        assert {chip.id for chip in half.flat} == numbers
+
+
+def test_another_number_of_slices_is_refused():
+    with pytest.raises(UserError) as error:
+        sharding.make_mesh(dict(dcn_data=4, data=2, fsdp=1, tensor=1), chips(2, 8))
+    assert str(error.value) == (
+        "mesh.dcn_data is 4, but the devices are in 2 slice(s) or node(s) and 8 process(es): use "
+        "one of [1, 2, 8]"
+    )
 
 
 def tokenizer_heads(config):
