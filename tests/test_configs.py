@@ -315,14 +315,8 @@ def test_every_key_has_a_reader(name, tmp_path, monkeypatch, tiny_tokenizer_fold
         config.sample.update(prompt="a heart", out=str(tmp_path))
     else:
         # A loss of weight 0 reads nothing else.
-        for loss in (
-            "entropy",
-            "balance",
-            "perceptual",
-            "adversarial",
-            "features",
-            "alignment",
-        ):
+        terms = ["code", "entropy", "balance", "perceptual", "adversarial", "features", "alignment"]
+        for loss in terms:
             config.loss[loss].weight = 1.0
         vision_folders.write(tmp_path / "dinov2")
         config.loss.update(vision=str(tmp_path / "dinov2"), adversarial=dict(heads=3))
