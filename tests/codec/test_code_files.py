@@ -5,6 +5,7 @@ import pytest
 from PIL import Image
 
 from instella_jax import BinaryTokenizer
+from instella_jax.codec import files
 from instella_jax.codec.files import decode_files, encode_files
 from instella_jax.codec.format import CodeFile
 from instella_jax.codec.pictures import Decoding, Encoding
@@ -52,6 +53,15 @@ def test_folders_are_made_again_and_sizes_come_back(tokenizer, tmp_path):
 
 def path_of_code(tmp_path, name):
     return (tmp_path / "codes" / name.removeprefix("pictures/")).with_suffix(".b1d")
+
+
+def test_the_report_is_in_the_order_of_the_inputs(tokenizer, tmp_path, monkeypatch):
+    stream = files.stream
+    # As where batches of another shape are full before those of the first.
+    monkeypatch.setattr(files, "stream", lambda *a, **o: reversed(list(stream(*a, **o))))
+    inputs = [save(tmp_path / f"{name}.png") for name in "cab"]
+    report = encode_files(tokenizer, inputs, tmp_path / "codes", Encoding())
+    assert [record["file"] for record in report.files] == [str(path) for path in inputs]
 
 
 def test_tiles_decode_to_the_whole(tokenizer, tmp_path):

@@ -1,6 +1,7 @@
 """Adapters by the one loop: on a model folder that stays as it is, from a folder of pictures."""
 
 import json
+import shutil
 
 import jax
 import numpy as np
@@ -36,14 +37,27 @@ def write_pictures(folder, caption, count=12):
     return folder
 
 
-@pytest.fixture(params=["diffusion", "ar"])
-def config(request, tiny_diffusion_config, tiny_ar_config, tmp_path):
+@pytest.fixture(scope="module")
+def bases(tmp_path_factory):
+    """Model folders of tiny generators with random weights, by kind; made when asked for."""
+    root = tmp_path_factory.mktemp("bases")
+
+    def folder(config):
+        base = root / config.stage
+        if not base.exists():
+            stage = make_stage(config)
+            params = sharding.values(jax.jit(lambda key: init_stage(stage, key))(jax.random.key(1)))
+            model_folder.save(base, stage.describe(), params, text_folder=stage.text_folder)
+        return base
+
+    return folder
+
+
+@pytest.fixture(params=["diffusion"])
+def config(request, bases, tiny_diffusion_config, tiny_ar_config, tmp_path):
     """Adapters on a tiny generator with random weights, eight steps on a folder of pictures."""
     config = {"diffusion": tiny_diffusion_config, "ar": tiny_ar_config}[request.param]
-    stage = make_stage(config)
-    params = sharding.values(jax.jit(lambda key: init_stage(stage, key))(jax.random.key(1)))
-    base = tmp_path / "base"
-    model_folder.save(base, stage.describe(), params, text_folder=stage.text_folder)
+    base = shutil.copytree(bases(config), tmp_path / "base")
     config.init_from = config.text.encoder = str(base)
     config.text.trainable = False
     config.mesh.update(data=1, fsdp=1, tensor=1)
@@ -85,10 +99,10 @@ def test_a_run_leaves_adapters_that_going_on_does_not_change(config, first_devic
     tensors = load_file(folder / "adapter_model.safetensors")
     assert all(np.abs(np.float32(value)).max() > 0 for value in tensors.values())
     loop.train(config, tmp_path / "whole")  # which has ended
-    # Stopped half-way, and gone on with: the checkpoint holds all that is trained.
-    config.train.steps = 4
-    loop.train(config, tmp_path / "parts")
-    config.train.steps = 8
+    # Gone on with from half-way: the checkpoint holds all that is trained.
+    shutil.copytree(tmp_path / "whole", tmp_path / "parts")
+    for made in ("checkpoints/8", "lora"):
+        shutil.rmtree(tmp_path / "parts" / made)
     loop.train(config, tmp_path / "parts")
     assert losses(tmp_path / "parts") == losses(tmp_path / "whole")
     parts = load_file(tmp_path / "parts" / "lora" / "adapter_model.safetensors")
@@ -106,6 +120,7 @@ def test_a_run_leaves_adapters_that_going_on_does_not_change(config, first_devic
         loop.train(config, tmp_path / "whole")
 
 
+@pytest.mark.parametrize("config", ["diffusion", "ar"], indirect=True)
 def test_the_state_is_of_the_adapters_alone(config):
     config.optimizer.kind = "muon"
     mesh = sharding.make_mesh({"data": 2, "fsdp": 2, "tensor": 2})
@@ -119,7 +134,9 @@ def test_the_state_is_of_the_adapters_alone(config):
     assert query["lora_b"].sharding.spec == P(None, None, "tensor")
 
 
-@pytest.mark.parametrize("kind", ["adamw", "muon"])
+@pytest.mark.parametrize(
+    ("config", "kind"), [("diffusion", "adamw"), ("ar", "muon")], indirect=["config"]
+)
 def test_a_mesh_trains_as_one_device_does(config, kind, first_devices, tmp_path):
     config.optimizer.kind = kind
     config.train.update(steps=3, save_every=0)
