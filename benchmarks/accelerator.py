@@ -258,6 +258,8 @@ def lines_of(command: list[str], limit: float) -> tuple[list[dict[str, Any]], st
         process.kill()
         out, _ = process.communicate()
         reason = f"not finished after {limit:.0f} s"
+    finally:
+        process.kill()  # where this one is interrupted
     return [json.loads(line) for line in out.splitlines() if line.startswith("{")], reason
 
 
@@ -318,8 +320,7 @@ def run(options: argparse.Namespace) -> None:
         if left < 10:
             figures.append({"row": name, "what": name, "reason": "no time was left"})
         else:
-            limit = left if options.tiny else min(ROWS[name], left)
-            for figure in measure(name, options.tiny, limit):
+            for figure in measure(name, options.tiny, min(ROWS[name], left)):
                 figures.append(figure)
                 print(json.dumps(figure), flush=True)
         (options.out / "accelerator.md").write_text(markdown(figures), encoding="utf-8")
