@@ -118,6 +118,13 @@ def regenerate(
 ) -> PipelineOutput:
     """Return pictures that keep some tokens of a code, bit by bit, and have new ones elsewhere.
 
+    >>> pipe = InstellaPipeline.from_pretrained("demo")
+    >>> (code,) = pipe("a cat above a blue square", num_inference_steps=2).codes
+    >>> keep = np.arange(16) < 8
+    >>> other = regenerate(pipe, code, keep, "a cat above a pizza", num_inference_steps=2)
+    >>> bool((other.codes[0][keep] == code[keep]).all()), other.images[0].size
+    (True, (64, 64))
+
     A diffusion model makes the new tokens fit all that are kept; an autoregressive one those before
     them.
 

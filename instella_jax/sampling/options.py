@@ -73,7 +73,11 @@ class Request(NamedTuple):
 
 
 def requests_of(prompts: str | Sequence[str], options: Options) -> list[Request]:
-    """Return the pictures that options ask for, those of a prompt together."""
+    """Return the pictures that options ask for, those of a prompt together.
+
+    >>> [(one.prompt, one.seed) for one in requests_of(["a", "b"], Options(images_per_prompt=2))]
+    [('a', 0), ('a', 1), ('b', 0), ('b', 1)]
+    """
     return [
         Request(prompt, options.negative_prompt, options.seed + number)
         for prompt in ([prompts] if isinstance(prompts, str) else prompts)

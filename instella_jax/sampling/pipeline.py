@@ -56,6 +56,9 @@ class InstellaPipeline:
     >>> output = pipe("a cat above a blue square", seed=7)
     >>> output.images[0].size, output.codes.shape, output.seeds
     ((64, 64), (1, 16, 32), [7])
+    >>> picture = pipe.tokenizer.decode(output.codes)[0]
+    >>> bool((picture == output.images[0]).all())
+    True
 
     The first call of a shape (number of pictures, height and width, length of the text) compiles,
     and says so; whatever else changes, the later ones do not.
