@@ -1,5 +1,7 @@
 """Engines of attention against a softmax written out in numpy, and where they lower to."""
 
+import types
+
 import jax
 import jax.numpy as jnp
 import numpy as np
@@ -95,6 +97,21 @@ def test_engines_lower_for_their_platforms(engine, where, monkeypatch):
     text = export.export(gradient, platforms=[where], disabled_checks=checks)(*arrays).mlir_module()
     assert ("tpu_custom_call" in text) == (engine == "flash")
     assert ("__cudnn$fmha" in text) == (engine == "cudnn")
+
+
+@pytest.mark.parametrize(
+    ("kind", "version", "capability", "expected"),
+    [
+        ("cpu", "", None, "cpu"), ("tpu", "", None, "tpu"), ("gpu", "rocm 6.2", "9.4", "rocm"),
+        ("gpu", "cuda 12", "9.0", "cuda"), ("gpu", "cuda 12", "8.0", "cuda"),
+        ("gpu", "cuda 12", "7.5", "gpu"),
+    ],
+)  # fmt: skip
+def test_platforms_are_told_by_their_devices(monkeypatch, kind, version, capability, expected):
+    client = types.SimpleNamespace(platform_version=version)
+    device = types.SimpleNamespace(platform=kind, client=client, compute_capability=capability)
+    monkeypatch.setattr(jax, "devices", lambda: [device])
+    assert attention.platform.__wrapped__() == expected
 
 
 @pytest.mark.parametrize(
