@@ -245,6 +245,7 @@ def test_pictures_name_the_model_folder_that_made_them(tiny_run, tmp_path):
 def test_a_user_without_a_name_a_home_or_unicode(tiny_run, tmp_path):
     workdir, tokenizer = tiny_run
     env = {"LANG": "C", "PYTHONIOENCODING": "ascii", "PYTHONPATH": str(ROOT)}
+    env |= {key: os.environ[key] for key in ("XLA_FLAGS",) if key in os.environ}
     alone = dict(start=("-c", NOBODY), env=env)
     (tmp_path / "prompts.txt").write_bytes("\ufeffein Herz für 猫\n".encode())
     status, out, err = run(

@@ -238,6 +238,7 @@ def placed(boxed: Any, mesh: Mesh) -> Any:
 
 def sharded_init(init: Callable[[jax.Array], Any], key: jax.Array, mesh: Mesh) -> Any:
     """Run `init(key)`, a tree with logical axes, each leaf made directly where it will live."""
-    shardings = tree_shardings(jax.eval_shape(init, key), mesh)
+    init = jax.jit(init)  # so that it is traced once for both
     with jax.set_mesh(mesh):
+        shardings = tree_shardings(jax.eval_shape(init, key), mesh)
         return jax.jit(lambda k: values(init(k)), out_shardings=shardings)(key)

@@ -1,5 +1,6 @@
 """Two real processes of which one fails, or both: both end soon, and say why."""
 
+import os
 import re
 import signal
 import time
@@ -8,6 +9,8 @@ import numpy as np
 import pytest
 
 from instella_jax.reporting.metrics import read_metrics
+from instella_jax.runtime.files import locked
+from instella_jax.training.workdir import LOCK
 from tests.runtime.test_distributed import LIMIT, finish, losses, run, start
 
 # jax waits for 300 seconds for a process that does not come.
@@ -33,18 +36,15 @@ def sentence(printed):
 
 
 def test_both_refuse_a_workdir_that_another_run_holds(tmp_path):
-    holder = start(tmp_path, 1, "--config.train.steps=100000", "--config.train.save_every=0")
-    try:
-        wait_for(holder, lambda: read_metrics(tmp_path))
+    """That a run holds its own: tests/training/test_faults.py."""
+    with locked(tmp_path / LOCK):
         begin = time.monotonic()
         printed = finish(start(tmp_path, 2), expected=2)
-        assert time.monotonic() - begin < SOON
-        for text in printed:
-            assert f"workdir {tmp_path} is in use by another run" in sentence(text)
-        assert holder[0].poll() is None
-    finally:
-        holder[0].kill()
-        holder[0].communicate()
+    assert time.monotonic() - begin < SOON
+    for text in printed:
+        assert f"workdir {tmp_path} is in use by another run" in sentence(text)
+    assert f"(process {os.getpid()} on " in sentence(printed[0])
+    assert not read_metrics(tmp_path)
 
 
 def test_a_full_disk_ends_both_and_the_last_checkpoint_goes_on(tmp_path):

@@ -9,7 +9,7 @@ import pytest
 
 from benchmarks.faults import Runs, finish, kill, last_step, lines, one_sentence, same, wait_for
 
-RUNS = Runs(steps=40)
+RUNS = Runs(steps=20)
 STEPS = RUNS.steps
 start, run = RUNS.start, RUNS.run
 
@@ -46,17 +46,22 @@ def test_a_run_that_is_killed_9_times_ends_like_one_that_was_not(tmp_path):
 
 def test_a_terminated_run_saves_exits_with_0_and_goes_on(undisturbed, tmp_path):
     workdir = tmp_path / "run"
-    process = start(workdir)
-    assert wait_for(process, lambda: last_step(workdir) >= 7)
+    # It is to be told in time, however busy the machine.
+    process = start(workdir, "--config.train.steps=100000", "--config.train.save_every=0")
+    assert wait_for(process, lambda: last_step(workdir) >= 3)
     process.send_signal(signal.SIGTERM)
     status, out, err = finish(process)
     assert status == 0, err
     stopped = last_step(workdir)
-    assert f"stopped at step {stopped}; run again to continue" in out and stopped < STEPS
+    assert f"stopped at step {stopped}; run again to continue" in out
     assert (workdir / "checkpoints" / str(stopped)).is_dir()
-    status, out, err = run(workdir)
+    whole, more = undisturbed, f"--config.train.steps={max(STEPS, stopped + 1)}"
+    if stopped >= STEPS:
+        whole = shutil.copytree(undisturbed, tmp_path / "whole")
+        assert run(whole, more)[0] == 0
+    status, out, err = run(workdir, more)
     assert status == 0 and f"continuing from step {stopped}" in out, err
-    assert_like(workdir, undisturbed)
+    assert_like(workdir, whole)
 
 
 def test_a_finished_run_that_is_run_again_adds_nothing(undisturbed, tmp_path):
@@ -68,28 +73,26 @@ def test_a_finished_run_that_is_run_again_adds_nothing(undisturbed, tmp_path):
     assert "step 1/" not in out
 
 
-@pytest.mark.parametrize("how", ["flipped", "cut", "removed"])
-def test_damage_is_told_and_the_checkpoint_before_it_used(undisturbed, tmp_path, how):
+def test_damage_is_told_and_the_checkpoint_before_it_used(undisturbed, tmp_path):
+    """Of other kinds: tests/checkpoints/test_checkpoint.py and tests/training/test_loop.py."""
     workdir = shutil.copytree(undisturbed, tmp_path / "run")
     newest = workdir / "checkpoints" / str(STEPS)
     files = [path for path in (newest / "state").rglob("*") if path.is_file()]
     path = max(files, key=lambda path: path.stat().st_size)
     data = bytearray(path.read_bytes())
-    if how == "flipped":
-        data[len(data) // 2] ^= 1
-    path.write_bytes(data[:-1] if how == "cut" else data)
-    if how == "removed":
-        path.unlink()
+    data[len(data) // 2] ^= 1
+    path.write_bytes(data)
     status, out, err = run(workdir)
-    assert status == 0 and "continuing from step 35" in out, err
+    assert status == 0 and "continuing from step 15" in out, err
     assert f"checkpoint {STEPS} of" in err and path.name in err
     assert newest.with_name(f"{STEPS}.damaged").is_dir() and "Traceback" not in err
     assert_like(workdir, undisturbed)
 
 
-def test_a_run_goes_on_with_8_4_1_and_8_devices(undisturbed, tmp_path):
+def test_a_run_goes_on_with_other_numbers_of_devices(undisturbed, tmp_path):
+    """There and back again in one process: tests/training/test_loop.py."""
     rare = ("--config.train.eval_every=0", "--config.train.save_every=0")
-    for count, end in ((8, 3), (4, 6), (1, 9), (8, 12)):
+    for count, end in ((4, 3), (8, 6)):
         devices = (f"--config.run.cpu_devices={count}", f"--config.mesh.data={count}")
         status, out, err = run(tmp_path / "run", *devices, *rare, f"--config.train.steps={end}")
         assert status == 0 and f"{count} cpu device(s)" in out, err
@@ -98,8 +101,8 @@ def test_a_run_goes_on_with_8_4_1_and_8_devices(undisturbed, tmp_path):
         {row["step"]: row["train/loss"] for row in lines(workdir) if "train/loss" in row}
         for workdir in (undisturbed, tmp_path / "run")
     )
-    assert list(got) == list(expected)[:12]
-    np.testing.assert_allclose(list(got.values()), list(expected.values())[:12], rtol=1e-4)
+    assert list(got) == list(expected)[:6]
+    np.testing.assert_allclose(list(got.values()), list(expected.values())[:6], rtol=1e-4)
 
 
 def test_a_second_run_on_a_workdir_is_refused_in_a_sentence(tmp_path):
@@ -117,13 +120,16 @@ def test_a_second_run_on_a_workdir_is_refused_in_a_sentence(tmp_path):
 
 def test_a_save_without_room_keeps_the_last_one_and_goes_on_later(undisturbed, tmp_path):
     workdir = tmp_path / "run"
-    assert run(workdir, "--config.train.steps=10")[0] == 0
+    # As a run leaves it that was killed between two saves.
+    shutil.copytree(undisturbed, workdir)
+    for made in (f"checkpoints/{STEPS}", "model", "samples"):
+        shutil.rmtree(workdir / made, ignore_errors=True)
     status, _, err = run(workdir, largest_file=100)
     assert status == 2 and one_sentence(err), err
     assert "error: a checkpoint cannot be written" in err and "File too large" in err
-    assert (workdir / "checkpoints" / "10").is_dir()
+    assert (workdir / "checkpoints" / "15").is_dir()
     status, out, err = run(workdir)
-    assert status == 0 and "continuing from step 10" in out, err
+    assert status == 0 and "continuing from step 15" in out, err
     assert_like(workdir, undisturbed)
 
 

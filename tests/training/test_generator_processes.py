@@ -19,10 +19,10 @@ from tests.runtime.test_distributed import ROOT, finish, free_port, losses
 PROMPTS = ["a cat on a red background", "two dogs", "a red heart", "a frog", "a bus on the left"]
 
 
-@pytest.fixture(params=["diffusion"])
-def model(request, tmp_path):
+@pytest.fixture
+def model(tiny_diffusion_config, tmp_path):
     """Model folder of a tiny generator whose pictures depend on the prompt."""
-    stage = make_stage(request.getfixturevalue(f"tiny_{request.param}_config"))
+    stage = make_stage(tiny_diffusion_config)
     params = sharding.values(jax.jit(lambda key: init_stage(stage, key))(jax.random.key(1)))
     params = jax.tree.map(
         lambda x: x + 0.4 * jax.random.normal(jax.random.key(x.size), x.shape), params
@@ -52,20 +52,18 @@ def run(processes, stage, *options):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(
-    ("model", "stage"), [("diffusion", "diffusion"), ("ar", "ar")], indirect=["model"]
-)
-def test_two_processes_sample_as_one(model, stage, tiny_tokenizer_folder, tmp_path):
+def test_two_processes_sample_as_one(model, tiny_tokenizer_folder, tmp_path):
+    """Of an autoregressive model on several devices: tests/sampling/test_loops.py."""
     prompts = tmp_path / "prompts.txt"
     prompts.write_text("\n".join(PROMPTS), encoding="utf-8")
     options = (
         f"--config.init_from={model}", f"--config.tokenizer={tiny_tokenizer_folder}",
         "--mode=sample", f"--config.sample.prompts_file={prompts}",
-        "--config.sample.batch_size=4", *(["--config.sample.steps=3"] * (stage == "diffusion")),
+        "--config.sample.batch_size=4", "--config.sample.steps=3",
     )  # fmt: skip
     one, two = tmp_path / "one", tmp_path / "two"
-    run(1, stage, *options, f"--config.sample.out={one}")
-    _, second = run(2, stage, *options, f"--config.sample.out={two}")
+    run(1, "diffusion", *options, f"--config.sample.out={one}")
+    _, second = run(2, "diffusion", *options, f"--config.sample.out={two}")
     assert "picture(s)" not in second
     names = sorted(path.name for path in one.glob("*.png"))
     assert len(names) == len(PROMPTS) + 1

@@ -604,17 +604,12 @@ def test_a_checkpoint_restores_on_another_number_of_devices(toy, config, tmp_pat
         np.testing.assert_array_equal(old, new)
 
 
-@pytest.mark.slow
-def test_bfloat16_trains_float32_parameters_and_stays_finite(tiny_tokenizer_config, tmp_path):
+def test_parameters_are_float32_whatever_is_computed_in(tiny_tokenizer_config):
+    """Runs in bfloat16: tests/training/test_types.py."""
     config = tiny_tokenizer_config
     config.run.dtype = "bfloat16"
-    config.train.update(steps=4, save_every=0)
-    result = loop.train(config, tmp_path)
-    losses = [row["train/loss"] for row in lines(tmp_path) if "train/loss" in row]
-    assert len(losses) == 4 and all(loss is not None for loss in losses)
-    assert np.isfinite(result["loss"])
-    run = jax.eval_shape(lambda key: init_stage(make_stage(config), key), jax.random.key(0))
-    assert {x.dtype for x in jax.tree.leaves(run)} == {np.dtype("float32")}
+    params = jax.eval_shape(lambda key: init_stage(make_stage(config), key), jax.random.key(0))
+    assert {x.dtype for x in jax.tree.leaves(params)} == {np.dtype("float32")}
 
 
 @pytest.mark.slow
@@ -624,15 +619,15 @@ def test_scanned_and_unrolled_depth_give_the_same_gradients(tiny_tokenizer_confi
     params = tiny_state(config, mesh_of()).params
     images = np.random.default_rng(1).integers(0, 256, (2, 32, 32, 3), np.uint8)
     found = []
-    for unroll, remat in ((False, "none"), (True, "none"), (True, "full")):
+    for unroll, remat in ((False, "none"), (True, "full")):
         config.run.update(unroll=unroll, remat=remat)
         gradient = jax.jit(jax.value_and_grad(make_stage(config).loss, has_aux=True))
         (loss, _), grads = gradient(params, {}, {"image": images}, jax.random.key(0), 0)
         found.append((loss, jax.tree.leaves(grads)))
-    for loss, grads in found[1:]:
-        np.testing.assert_allclose(loss, found[0][0], rtol=1e-5)
-        for a, b in zip(grads, found[0][1], strict=True):
-            np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
+    (loss, grads), (other_loss, other_grads) = found
+    np.testing.assert_allclose(other_loss, loss, rtol=1e-5)
+    for a, b in zip(other_grads, grads, strict=True):
+        np.testing.assert_allclose(a, b, rtol=1e-3, atol=1e-6)
 
 
 def squared_error(points, line):
