@@ -403,3 +403,15 @@ def test_every_command_that_makes_or_measures_something_has_json():
 
     walk(cli.make_parser(), "")
     assert {name for name, has in found.items() if not has} == {"train", "app", "completion"}
+
+
+@pytest.mark.slow
+def test_a_picture_is_made_again_in_its_type_and_with_other_settings():
+    generate(PROMPT, "--model=demo_ar", "--dtype=bfloat16", "--guidance=2", "--out=a.png")
+    generate("--from=a.png", "--out=again.png")
+    with open("again.png", "rb") as ours, open("a.png", "rb") as theirs:
+        assert ours.read() == theirs.read()
+    assert read_record("again.png")["dtype"] == "bfloat16"
+    generate("--from=a.png", "--guidance=5", "--out=more.png")
+    record = read_record("more.png")
+    assert (record["guidance"], record["dtype"]) == (5.0, "bfloat16")

@@ -235,3 +235,10 @@ def test_the_ends_of_a_network_can_be_adapted_too(tmp_path):
     lora_files.save(tmp_path, network, made, params, base="", step=0, dtype="float32")
     loaded, _ = lora_files.load(tmp_path, network)
     jax.tree.map(np.testing.assert_array_equal, loaded, jax.device_get(params))
+
+
+def test_a_folder_that_was_cut_off_has_no_step(network, adapters, trained, tmp_path):
+    lora_files.save(tmp_path, network, adapters, trained, base="base", step=7)
+    assert lora_files.saved_step(tmp_path) == 7
+    (tmp_path / lora_files.CONFIG).unlink()
+    assert lora_files.saved_step(tmp_path) is None

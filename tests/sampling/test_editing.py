@@ -108,3 +108,12 @@ def test_mistakes_are_value_errors(pipes, call, sentence):
 def test_an_autoregressive_model_has_no_noise(pipes):
     with pytest.raises(ValueError, match="use regenerate, which keeps some of the tokens"):
         editing.vary(pipes["demo_ar"], np.zeros((16, 32)), "a cat")
+
+
+def test_a_blend_leads_away_from_its_negative_prompt(pipe):
+    ends = "a cat on a red background", "a dog on a blue background"
+    settings = dict(count=2, seed=3, guidance_scale=4.0, **QUICK)
+    plain = editing.blend(pipe, *ends, **settings)
+    away = editing.blend(pipe, *ends, negative_prompt="two green circles", **settings)
+    assert (plain.codes != away.codes).any()
+    assert plain.seeds == [3, 3]

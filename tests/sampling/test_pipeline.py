@@ -14,6 +14,7 @@ from safetensors import safe_open
 
 import instella_jax
 from instella_jax import InstellaPipeline
+from instella_jax.runtime.digest import digest
 from instella_jax.sampling.options import Options
 from instella_jax.sampling.sampler import Sampler
 from instella_jax.weights.model_folder import ASSETS
@@ -246,3 +247,13 @@ def test_what_is_pushed_is_the_saved_folder(pipes, saved, monkeypatch):
         ("me/demo", dict(private=True, exist_ok=True)),
         ("me/demo", {path.relative_to(saved) for path in saved.rglob("*")}),
     ]
+
+
+def test_the_tokenizers_files_name_its_own_weights(pipe):
+    assert pipe.tokenizer.fingerprint == digest(ASSETS / "demo_tokenizer/tokenizer.safetensors")
+
+
+def test_the_demo_takes_another_tokenizer_where_one_is_given(tmp_path):
+    shutil.copytree(ASSETS / "demo_tokenizer", tmp_path / "mine")
+    pipe = InstellaPipeline.from_pretrained("demo", tokenizer=tmp_path / "mine")
+    assert pipe.weights.paths["tokenizer"].parent == tmp_path / "mine"
