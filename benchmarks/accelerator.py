@@ -200,7 +200,8 @@ def training(name: str, tiny: bool) -> list[list[str]]:
         config = "tokenizer" if name.startswith("train_tokenizer") else "t2i_diffusion"
         kind = [] if config == "tokenizer" else ["--config.data.kind=codes"]
         return [[*TRAIN, "--steps=2", f"--config=configs/{config}.py", *kind,
-                 "--config.train.batch_size=8", "--config.train.steps_per_call=1"]]  # fmt: skip
+                 "--config.train.batch_size=8", "--config.train.steps_per_call=1",
+                 "--config.run.unroll=False"]]  # fmt: skip
     if name.startswith("train_tokenizer"):
         side = name.removeprefix("train_tokenizer_")
         return [
