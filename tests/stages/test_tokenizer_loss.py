@@ -111,6 +111,17 @@ def test_held_out_pictures_go_through_hard_bits_and_are_clipped(tiny_tokenizer_c
     assert float(metrics["bits_on"]) == pytest.approx(code.mean())
 
 
+def test_codes_of_fewer_tokens_are_measured_where_they_are_trained(tiny_tokenizer_config):
+    batch, x = pictures()
+    assert "psnr_half" not in stage_of(tiny_tokenizer_config).evaluate(PARAMS, {}, batch, KEY)
+    metrics = stage_of(tiny_tokenizer_config, tail_drop=0.5).evaluate(PARAMS, {}, batch, KEY)
+    for name, kept in (("psnr_half", N // 2), ("psnr_quarter", N // 4)):
+        code = (logits_of(x) > 0).astype(float)
+        code[:, kept:] = 0
+        wanted = decibels(decoded(code, x).clip(-1, 1), x)
+        assert float(metrics[name]) == pytest.approx(wanted, rel=1e-4)
+
+
 def test_what_lies_outside_of_the_range_is_clipped_before_it_is_measured(tiny_tokenizer_config):
     class Bright(Known):
         def decode(self, code, height, width):
