@@ -48,7 +48,7 @@ def get_config(variant: str = "") -> ConfigDict:
         variant's own run, unless `init_from` names another.
     """
     variant, plus, recipe = variant.partition("+")
-    c = photographs(PHOTOGRAPHS[variant]) if variant in PHOTOGRAPHS else scratch(variant)
+    c: Config = photographs(PHOTOGRAPHS[variant]) if variant in PHOTOGRAPHS else scratch(variant)
     if not plus:
         return c
     if recipe not in RECIPES:
@@ -167,8 +167,11 @@ def scratch(variant: str) -> Config:
     )
     # As the demo's generators have it.
     c.data.scenes.places = "thirds"
-    c.loss.alignment.block = 1
-    c.loss.update(code=dict(weight=0.0), temperature=dict(start=0.5, end=0.1, steps=2_000))
+    c.loss.update(
+        code=dict(weight=0.0),
+        temperature=dict(start=0.5, end=0.1, steps=2_000),
+        alignment=dict(block=1),
+    )
     c.optimizer.update(
         learning_rate=2e-3, warmup_steps=200, b2=0.95, schedule="cosine", final_fraction=0.02
     )
@@ -179,7 +182,7 @@ def scratch(variant: str) -> Config:
     return c
 
 
-def photographs(side: int) -> ConfigDict:
+def photographs(side: int) -> Config:
     """Return the config for a folder of photographs: smooth-L1, LPIPS, and later a discriminator.
 
     Args:

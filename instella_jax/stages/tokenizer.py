@@ -188,10 +188,11 @@ class TokenizerStage:
         like: Float[Array, "B height width 3"],
     ) -> tuple[Float[Array, "B height width 3"], Float[Array, "B h w D"]]:
         """Return images, and the states of the decoder that are aligned."""
-        decoded, sown = self.network.apply(
+        result: Any = self.network.apply(
             {"params": params["tokenizer"]}, code, *like.shape[1:3], method="decode",
             mutable=[STATES],
         )  # fmt: skip
+        decoded, sown = result
         (states,) = sown[STATES]["decoder"]["trunk"]["tapped"]
         return decoded.astype(jnp.float32), states
 
@@ -237,7 +238,8 @@ class TokenizerStage:
         if states is not None:
 
             def aligning(states: Float[Array, "B h w D"], head: Params) -> Float[Array, ""]:
-                looks = patch_features(self._looks(), frozen["vision"], images, states.shape[1:3])
+                _, rows, columns, _ = states.shape
+                looks = patch_features(self._looks(), frozen["vision"], images, (rows, columns))
                 return cosine_distance(apply(self.networks["alignment"], head, states), looks)
 
             paid, metrics["alignment"], metrics["pull_alignment"] = weigh_at(

@@ -172,7 +172,9 @@ def entries(network: Network) -> list[Entry]:
         return list(_diffusion(network))
     if isinstance(network, ArTransformer):
         return list(_ar(network))
-    return list(_olmo(network.config))
+    if isinstance(network, Olmo):
+        return list(_olmo(network.config))
+    raise TypeError(f"the reference has no {type(network).__name__}")
 
 
 def unused_shapes(network: Network) -> dict[str, tuple[int, ...]]:
