@@ -237,7 +237,7 @@ def test_nothing_fits_in_no_memory(tiny_tokenizer_config, monkeypatch):
 def test_numbers_are_written_to_be_read(tiny_tokenizer_config):
     memory = plan.Memory(*[40_000] * 7)
     made = plan.Plan(
-        memory, 172.8e9, 1.0, dict(data=1, fsdp=1, tensor=1), 34_600, 0, 560_000,
+        memory, 172.8e9, 1.0, dict(dcn_data=1, data=1, fsdp=1, tensor=1), 34_600, 0, 560_000,
         {"tokenizer": 1_030_000}, 865_000.0, (),
     )  # fmt: skip
     config = edit(tiny_tokenizer_config, plan__devices=1, train__batch_size=1)
