@@ -1,6 +1,8 @@
 """The tokenizer that users import: bits, sizes, tiles, and whose files it reads."""
 
 import dataclasses
+import json
+import shutil
 
 import jax
 import jax.numpy as jnp
@@ -16,6 +18,8 @@ from instella_jax.errors import UserError
 from instella_jax.models.functional import apply
 from instella_jax.models.pixels import to_float, to_uint8
 from instella_jax.runtime import sharding
+from instella_jax.stages import make_stage
+from tests import tiny_tokenizer
 
 
 @pytest.fixture(scope="module")
@@ -46,6 +50,16 @@ def test_bits_and_pictures_are_those_of_the_network(tokenizer, side):
     decoded = decode(jnp.asarray(code, jnp.float32))
     difference = tokenizer.decode(code).astype(int) - np.asarray(to_uint8(decoded))
     assert np.abs(difference).max() <= 1
+
+
+def test_a_folder_says_whether_codes_may_be_cut(tokenizer, tiny_tokenizer_folder, tmp_path):
+    config = tiny_tokenizer.get_config()
+    with pytest.raises(UserError, match="train one with loss.tail_drop"):
+        tokenizer.check_tokens(1)
+    folder = shutil.copytree(tiny_tokenizer_folder, tmp_path / "nested")
+    config.loss.tail_drop = 0.5
+    (folder / "config.json").write_text(json.dumps(make_stage(config).describe()))
+    BinaryTokenizer.from_pretrained(folder).check_tokens(1)
 
 
 def test_more_than_a_batch_and_one_alone(tokenizer, side):

@@ -296,3 +296,18 @@ def test_nothing_is_warned_of(tmp_path):
     (tmp_path / "b.jpg").write_bytes(corrupt)
     report = import_dataset(tmp_path, tmp_path / "out", filters=Filters(captions=False))
     assert report["dropped"] == {"too many pixels": 1} and report["kept"] == 1
+
+
+def test_deep_grey_keeps_its_levels():
+    deep = np.array([[0, 257, 32768, 65535]] * 2, np.uint16)
+    seen = decode(encoded(deep, "png"))
+    np.testing.assert_array_equal(seen[0], np.array([[0], [1], [128], [255]]).repeat(3, 1))
+    shares = np.array([[0.0, 0.2, 0.5, 1.0]] * 2, np.float32)
+    seen = decode(encoded(shares, "tiff"))
+    np.testing.assert_array_equal(seen[0], np.array([[0], [51], [128], [255]]).repeat(3, 1))
+
+
+@pytest.mark.parametrize("values", [[0.0, 1.01], [-0.01, 1.0], [np.nan, 0.5]])
+def test_numbers_that_are_no_shares_of_white_are_refused(values):
+    with pytest.raises(BadPicture, match=r"outside \[0, 1.0\]"):
+        decode(encoded(np.array([values] * 2, np.float32), "tiff"))

@@ -73,6 +73,12 @@ def test_slurm_tasks_of_one_gpu_and_of_a_whole_node():
     assert "local_device_ids" not in setup.options
     whole = distributed.detect({**SLURM, "SLURM_NTASKS": "2"})
     assert whole.options["local_device_ids"] == list(range(8))
+    # A step may have fewer nodes than the job; where Slurm does not say, a task has one GPU.
+    assert whole == distributed.detect({**SLURM, "SLURM_NTASKS": "2", "SLURM_NNODES": "4"})
+    unsaid = {key: value for key, value in SLURM.items() if key != "SLURM_STEP_NUM_NODES"}
+    for environ in (unsaid, {**unsaid, "SLURM_NNODES": "2"}, {**SLURM, "SLURM_GPUS_ON_NODE": ""}):
+        setup = distributed.detect({**environ, "SLURM_NTASKS": "2"})
+        assert setup.how == "slurm" and "local_device_ids" not in setup.options
     # One task, as in an interactive shell, is alone.
     assert distributed.detect({**SLURM, "SLURM_NTASKS": "1"}).how == "alone"
 

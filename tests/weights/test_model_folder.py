@@ -108,3 +108,13 @@ def test_json_that_describes_no_part_is_no_model(tmp_path):
     (tmp_path / "config.json").write_text('{"hidden_size": 3}')
     with pytest.raises(UserError, match="is not the config of a model: expected one of the keys"):
         model_folder.read_description(tmp_path)
+
+
+def test_arrays_that_are_strided_in_memory_are_written_in_order(tmp_path):
+    table = np.arange(12, dtype=np.float32).reshape(3, 4)
+    model_folder.save(
+        tmp_path, {}, {"tokenizer": {"turned": table.T, "every_second": table[:, ::2]}}
+    )
+    read = load_file(tmp_path / WEIGHTS)
+    np.testing.assert_array_equal(read["turned"], [[0, 4, 8], [1, 5, 9], [2, 6, 10], [3, 7, 11]])
+    np.testing.assert_array_equal(read["every_second"], [[0, 2], [4, 6], [8, 10]])

@@ -479,7 +479,8 @@ def test_files_are_read_back_by_the_library(tmp_path):
     arrays = {
         "a": np.arange(3).astype(jnp.bfloat16),
         "b": np.arange(6, dtype=np.float32).reshape(2, 3),
-        "c": np.ones((2, 2), np.float64).T,
+        "c": np.arange(4, dtype=np.float64).reshape(2, 2).T,
+        "d": np.arange(8, dtype=np.float32)[::2],
     }
     specs = {name: (x.shape, x.dtype) for name, x in arrays.items()}
     pieces = [
@@ -487,11 +488,12 @@ def test_files_are_read_back_by_the_library(tmp_path):
         ("b", arrays["b"][:1]),
         ("b", arrays["b"][1:]),
         ("c", arrays["c"]),
+        ("d", arrays["d"]),
     ]
     write_safetensors(tmp_path / "x.safetensors", specs, pieces)
     same(load_file(tmp_path / "x.safetensors"), arrays)
     with pytest.raises(ValueError, match="'c' got 0 bytes"):
-        write_safetensors(tmp_path / "y.safetensors", specs, pieces[:3])
+        write_safetensors(tmp_path / "y.safetensors", specs, pieces[:3] + pieces[4:])
 
 
 def test_looking_reads_no_data(original):
