@@ -136,6 +136,15 @@ def test_a_computation_stops_once_nobody_wants_it(batcher, computer):
     assert seen == [1]
 
 
+def test_one_who_goes_takes_nothing_from_the_others_of_the_batch(held, computer):
+    gone = job(1, on_preview=lambda done, steps, pictures: gone.cancel())
+    held.submit(gone)
+    kept = held.submit(job(2))
+    computer.gate.set()
+    assert seeds_of(kept.result(10)) == [2]
+    assert computer.batches[1:] == [(4, [1, 2])] and gone.future.cancelled()
+
+
 def test_an_error_goes_to_those_of_its_batch_alone(held, computer):
     bad, with_it, other = (
         held.submit(job(BAD)), held.submit(job(1)), held.submit(job(2, settings=OTHERS)),

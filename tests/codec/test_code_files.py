@@ -1,5 +1,9 @@
 """Files of pictures to files of bits and back: names, refusals, metadata, altered files."""
 
+import errno
+import os
+from functools import partial
+
 import numpy as np
 import pytest
 from PIL import Image
@@ -90,6 +94,20 @@ def test_what_cannot_be_read_is_refused_by_name_and_the_others_go_on(tokenizer, 
         str(tmp_path / "broken.png"), str(tmp_path / "gone.png"),
     ]  # fmt: skip
     assert len(told) == 2 and all(str(tmp_path) in line for line in told)
+
+
+def test_a_full_disk_ends_the_work_and_is_no_refusal(tokenizer, tmp_path, monkeypatch):
+    inputs = [save(tmp_path / f"{number}.png", seed=number) for number in range(3)]
+
+    def write(path, data, full=errno.ENOSPC):
+        raise OSError(full, os.strerror(full), str(path))
+
+    monkeypatch.setattr(files, "write_bytes", write)
+    with pytest.raises(OSError, match="No space left"):
+        encode_files(tokenizer, inputs, tmp_path / "out", Encoding())
+    monkeypatch.setattr(files, "write_bytes", partial(write, full=errno.ENAMETOOLONG))
+    report = encode_files(tokenizer, inputs, tmp_path / "out", Encoding())
+    assert not report.files and len(report.refused) == 3
 
 
 def test_nothing_is_overwritten_unless_it_is_asked_for(tokenizer, tmp_path):
