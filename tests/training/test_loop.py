@@ -5,6 +5,7 @@ import errno
 import functools
 import json
 import math
+import math
 import os
 import signal
 
@@ -75,10 +76,9 @@ def config(tiny_tokenizer_config):
 make_mesh = sharding.make_mesh
 
 
-def mesh_of(data=1, fsdp=1, tensor=1):
+def mesh_of(**sizes):
     """A mesh on the first devices."""
-    sizes = {"data": data, "fsdp": fsdp, "tensor": tensor}
-    return make_mesh(sizes, jax.devices()[: data * fsdp * tensor])
+    return make_mesh(sizes, jax.devices()[: math.prod(sizes.values())])
 
 
 @pytest.fixture(autouse=True)
