@@ -51,9 +51,10 @@ def test_psnr_by_hand():
 
 
 def test_a_config_is_evaluated_from_a_model_folder(
-    tiny_tokenizer_config, tiny_tokenizer_folder, monkeypatch, capsys
+    tiny_tokenizer_config, tiny_tokenizer_folder, tmp_path, monkeypatch, capsys
 ):
-    monkeypatch.setattr(evaluate, "report_scenes", lambda *_: None)  # 64-pixel scenes are not tiny
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(evaluate, "report_scenes", lambda *_: {})  # 64-pixel scenes are not tiny
     with tiny_tokenizer_config.unlocked():
         tiny_tokenizer_config.init_from = str(tiny_tokenizer_folder)
     tiny_tokenizer_config.mesh.data = -1
@@ -61,3 +62,4 @@ def test_a_config_is_evaluated_from_a_model_folder(
     # Random weights draw grey: far below what any training reaches, and finite.
     assert 0 < metrics["psnr"] < 15 and 0 <= metrics["bits_on"] <= 1
     assert f"psnr {metrics['psnr']:.4f}" in capsys.readouterr().out
+    assert (tmp_path / "drawn/reconstruction.json").exists()
