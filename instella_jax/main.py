@@ -13,13 +13,12 @@ import functools
 import logging
 import os
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 from absl import app, flags
 from ml_collections import config_flags
 
-from instella_jax.commands.arguments import NO_CONFIG, parse_flags
+from instella_jax.commands.arguments import NO_CONFIG, default_workdir, parse_flags
 from instella_jax.commands.json_report import reporting
 from instella_jax.config_keys import check_values, expand
 from instella_jax.errors import UserError, command_line
@@ -65,13 +64,6 @@ _COORDINATOR = flags.DEFINE_string(
 )
 _PROCESSES = flags.DEFINE_integer("num_processes", None, "How many processes there are.")
 _PROCESS = flags.DEFINE_integer("process_id", None, "Number of this process, from 0.")
-
-
-def default_workdir(config: str) -> Path:
-    """Return runs/<config name>[-<variant>] of a --config argument."""
-    path, _, variant = config.partition(":")
-    name = Path(path).stem
-    return Path("runs") / (f"{name}-{variant}" if variant else name)
 
 
 def config_argument() -> str:

@@ -10,8 +10,8 @@ import numpy as np
 import pytest
 from ml_collections import ConfigDict
 
-from instella_jax import main
 from instella_jax.commands import generate
+from instella_jax.commands.arguments import default_workdir
 from instella_jax.config_keys import KEYS, check_values
 from instella_jax.data import buckets, sources
 from instella_jax.errors import UserError
@@ -137,7 +137,7 @@ def test_recipes_begin_with_the_model_of_the_variant_s_run(variant, recipe):
     check_values(config)
     assert config.model == plain.model
     argument = f"configs/tokenizer.py:{variant}" if variant else "configs/tokenizer.py"
-    assert config.init_from == f"{main.default_workdir(argument)}/model"
+    assert config.init_from == f"{default_workdir(argument)}/model"
     stage, side = make_stage(config), plain.data.image_size
     assert stage.freeze_encoder == (recipe != "finetune")
     if recipe == "stage2":

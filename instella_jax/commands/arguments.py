@@ -115,6 +115,13 @@ def unknown_key(error: Exception, argv: list[str]) -> UserError:
     return UserError(f"unknown key {name!r} in {flag}: {hint}")
 
 
+def default_workdir(config: str) -> Path:
+    """Return runs/<config name>[-<variant>] of a --config argument."""
+    path, _, variant = config.partition(":")
+    name = Path(path).stem
+    return Path("runs") / (f"{name}-{variant}" if variant else name)
+
+
 def usage(text: str) -> str:
     """Return a text followed by the flags of a run, wherever they were started from."""
     module = flags.FLAGS.find_module_defining_flag("config")

@@ -5,7 +5,6 @@ import errno
 import functools
 import json
 import math
-import math
 import os
 import signal
 
