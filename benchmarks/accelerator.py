@@ -103,7 +103,8 @@ def tokenizer(work: tuple[tuple[str, int, int], ...], tiny: bool) -> Iterator[tu
     import jax.numpy as jnp
 
     from instella_jax.models.functional import apply
-    from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
+    from instella_jax.models.tokenizer import TokenizerNetwork
+    from instella_jax.models.tokenizer_config import TokenizerConfig
 
     config = TokenizerConfig()
     if tiny:
@@ -132,7 +133,8 @@ def prompts(batches: tuple[int, ...], tiny: bool) -> Iterator[tuple[str, Call]]:
     from instella_jax.models.diffusion_transformer import DiffusionTransformer
     from instella_jax.models.functional import apply
     from instella_jax.models.olmo import Olmo, OlmoConfig
-    from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
+    from instella_jax.models.tokenizer import TokenizerNetwork
+    from instella_jax.models.tokenizer_config import TokenizerConfig
     from instella_jax.sampling import loops
 
     sizes: dict[str, Any] = TINY if tiny else PUBLISHED

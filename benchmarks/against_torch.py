@@ -30,7 +30,8 @@ from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import Network, apply, init_params
 from instella_jax.models.layers import Execution
-from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
+from instella_jax.models.tokenizer import TokenizerNetwork
+from instella_jax.models.tokenizer_config import TokenizerConfig
 from instella_jax.runtime import sharding
 from instella_jax.sampling import loops
 from instella_jax.weights import convert

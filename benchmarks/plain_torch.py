@@ -15,7 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 
-from instella_jax.models.tokenizer import TokenizerConfig
+from instella_jax.models.tokenizer_config import TokenizerConfig
 
 Weights = dict[str, torch.Tensor]
 EPSILON = 1e-6

@@ -35,7 +35,7 @@ SMALL = (
     "model.encoder_heads=2", "model.decoder_heads=2", "model.decoder_layers=3", "model.scale=32",
     "run.unroll=False", "run.cpu_devices=1", "train.batch_size=16", "train.log_every=50",
     "train.eval_every=0", "train.image_every=0", "train.save_every=100", "train.ema_decay=0.98",
-    "optimizer.warmup_steps=50", "loss.perceptual.window=16", "loss.perceptual.warmup=50",
+    "optimizer.warmup_steps=50", "loss.perceptual.window=0", "loss.perceptual.warmup=50",
     "loss.adversarial.width=16", "loss.adversarial.halvings=2", "loss.adversarial.warmup=50",
 )  # fmt: skip
 LPIPS = ("loss.perceptual.weight=1.0",)

@@ -102,7 +102,7 @@ RECIPES = {"stage2": stage2, "finetune": finetune, "finetune_decoder": finetune_
 def scratch(variant: str) -> Config:
     """Return the config of the demo or of the published sizes."""
     c = base("tokenizer", variant)
-    # models.tokenizer.TokenizerConfig
+    # models.tokenizer_config.TokenizerConfig
     sizes: dict[str, Any] = dict(
         patch_size=16,
         num_tokens=128,

@@ -149,6 +149,19 @@ def test_every_document_that_is_named_is_in_the_clone():
     assert not {(name, file) for name, file in named if not (ROOT / file).exists()}
 
 
+def test_both_maps_name_every_folder():
+    inside = [path for path in (ROOT / "instella_jax").iterdir() if (path / "__init__.py").exists()]
+    folders = {f"instella_jax/{path.name}" for path in inside}
+    folders |= {"configs", "launch", "benchmarks", "tools", "tests"}
+    for name in ("README.md", "docs/architecture.md"):
+        text = (ROOT / name).read_text(encoding="utf-8").split("## Map")[1].split("\n## ")[0]
+        rows = " ".join(line.split("|")[1] for line in text.splitlines() if line.startswith("| `"))
+        named = {place.removesuffix("/") for place in re.findall(r"`([^`]+)`", rows)}
+        # A row may name folders of the package after the first of them.
+        named |= {f"instella_jax/{place}" for place in named}
+        assert folders <= named, (name, folders - named)
+
+
 def test_every_section_that_is_named_is_in_its_document():
     named = {
         (name, section, file)

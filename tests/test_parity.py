@@ -17,7 +17,8 @@ from instella_jax.models import binary_diffusion
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.olmo import Olmo
-from instella_jax.models.tokenizer import TokenizerNetwork, code_loss, hard_code
+from instella_jax.models.quantizers import code_loss, hard_code
+from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.sampling import loops
 from instella_jax.weights import reference_sizes
 from tests.paths import PARITY

@@ -25,10 +25,11 @@ from instella_jax.data.buckets import Shape
 from instella_jax.data.codes import pack_bits
 from instella_jax.data.transforms import resize
 from instella_jax.errors import UserError
-from instella_jax.models import tokenizer as networks
 from instella_jax.models.functional import Params, apply, check_tensor
 from instella_jax.models.layers import Execution
 from instella_jax.models.pixels import to_float, to_uint8
+from instella_jax.models.quantizers import hard_code
+from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.runtime import sharding
 from instella_jax.runtime.digest import digest
 from instella_jax.weights import model_folder
@@ -37,17 +38,15 @@ BATCH = 16
 
 
 @functools.partial(jax.jit, static_argnames="network")
-def encode_packed(
-    network: networks.TokenizerNetwork, params: Params, images: jax.Array
-) -> jax.Array:
+def encode_packed(network: TokenizerNetwork, params: Params, images: jax.Array) -> jax.Array:
     """Encode uint8 [B, height, width, 3] to packed codes uint8 [B, ceil(N K / 8)]."""
     logits = apply(network, params, to_float(images), method="encode")
-    return pack_bits(networks.hard_code(logits))
+    return pack_bits(hard_code(logits))
 
 
 @functools.partial(jax.jit, static_argnames=("network", "height", "width"))
 def decode_codes(
-    network: networks.TokenizerNetwork, params: Params, codes: jax.Array, height: int, width: int
+    network: TokenizerNetwork, params: Params, codes: jax.Array, height: int, width: int
 ) -> jax.Array:
     """Decode codes uint8 [B, N, K] to uint8 [B, height, width, 3]."""
     codes = codes.astype(jnp.float32)
@@ -63,7 +62,7 @@ class BinaryTokenizer:
 
     def __init__(
         self,
-        network: networks.TokenizerNetwork,
+        network: TokenizerNetwork,
         params: Params,
         *,
         shapes: Sequence[Shape],
@@ -110,7 +109,7 @@ class BinaryTokenizer:
         place = model_folder.find(os.fspath(folder), "tokenizer")
         description = model_folder.read_description(place)
         sizes = model_folder.tokenizer_config(description.get("tokenizer", {}))
-        network = networks.TokenizerNetwork(sizes, run)
+        network = TokenizerNetwork(sizes, run)
         if mesh is not None:
             check_tensor({"tokenizer": network}, mesh)
         params = model_folder.load(place, "tokenizer", network, run.param_dtype, mesh)

@@ -200,7 +200,8 @@ def try_step(device: Any) -> tuple[float, float]:
     import optax
 
     from instella_jax.models.functional import apply, init_params
-    from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
+    from instella_jax.models.tokenizer import TokenizerNetwork
+    from instella_jax.models.tokenizer_config import TokenizerConfig
     from instella_jax.runtime.sharding import values
 
     sizes = TokenizerConfig(

@@ -8,7 +8,7 @@ import jax.numpy as jnp
 from jax.scipy.special import entr
 from jaxtyping import Array, Float
 
-from instella_jax.models.tokenizer import code_loss
+from instella_jax.models.quantizers import code_loss
 
 __all__ = ["balance_loss", "code_health", "code_loss", "entropy_loss"]
 

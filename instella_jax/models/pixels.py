@@ -1,4 +1,4 @@
-"""Images as networks see them, and how far two of them are apart.
+"""Images as networks see them, their patches, and how far two of them are apart.
 
 Axes: B batch.
 """
@@ -66,3 +66,25 @@ def ssim(a: Images, b: Images) -> Float[Array, " B"]:
     similar = (2 * mean_x * mean_y + c1) * (2 * covariance + c2)
     similar /= (mean_x**2 + mean_y**2 + c1) * (variance_x + variance_y + c2)
     return similar.mean(axis=(1, 2, 3))
+
+
+def to_patches(
+    images: Float[Array, "B height width 3"], side: int
+) -> Float[Array, "B height//{side} width//{side} {side}*{side}*3"]:
+    """Cut images into patches.
+
+    A patch is laid out (row, column, channel), as the decoder's output is.
+    """
+    batch, height, width, channels = images.shape
+    rows, columns = height // side, width // side
+    patches = images.reshape(batch, rows, side, columns, side, channels)
+    return patches.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows, columns, -1)
+
+
+def from_patches(
+    patches: Float[Array, "B rows columns {side}*{side}*3"], side: int
+) -> Float[Array, "B rows*{side} columns*{side} 3"]:
+    """Put patches together again, see `to_patches`."""
+    batch, rows, columns, _ = patches.shape
+    pixels = patches.reshape(batch, rows, columns, side, side, 3)
+    return pixels.transpose(0, 1, 3, 2, 4, 5).reshape(batch, rows * side, columns * side, 3)

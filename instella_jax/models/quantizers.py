@@ -12,7 +12,6 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float, Key
 
 from instella_jax.models.binary_diffusion import Scalar
-from instella_jax.models.tokenizer import hard_code, sample_code
 
 QUANTIZERS = ("bernoulli", "bsq", "lfq", "fsq")
 
@@ -43,6 +42,36 @@ def quantize(
         raise ValueError(f"unknown quantizer {kind!r}")
     soft = (x + 1) / 2
     return hard_code(logits) + soft - jax.lax.stop_gradient(soft)
+
+
+def hard_code(logits: Float[Array, "B N K"]) -> Float[Array, "B N K"]:
+    """Return the bits of the code at evaluation, 1[sigmoid(logit) > 0.5], as 0 and 1."""
+    return (jax.nn.sigmoid(logits) > 0.5).astype(logits.dtype)
+
+
+def sample_code(
+    logits: Float[Array, "B N K"], key: Key[Array, ""], temperature: Scalar
+) -> Float[Array, "B N K"]:
+    """Sample the bits of the code in training, with straight-through gradients.
+
+    Args:
+      logits: of the bits.
+      key: a random key.
+      temperature: bits are Bernoulli(sigmoid(logits / temperature)); the gradient is that of
+        sigmoid(logits).
+
+    Returns:
+      bits of 0 and 1.
+    """
+    soft = jax.nn.sigmoid(logits)
+    sampled = jax.random.bernoulli(key, jax.nn.sigmoid(logits / temperature)).astype(logits.dtype)
+    return sampled + soft - jax.lax.stop_gradient(soft)
+
+
+def code_loss(logits: Float[Array, "B N K"]) -> Float[Array, ""]:
+    """Return mean of p(1 - p), p = sigmoid(logits): small when every bit is sure of itself."""
+    p = jax.nn.sigmoid(logits)
+    return jnp.mean(p * (1.0 - p))
 
 
 def keep_tokens(

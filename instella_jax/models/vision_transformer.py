@@ -17,7 +17,7 @@ from jaxtyping import Array, Float, Float32
 
 from instella_jax.models.attention import attend
 from instella_jax.models.layers import Execution, linear, partitioned, repeat
-from instella_jax.models.tokenizer import to_patches
+from instella_jax.models.pixels import to_patches
 
 # Mean and deviation of ImageNet's colours, in [0, 1].
 MEAN = (0.485, 0.456, 0.406)

@@ -23,8 +23,9 @@ from instella_jax.models import lora
 from instella_jax.models.functional import Network, Params, Trainable, apply
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.pixels import to_float
+from instella_jax.models.quantizers import hard_code
 from instella_jax.models.text import TextTokenizer
-from instella_jax.models.tokenizer import TokenizerNetwork, hard_code
+from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.stages.base import Batch, Metrics
 from instella_jax.weights import lora_files, model_folder, model_parts
 

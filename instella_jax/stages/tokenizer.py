@@ -37,8 +37,9 @@ from instella_jax.losses.weighing import Term, from_start, weigh, weigh_at
 from instella_jax.models.discriminator import Discriminator
 from instella_jax.models.functional import Network, Params, apply
 from instella_jax.models.pixels import psnr, to_float, to_uint8
-from instella_jax.models.quantizers import drop_tail, keep_tokens, quantize
-from instella_jax.models.tokenizer import STATES, TokenizerNetwork, hard_code
+from instella_jax.models.quantizers import drop_tail, hard_code, keep_tokens, quantize
+from instella_jax.models.tokenizer import TokenizerNetwork
+from instella_jax.models.trunk import STATES
 from instella_jax.models.vgg import MIN_SIDE, Lpips
 from instella_jax.models.vision_heads import AlignmentHead, FeatureDiscriminator
 from instella_jax.models.vision_transformer import VisionTransformer

@@ -19,7 +19,7 @@ from typing import Any
 from instella_jax.config import Config
 from instella_jax.data import buckets
 from instella_jax.models.olmo import OlmoConfig
-from instella_jax.models.tokenizer import TokenizerConfig
+from instella_jax.models.tokenizer_config import TokenizerConfig
 from instella_jax.weights import model_folder
 
 

@@ -24,7 +24,7 @@ from instella_jax.models import attention
 from instella_jax.models.functional import Network, abstract_params
 from instella_jax.models.layers import Execution
 from instella_jax.models.text import tokenizer_files
-from instella_jax.models.tokenizer import TokenizerConfig
+from instella_jax.models.tokenizer_config import TokenizerConfig
 from instella_jax.runtime import sharding
 from instella_jax.runtime.files import replacing, write_bytes, write_json
 from instella_jax.weights.tensor_files import Tensors, open_safetensors, read_json_file

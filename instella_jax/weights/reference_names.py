@@ -14,7 +14,8 @@ from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import Network
 from instella_jax.models.olmo import Olmo, OlmoConfig
-from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
+from instella_jax.models.tokenizer import TokenizerNetwork
+from instella_jax.models.tokenizer_config import TokenizerConfig
 
 
 def _from_patch_convolution(x: np.ndarray) -> np.ndarray:

@@ -7,7 +7,7 @@ from typing import Any
 
 from instella_jax.errors import UserError
 from instella_jax.models.olmo import OlmoConfig
-from instella_jax.models.tokenizer import TokenizerConfig
+from instella_jax.models.tokenizer_config import TokenizerConfig
 
 Shapes = Mapping[str, tuple[int, ...]]
 

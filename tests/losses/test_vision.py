@@ -11,7 +11,7 @@ from instella_jax.losses.vision import block_features, cosine_distance, patch_fe
 from instella_jax.losses.weighing import weigh_at
 from instella_jax.models.functional import apply, init_params
 from instella_jax.models.layers import Execution
-from instella_jax.models.tokenizer import STATES
+from instella_jax.models.trunk import STATES
 from instella_jax.models.vision_heads import FeatureDiscriminator
 from instella_jax.runtime import sharding
 from instella_jax.stages import make_stage

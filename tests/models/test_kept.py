@@ -8,7 +8,8 @@ from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import abstract_params, apply
 from instella_jax.models.layers import Execution
-from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
+from instella_jax.models.tokenizer import TokenizerNetwork
+from instella_jax.models.tokenizer_config import TokenizerConfig
 from instella_jax.runtime import sharding
 
 LAYERS, TOKENS, HEADS, DIM = 8, 64, 2, 32

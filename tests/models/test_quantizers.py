@@ -6,8 +6,14 @@ import numpy as np
 import pytest
 
 from instella_jax.config_keys import KEYS
-from instella_jax.models.quantizers import QUANTIZERS, drop_tail, keep_tokens, quantize
-from instella_jax.models.tokenizer import hard_code, sample_code
+from instella_jax.models.quantizers import (
+    QUANTIZERS,
+    drop_tail,
+    hard_code,
+    keep_tokens,
+    quantize,
+    sample_code,
+)
 
 KEY = jax.random.key(0)
 LOGITS = np.random.default_rng(0).normal(size=(5, 3, 8)).astype(np.float32) * 2

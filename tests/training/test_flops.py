@@ -12,7 +12,8 @@ from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import abstract_params, apply
 from instella_jax.models.layers import Execution
 from instella_jax.models.olmo import Olmo, OlmoConfig
-from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
+from instella_jax.models.tokenizer import TokenizerNetwork
+from instella_jax.models.tokenizer_config import TokenizerConfig
 from instella_jax.runtime.sharding import values
 from instella_jax.training import flops
 

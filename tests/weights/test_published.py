@@ -21,7 +21,8 @@ import configs.t2i_diffusion
 from instella_jax.errors import UserError
 from instella_jax.models.layers import Execution
 from instella_jax.models.text import TextTokenizer
-from instella_jax.models.tokenizer import TokenizerConfig, TokenizerNetwork
+from instella_jax.models.tokenizer import TokenizerNetwork
+from instella_jax.models.tokenizer_config import TokenizerConfig
 from instella_jax.runtime import sharding
 from instella_jax.sampling.options import Options
 from instella_jax.sampling.sampler import Sampler
