@@ -43,6 +43,7 @@ LPIPS = ("loss.perceptual.weight=1.0",)
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "smooth_l1": ("smooth-L1 alone", ()),
     "lpips": ("+ LPIPS", LPIPS),
+    "lpips_tenth": ("+ 0.1 LPIPS", ("loss.perceptual.weight=0.1",)),
     "adversarial": ("+ LPIPS + adversarial", (*LPIPS, "loss.adversarial.weight=0.5")),
     "hot": ("temperature 1 throughout", ("loss.temperature.start=1.0", "loss.temperature.end=1.0")),
     "cold": (

