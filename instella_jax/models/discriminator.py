@@ -11,6 +11,7 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from instella_jax.models.convolution import convolve
 from instella_jax.models.layers import Execution, partitioned
 
 SLOPE = 0.2
@@ -52,6 +53,7 @@ class Discriminator(nn.Module):
                 features,
                 (3, 3),
                 padding=1,
+                conv_general_dilated=convolve,
                 dtype=self.run.dtype,
                 param_dtype=self.run.param_dtype,
                 kernel_init=partitioned(nn.initializers.he_normal(), (None, None, None, "embed")),

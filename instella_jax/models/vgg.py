@@ -6,16 +6,13 @@ version 0.1.
 Axes: B batch, C channels.
 """
 
-import itertools
-from typing import Any
-
 import flax.linen as nn
-import jax
 import jax.numpy as jnp
 import numpy as np
 from jaxtyping import Array, Float
 
 from instella_jax.errors import UserError
+from instella_jax.models.convolution import convolve
 
 # Widths of the convolutions between one pooling and the next.
 STAGES = ((64, 64), (128, 128), (256, 256, 256), (512, 512, 512), (512, 512, 512))
@@ -49,21 +46,6 @@ class Vgg16(nn.Module):
                 number += 1
             maps.append(x)
         return maps
-
-
-def convolve(
-    x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"], *arguments: Any, **options: Any
-) -> Float[Array, "B h w D"]:
-    """Do what `jax.lax.conv_general_dilated` does for a 3x3 kernel and a border of zeros."""
-    _, height, width, _ = x.shape
-    if min(height, width) > 2:
-        return jax.lax.conv_general_dilated(x, kernel, *arguments, **options)
-    # On a CPU XLA's convolution of maps smaller than the kernel takes many times as long.
-    padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifts = itertools.product(range(3), repeat=2)
-    around = [padded[:, i : i + height, j : j + width] for i, j in shifts]
-    columns = jnp.concatenate(around, axis=-1)
-    return jnp.dot(columns, kernel.reshape(-1, kernel.shape[-1]), precision=options["precision"])
 
 
 def halve(x: Float[Array, "B h w C"]) -> Float[Array, "B h//2 w//2 C"]:
