@@ -42,6 +42,13 @@ def sampler(folder):
     return Sampler.from_folder(*folder)
 
 
+def assert_same_pictures(one, other):
+    """As `Sampler` says: the bits are equal (tested by themselves), and decoding a batch of another
+    size sums in another order, which is a grey level of a few pixels at most."""
+    difference = one.astype(int) - other
+    assert np.abs(difference).max() <= 1 and (difference != 0).mean() < 0.01
+
+
 def test_pictures_are_of_the_prompts_in_order(sampler):
     drawn = sampler(PROMPTS, dataclasses.replace(OPTIONS, images_per_prompt=2))
     assert drawn.shape == (6, 32, 32, 3) and drawn.dtype == np.uint8
@@ -53,7 +60,7 @@ def test_a_picture_depends_on_prompt_and_seed_alone(sampler):
     for index, prompt in enumerate(PROMPTS):
         for picture in range(2):
             alone = sampler([prompt], dataclasses.replace(OPTIONS, seed=5 + picture))
-            np.testing.assert_array_equal(alone[0], together[2 * index + picture])
+            assert_same_pictures(alone[0], together[2 * index + picture])
 
 
 def test_one_text_is_one_prompt(sampler):
@@ -92,7 +99,7 @@ def test_batches_give_what_one_batch_gives(sampler):
         options = dataclasses.replace(OPTIONS, batch_size=size)
         parts = list(sampler.batches(requests_of(PROMPTS, options), options))
         assert [len(part.codes) for part in parts] == {1: [1, 1, 1], 2: [2, 1]}[size]
-        np.testing.assert_array_equal(np.concatenate([part.images for part in parts]), whole)
+        assert_same_pictures(np.concatenate([part.images for part in parts]), whole)
 
 
 def test_settings_change_without_compiling(sampler):
