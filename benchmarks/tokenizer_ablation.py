@@ -70,7 +70,7 @@ class Budget:
       config: file of the config.
       steps: of training.
       pictures: how many held-out ones are measured.
-      keys: further keys, KEY=VALUE.
+      keys: of the config, KEY=VALUE.
     """
 
     config: str
@@ -84,7 +84,7 @@ class Budget:
             f"loss.temperature.steps={self.steps // 2}",
             f"loss.adversarial.start={self.steps // 2}",
         )
-        keys = (*SMALL, *halves, f"train.steps={self.steps}", *self.keys, *ROWS[row][1])
+        keys = (*halves, f"train.steps={self.steps}", *self.keys, *ROWS[row][1])
         command = ["-m", "instella_jax.main", f"--config={self.config}", f"--workdir={workdir}"]
         return [*command, f"--config.seed={seed}", *(f"--config.{key}" for key in keys)]
 
@@ -204,7 +204,7 @@ def run(options: argparse.Namespace, keys: tuple[str, ...]) -> None:
     for name in options.rows:
         if name not in ROWS:
             raise UserError(f"--rows has {name!r}: expected some of {', '.join(ROWS)}")
-    budget = Budget(options.config, options.steps, options.pictures, keys)
+    budget = Budget(options.config, options.steps, options.pictures, (*SMALL, *keys))
     check_budget(options.out, budget)
     path = options.out / "ablation.json"
     found = json.loads(path.read_text(encoding="utf-8"))["runs"] if path.exists() else []

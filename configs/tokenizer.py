@@ -74,7 +74,7 @@ def finetune(c: Config) -> None:
     """Train on a few hundred pictures, in less than 16 GB at the published size."""
     c.data.kind = "folder"
     c.data.folder.heldout = 0.1
-    c.loss.perceptual.update(weight=1.0, start=0, warmup=100)
+    c.loss.perceptual.update(weight=c.loss.perceptual.weight or 1.0, start=0, warmup=100)
     if c.data.image_size > 256:
         c.loss.perceptual.window = 256
     # A discriminator of its own would see too few pictures.

@@ -1,4 +1,4 @@
-"""3x3 convolutions that are quick on a CPU too.
+"""Convolutions that are quick on a CPU too.
 
 Axes: B batch, C channels, D channels of the result.
 """
@@ -6,14 +6,31 @@ Axes: B batch, C channels, D channels of the result.
 import itertools
 from typing import Any
 
+import flax.linen as nn
 import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from instella_jax.models.attention import platform
+from instella_jax.models.layers import Execution, partitioned
 
 # Bytes of the columns that a product is made of, nine times those of the input.
 _MOST = 2**28
+
+
+def same_convolution(features: int, side: int, run: Execution, name: str) -> nn.Conv:
+    """Return a convolution of 1 or 3 pixels a side that keeps the size of its maps."""
+    return nn.Conv(
+        features,
+        (side, side),
+        padding=side // 2,
+        conv_general_dilated=convolve if side == 3 else None,
+        dtype=run.dtype,
+        param_dtype=run.param_dtype,
+        kernel_init=partitioned(nn.initializers.he_normal(), (None, None, None, "embed")),
+        bias_init=partitioned(nn.initializers.zeros_init(), (None,)),
+        name=name,
+    )
 
 
 def convolve(

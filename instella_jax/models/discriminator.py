@@ -11,8 +11,8 @@ import jax
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
-from instella_jax.models.convolution import convolve
-from instella_jax.models.layers import Execution, partitioned
+from instella_jax.models.convolution import same_convolution
+from instella_jax.models.layers import Execution, learned_layer_norm, partitioned
 
 SLOPE = 0.2
 
@@ -47,33 +47,16 @@ class Discriminator(nn.Module):
     @nn.compact
     def __call__(self, images: Float[Array, "B height width 3"]) -> Float[Array, "B h w"]:
         """Return float32 logits for images in [-1, 1]."""
-
-        def convolution(features: int, name: str) -> nn.Conv:
-            return nn.Conv(
-                features,
-                (3, 3),
-                padding=1,
-                conv_general_dilated=convolve,
-                dtype=self.run.dtype,
-                param_dtype=self.run.param_dtype,
-                kernel_init=partitioned(nn.initializers.he_normal(), (None, None, None, "embed")),
-                bias_init=partitioned(nn.initializers.zeros_init(), (None,)),
-                name=name,
-            )
-
+        run = self.run
         # What it has lately answered to pictures and to reconstructions, for LeCam.
         self.param("answers", partitioned(nn.initializers.zeros_init(), (None,)), (2,))
-        x = nn.leaky_relu(convolution(self.width, "conv_in")(images.astype(self.run.dtype)), SLOPE)
+        x = nn.leaky_relu(
+            same_convolution(self.width, 3, run, "conv_in")(images.astype(run.dtype)), SLOPE
+        )
         for number in range(self.halvings):
             width = self.width * min(2 ** (number + 1), 8)
-            x = convolution(width, f"conv_{number}")(x)
+            x = same_convolution(width, 3, run, f"conv_{number}")(x)
             # Without a norm over the batch: a picture's answer is its own.
-            x = nn.LayerNorm(
-                dtype=self.run.dtype,
-                param_dtype=self.run.param_dtype,
-                scale_init=partitioned(nn.initializers.ones_init(), (None,)),
-                bias_init=partitioned(nn.initializers.zeros_init(), (None,)),
-                name=f"norm_{number}",
-            )(x)
+            x = learned_layer_norm(run, f"norm_{number}")(x)
             x = blur_halve(nn.leaky_relu(x, SLOPE))
-        return convolution(1, "conv_out")(x)[..., 0].astype(jnp.float32)
+        return same_convolution(1, 3, run, "conv_out")(x)[..., 0].astype(jnp.float32)

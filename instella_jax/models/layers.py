@@ -187,6 +187,19 @@ def rms_norm(run: Execution, name: str | None = None) -> RMSNorm:
     )
 
 
+def learned_layer_norm(run: Execution, name: str, epsilon: float = NORM_EPSILON) -> nn.LayerNorm:
+    """Return a LayerNorm over the last axis with a learned scale and bias."""
+    return nn.LayerNorm(
+        epsilon=epsilon,
+        dtype=run.dtype,
+        param_dtype=run.param_dtype,
+        use_fast_variance=False,
+        scale_init=partitioned(nn.initializers.ones_init(), (None,)),
+        bias_init=partitioned(nn.initializers.zeros_init(), (None,)),
+        name=name,
+    )
+
+
 def layer_norm(
     x: Float[Array, "*axes D"], epsilon: float = NORM_EPSILON
 ) -> Float[Array, "*axes D"]:

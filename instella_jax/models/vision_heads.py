@@ -7,8 +7,15 @@ import flax.linen as nn
 import jax.numpy as jnp
 from jaxtyping import Array, Float
 
+from instella_jax.models.convolution import same_convolution
 from instella_jax.models.discriminator import SLOPE
-from instella_jax.models.layers import Execution, layer_norm, linear, partitioned
+from instella_jax.models.layers import (
+    Execution,
+    layer_norm,
+    learned_layer_norm,
+    linear,
+    partitioned,
+)
 
 
 class AlignmentHead(nn.Module):
@@ -30,13 +37,7 @@ class AlignmentHead(nn.Module):
         axes, run = ("embed", None), self.run
         x = states.astype(run.dtype)
         x = linear(self.width, self.width, axes, run, use_bias=True, name="hidden")(x)
-        x = nn.LayerNorm(
-            dtype=run.dtype,
-            param_dtype=run.param_dtype,
-            scale_init=partitioned(nn.initializers.ones_init(), (None,)),
-            bias_init=partitioned(nn.initializers.zeros_init(), (None,)),
-            name="norm",
-        )(x)
+        x = learned_layer_norm(run, "norm")(x)
         out = linear(self.features, self.width, axes, run, use_bias=True, name="out")
         return out(nn.relu(x)).astype(jnp.float32)
 
@@ -64,23 +65,11 @@ class FeatureDiscriminator(nn.Module):
         # What it has lately answered to pictures and to reconstructions, for LeCam.
         self.param("answers", partitioned(nn.initializers.zeros_init(), (None,)), (2,))
 
-        def convolution(features: int, side: int, name: str) -> nn.Conv:
-            return nn.Conv(
-                features,
-                (side, side),
-                padding=side // 2,
-                dtype=run.dtype,
-                param_dtype=run.param_dtype,
-                kernel_init=partitioned(nn.initializers.he_normal(), (None, None, None, "embed")),
-                bias_init=partitioned(nn.initializers.zeros_init(), (None,)),
-                name=name,
-            )
-
         for number in range(self.heads):
             # Blocks differ in scale by orders of magnitude.
             x = layer_norm(states[number].astype(run.dtype))
-            x = nn.leaky_relu(convolution(self.width, 1, f"in_{number}")(x), SLOPE)
-            y = convolution(self.width, 3, f"around_{number}")(x)
+            x = nn.leaky_relu(same_convolution(self.width, 1, run, f"in_{number}")(x), SLOPE)
+            y = same_convolution(self.width, 3, run, f"around_{number}")(x)
             x = (x + nn.leaky_relu(y, SLOPE)) * 0.5**0.5
-            answers.append(convolution(1, 1, f"out_{number}")(x)[..., 0])
+            answers.append(same_convolution(1, 1, run, f"out_{number}")(x)[..., 0])
         return jnp.stack(answers).astype(jnp.float32)

@@ -16,7 +16,7 @@ import numpy as np
 from jaxtyping import Array, Float, Float32
 
 from instella_jax.models.attention import attend
-from instella_jax.models.layers import Execution, linear, partitioned, repeat
+from instella_jax.models.layers import Execution, learned_layer_norm, linear, partitioned, repeat
 from instella_jax.models.pixels import to_patches
 
 # Mean and deviation of ImageNet's colours, in [0, 1].
@@ -82,18 +82,6 @@ def bicubic(source: int, target: int) -> Float32[np.ndarray, "{target} {source}"
     return matrix
 
 
-def _norm(config: VisionConfig, run: Execution, name: str) -> nn.LayerNorm:
-    return nn.LayerNorm(
-        epsilon=config.layer_norm_eps,
-        dtype=run.dtype,
-        param_dtype=run.param_dtype,
-        use_fast_variance=False,
-        scale_init=partitioned(nn.initializers.ones_init(), (None,)),
-        bias_init=partitioned(nn.initializers.zeros_init(), (None,)),
-        name=name,
-    )
-
-
 class VisionBlock(nn.Module):
     """Attention and MLP, each scaled by channel, written for `layers.repeat`."""
 
@@ -116,11 +104,11 @@ class VisionBlock(nn.Module):
             ones = partitioned(nn.initializers.ones_init(), (None,))
             return x * self.param(name, ones, (width,), run.param_dtype).astype(run.dtype)
 
-        h = _norm(c, run, "norm1")(x)
+        h = learned_layer_norm(run, "norm1", c.layer_norm_eps)(x)
         q, k, v = (dense(name, h, width, c.qkv_bias).reshape(heads) for name in "qkv")
         mixed = attend(q, k, v, None, run.attention).reshape(x.shape)
         x += scaled("scale1", dense("o", mixed, width))
-        h = _norm(c, run, "norm2")(x)
+        h = learned_layer_norm(run, "norm2", c.layer_norm_eps)(x)
         up = dense("up", h, c.hidden_units)
         if c.use_swiglu_ffn:
             up = nn.silu(dense("gate", h, c.hidden_units)) * up
@@ -168,4 +156,4 @@ class VisionTransformer(nn.Module):
         x = (jnp.concatenate([first, x], 1) + places).astype(run.dtype)
         blocks = repeat(VisionBlock, c.num_hidden_layers, run)
         x, states = blocks(c, run, name="blocks")(x)
-        return _norm(c, run, "norm")(x), states
+        return learned_layer_norm(run, "norm", c.layer_norm_eps)(x), states
