@@ -140,6 +140,8 @@ def test_recipes_begin_with_the_model_of_the_variant_s_run(variant, recipe):
     assert config.init_from == f"{default_workdir(argument)}/model"
     stage, side = make_stage(config), plain.data.image_size
     assert stage.freeze_encoder == (recipe != "finetune")
+    if recipe != "stage2":
+        assert config.loss.perceptual.weight == (plain.loss.perceptual.weight or 1.0)
     if recipe == "stage2":
         sides = [(n, n) for n in (2 * side, side * 3 // 2, side)]
         assert list(buckets.shapes(config)) == (sides if variant else [(side, side)])
