@@ -30,6 +30,7 @@ REQUIRES = [
     "pillow>=11.3",
     "pyarrow>=18",
     "safetensors>=0.5",
+    "scipy>=1.14",
     "tensorboardX>=2.6.4",
     "tensorflow-datasets>=4.9.9",
     "tokenizers>=0.22",

@@ -171,9 +171,9 @@ def one_sentence(err: str) -> bool:
 
 
 def newest_step(workdir: Path) -> int:
-    """Return the newest checkpoint of a run."""
-    names = (path.name for path in (workdir / "checkpoints").iterdir())
-    return max(int(name) for name in names if name.isdigit())
+    """Return the newest checkpoint of a run, 0 if it has none."""
+    names = (path.name for path in (workdir / "checkpoints").glob("*"))
+    return max((int(name) for name in names if name.isdigit()), default=0)
 
 
 def damage(checkpoint: Path, rng: random.Random) -> str:

@@ -93,8 +93,12 @@ def pytest_configure(config):
         jax.devices()
 
 
+@pytest.hookimpl(tryfirst=True)  # before `-m` takes its choice
 def pytest_collection_modifyitems(config, items):
     """Begins with the files that take longest, so that no worker is left with one at the end."""
+    for item in items:
+        if item.get_closest_marker("thorough"):
+            item.add_marker(pytest.mark.slow)
     if on_the_chip(config) and jax.default_backend() == "cpu":
         for item in items:
             item.add_marker(pytest.mark.skip(reason="jax finds no accelerator here"))

@@ -179,7 +179,13 @@ def one_step(config, device):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["tokenizer", "diffusion", "ar"])
+@pytest.mark.parametrize(
+    "name",
+    [
+        "tokenizer",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("diffusion", "ar")),
+    ],
+)
 def test_one_training_step_is_that_of_a_cpu(name, request):
     config = request.getfixturevalue(f"tiny_{name}_config").copy_and_resolve_references()
     config.optimizer.warmup_steps = 0

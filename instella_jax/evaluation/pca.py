@@ -6,6 +6,7 @@ Axes: n pictures, d numbers in a picture, m components.
 import heapq
 
 import numpy as np
+import scipy.linalg
 
 
 def lloyd_max(values: np.ndarray, levels: int, rounds: int = 30) -> np.ndarray:
@@ -24,6 +25,23 @@ def quantize(values: np.ndarray, centres: np.ndarray) -> np.ndarray:
     return np.searchsorted((centres[1:] + centres[:-1]) / 2, values)
 
 
+def components(centred: np.ndarray, most: int) -> np.ndarray:
+    """Return at most so many principal components [m, d] of centred pictures [n, d], first first.
+
+    Directions without energy are left out: they are noise, and not at right angles to the others.
+    """
+    # The n x n problem has the same components as the d x d one.
+    of_pictures = len(centred) < centred.shape[1]
+    products = centred @ centred.T if of_pictures else centred.T @ centred
+    size = len(products)
+    energies, vectors = scipy.linalg.eigh(
+        products, subset_by_index=(max(0, size - most), size - 1), overwrite_a=True
+    )
+    kept = vectors[:, energies > 1e-6 * energies[-1]][:, ::-1]
+    directions = kept.T @ centred if of_pictures else kept.T
+    return directions / np.linalg.norm(directions, axis=1, keepdims=True)
+
+
 class PcaCodec:
     """Pictures in a fixed number of bits: each bit goes where it lowers the error most."""
 
@@ -36,12 +54,8 @@ class PcaCodec:
         """
         self.mean = pictures.mean(0)
         centred = (pictures - self.mean).astype(np.float32)
-        # The n x n problem has the same components as the d x d one, and n is smaller.
-        energies, vectors = np.linalg.eigh(centred @ centred.T)
-        # Directions without energy are noise, and not at right angles to the others.
-        count = min(bits, int(np.sum(energies > 1e-6 * energies[-1])))
-        directions = vectors[:, ::-1][:, :count].T @ centred
-        self.components = directions / np.linalg.norm(directions, axis=1, keepdims=True)
+        self.components = components(centred, bits)
+        count = len(self.components)
         coefficients = centred @ self.components.T
         self.levels = [np.zeros(1)] * count
         queue = []

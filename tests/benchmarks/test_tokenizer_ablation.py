@@ -34,7 +34,7 @@ def test_a_cell_is_the_mean_of_the_seeds_and_half_of_their_range():
     assert tokenizer_ablation.cell([0.5], 3) == "0.500"
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_rows_are_trained_measured_and_kept(monkeypatch, tmp_path, capsys):
     out = tmp_path / "ablation"
     monkeypatch.setenv("JAX_DISABLE_MOST_OPTIMIZATIONS", "1")

@@ -62,6 +62,7 @@ def named(printed):
     return {int(number) for number in re.findall(r"skipped .*: record (\d+) of", printed)}
 
 
+@pytest.mark.thorough
 def test_two_processes_and_then_one_train_in_buckets_as_one(runs):
     (one, _), (two, printed) = runs
     assert "saved by 2 process(es), 1 go on" in printed[-1]

@@ -1,7 +1,7 @@
 import numpy as np
 import pytest
 
-from instella_jax.evaluation.pca import PcaCodec, lloyd_max, quantize
+from instella_jax.evaluation.pca import PcaCodec, components, lloyd_max, quantize
 
 
 def test_lloyd_max_finds_the_levels_of_a_normal():
@@ -25,3 +25,16 @@ def test_bits_are_spent_in_full_and_where_they_help():
     # Rate-distortion bound of a Gaussian (reverse water-filling) and 3 dB above it.
     bound = 3 * (8 * 4 * 1) ** (2 / 3) * 2 ** (-2 * 8 / 3) + 0.01
     assert bound < error < 2.5 * bound
+
+
+@pytest.mark.parametrize("count", [40, 90])
+def test_components_are_the_first_right_singular_vectors(count):
+    """More numbers than pictures, and fewer."""
+    pictures = np.random.default_rng(2).normal(size=(count, 3)) @ np.diag([5.0, 3.0, 1.0])
+    basis = np.linalg.qr(np.random.default_rng(3).normal(size=(60, 60)))[0][:3]
+    centred = ((pictures - pictures.mean(0)) @ basis).astype(np.float32)
+    wanted = np.linalg.svd(centred, full_matrices=False)[2]
+    for most, kept in ((2, 2), (8, 3)):
+        found = components(centred, most)
+        assert found.shape == (kept, 60)
+        np.testing.assert_allclose(np.abs(found @ wanted[:kept].T), np.eye(kept), atol=1e-3)

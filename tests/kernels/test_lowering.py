@@ -9,7 +9,9 @@ from instella_jax.runtime import sharding
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("variant", ["instella_512", "instella_1024"])
+@pytest.mark.parametrize(
+    "variant", [pytest.param("instella_512", marks=pytest.mark.thorough), "instella_1024"]
+)
 @pytest.mark.parametrize("stage", ["tokenizer", "t2i_diffusion", "t2i_ar"])
 def test_full_size_steps_lower_for_every_platform(stage, variant):
     config = importlib.import_module(f"configs.{stage}").get_config(variant)

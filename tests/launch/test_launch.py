@@ -183,7 +183,9 @@ def test_one_failing_process_stops_the_others(tmp_path):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("script", ["processes.sh", "slurm.sh"])
+@pytest.mark.parametrize(
+    "script", ["processes.sh", pytest.param("slurm.sh", marks=pytest.mark.thorough)]
+)
 def test_two_processes_run(script, tmp_path):
     options = [*TINY, f"--workdir={tmp_path / 'run'}", "--config.train.steps=4"]
     environ = {"XLA_FLAGS": os.environ.get("XLA_FLAGS", "")}

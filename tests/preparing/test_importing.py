@@ -389,7 +389,7 @@ if __name__ == "__main__":
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("workers", [1, 2])
+@pytest.mark.parametrize("workers", [pytest.param(1, marks=pytest.mark.thorough), 2])
 def test_killed_imports_lose_and_repeat_nothing(tmp_path, workers):
     (tmp_path / "in").mkdir()
     for shard in range(6):

@@ -65,6 +65,7 @@ def test_a_full_disk_ends_both_and_the_last_checkpoint_goes_on(tmp_path):
     np.testing.assert_allclose([after[step] for step in before], list(before.values()), rtol=1e-5)
 
 
+@pytest.mark.thorough
 def test_what_one_cannot_write_ends_the_other_too(tmp_path):
     options = ("--config.train.steps=1000", "--config.train.save_every=0")
     begin = time.monotonic()
@@ -76,7 +77,7 @@ def test_what_one_cannot_write_ends_the_other_too(tmp_path):
     assert sentence(second) == f"error: process 0 of this run ended: {told}"
 
 
-@pytest.mark.parametrize("killed", [1, 0])
+@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.thorough)])
 def test_where_one_is_killed_the_other_ends(tmp_path, killed):
     started = start(tmp_path, 2, "--config.train.steps=100000", "--config.train.save_every=0")
     try:

@@ -117,12 +117,15 @@ def on_one_device(config, known):
 @pytest.mark.parametrize(
     ("config", "name"),
     [
-        *itertools.product(["tokenizer"], ["data", "fsdp", "tensor", "mixed", "slices"]),
+        *itertools.product(["tokenizer"], ["data", "mixed", "slices"]),
         *itertools.product(["diffusion", "ar"], ["mixed"]),
-        pytest.param("diffusion", "data", marks=pytest.mark.slow),
-        *itertools.product(["tokenizer by muon"], ["data", "mixed"]),
+        ("tokenizer by muon", "mixed"),
+        pytest.param("tokenizer", "fsdp", marks=pytest.mark.thorough),
+        pytest.param("tokenizer", "tensor", marks=pytest.mark.thorough),
+        pytest.param("diffusion", "data", marks=pytest.mark.thorough),
+        pytest.param("tokenizer by muon", "data", marks=pytest.mark.thorough),
         # Each device orthogonalises one of two layers.
-        ("diffusion by muon", "pair"),
+        pytest.param("diffusion by muon", "pair", marks=pytest.mark.thorough),
     ],
     indirect=["config"],
 )

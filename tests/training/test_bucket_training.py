@@ -49,7 +49,7 @@ def lines(workdir):
     return [{k: v for k, v in row.items() if not any(c in k for c in clock)} for row in rows]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_in_buckets_goes_on_as_if_nothing_had_happened(config, tmp_path, capsys):
     result = loop.train(config, tmp_path / "whole")
     assert "bucket 32x64: " in capsys.readouterr().out

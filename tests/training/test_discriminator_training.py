@@ -22,7 +22,7 @@ DEVICES = jax.devices()
 START = 2
 
 
-@pytest.fixture(params=["patches", "features"])
+@pytest.fixture(params=["patches", pytest.param("features", marks=pytest.mark.thorough)])
 def config(request, tiny_tokenizer_config, tmp_path):
     """A network of its own judges, or heads on a frozen one, to which the decoder is aligned."""
     config = tiny_tokenizer_config.copy_and_resolve_references()

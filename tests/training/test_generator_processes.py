@@ -72,7 +72,7 @@ def test_two_processes_sample_as_one(model, tiny_tokenizer_folder, tmp_path):
     assert pictures == [(two / name).read_bytes() for name in names]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_train_as_one(tiny_tokenizer_folder, tmp_path):
     options = (
         f"--config.tokenizer={tiny_tokenizer_folder}", "--config.train.steps=3",
@@ -85,7 +85,7 @@ def test_two_processes_train_as_one(tiny_tokenizer_folder, tmp_path):
     np.testing.assert_allclose(list(two.values()), list(one.values()), rtol=1e-5)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_measure_as_one(model, tiny_tokenizer_folder, tmp_path):
     options = (
         f"--config.init_from={model}", f"--config.tokenizer={tiny_tokenizer_folder}", "--mode=eval",

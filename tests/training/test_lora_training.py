@@ -87,6 +87,9 @@ def losses(workdir):
     return {r["step"]: r["train/loss"] for r in read_metrics(workdir) if "train/loss" in r}
 
 
+@pytest.mark.parametrize(
+    "config", ["diffusion", pytest.param("ar", marks=pytest.mark.thorough)], indirect=True
+)
 def test_a_run_leaves_adapters_that_going_on_does_not_change(config, first_devices, tmp_path):
     base = (tmp_path / "base" / "generator.safetensors").read_bytes()
     loop.train(config, tmp_path / "whole")
@@ -135,7 +138,9 @@ def test_the_state_is_of_the_adapters_alone(config):
 
 
 @pytest.mark.parametrize(
-    ("config", "kind"), [("diffusion", "adamw"), ("ar", "muon")], indirect=["config"]
+    ("config", "kind"),
+    [("diffusion", "adamw"), pytest.param("ar", "muon", marks=pytest.mark.thorough)],
+    indirect=["config"],
 )
 def test_a_mesh_trains_as_one_device_does(config, kind, first_devices, tmp_path):
     config.optimizer.kind = kind

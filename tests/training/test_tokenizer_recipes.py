@@ -28,7 +28,9 @@ def pictures(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize("recipe", ["stage2", "finetune", "finetune_decoder"])
+@pytest.mark.parametrize(
+    "recipe", ["stage2", pytest.param("finetune", marks=pytest.mark.thorough), "finetune_decoder"]
+)
 def test_a_recipe_goes_on_from_a_model(
     recipe, pictures, tiny_tokenizer_folder, tmp_path, monkeypatch
 ):

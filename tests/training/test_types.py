@@ -60,7 +60,13 @@ def run_of(config, workdir):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("stage", STAGES)
+@pytest.mark.parametrize(
+    "stage",
+    [
+        "tokenizer",
+        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("diffusion", "ar")),
+    ],
+)
 def test_a_stage_trains_goes_on_and_is_used_in_bfloat16(stage, request, tmp_path):
     config = config_of(stage, request)
     config.run.update(param_dtype="bfloat16", output_dtype="bfloat16")
