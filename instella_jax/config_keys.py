@@ -5,6 +5,7 @@ The one place for both: `check_values` refuses other values before anything is b
 """
 
 import dataclasses
+import difflib
 import math
 import os
 from collections.abc import Iterator
@@ -448,11 +449,13 @@ def check_values(config: Config) -> None:
     What keys have to do with each other is checked where they are used.
 
     Raises:
-      UserError: naming the key, its value and what was expected.
+      UserError: naming the key, its value and what was expected; or a key that there is not.
     """
     for name, value in flat(config):
         if name not in KEYS:
-            continue
+            near = difflib.get_close_matches(name, KEYS, 1)
+            hint = f"did you mean {near[0]}?" if near else "`instella-jax keys` has them all"
+            raise UserError(f"the config has {name}, a key that nothing reads: {hint}")
         check_value(name, value)
         if KEYS[name].path and "~" in value:
             section, _, last = name.rpartition(".")

@@ -113,8 +113,7 @@ import logging
 import tempfile
 from pathlib import Path
 
-from instella_jax.commands.arguments import find_config
-from instella_jax.commands.own_config import load_config
+from instella_jax.commands.config_file import find_config, load_config
 from instella_jax.training.loop import train
 
 logging.getLogger().setLevel(logging.ERROR)

@@ -11,7 +11,7 @@ from typing import get_args
 
 import pytest
 
-from instella_jax.commands import arguments, evaluate, generate, keys
+from instella_jax.commands import evaluate, generate, keys
 from instella_jax.config_keys import KEYS, check_values, expand, flat
 from instella_jax.data import sources
 from instella_jax.data.scenes.maker import PLACES
@@ -211,18 +211,6 @@ def test_the_keys_of_a_config_are_printed_with_their_values(capsys):
     assert any(line.startswith("| `data.image_size` | `512` | 1 to 65,536 |") for line in lines)
     config = importlib.import_module("configs.t2i_diffusion").get_config("instella_512")
     assert sum(line.startswith("| `") for line in lines) == len(list(leaves(config)))
-
-
-def test_a_config_is_found_by_its_name_where_there_is_no_such_file(tmp_path, monkeypatch):
-    assert arguments.find_config("t2i_ar:instella_512") == f"{ROOT}/configs/t2i_ar.py:instella_512"
-    with pytest.raises(UserError, match="'t2i_a' does not exist.*or one of t2i_ar, t2i_diffusion"):
-        arguments.find_config("t2i_a")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "own.py").write_text("")
-    assert arguments.find_config("~/own.py") == f"{tmp_path}/own.py"
-    for flags in (["--config=t2i_ar"], ["--config", "t2i_ar"], ["-config=configs/t2i_ar.py"]):
-        found = arguments.with_config_file(["--mode=plan", *flags, "--config.seed=1"])
-        assert found[-1] == "--config.seed=1" and found[-2].endswith("configs/t2i_ar.py")
 
 
 @pytest.mark.slow

@@ -6,8 +6,7 @@ import shlex
 import pytest
 
 from instella_jax.cli import make_parser
-from instella_jax.commands.arguments import find_config
-from instella_jax.commands.own_config import load_config
+from instella_jax.commands.config_file import find_config, load_config
 from instella_jax.config_keys import KEYS
 from tests.paths import ROOT
 

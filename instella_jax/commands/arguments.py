@@ -8,10 +8,10 @@ from pathlib import Path
 
 from absl import flags, logging
 
+from instella_jax.commands.config_file import EXAMPLE, find_config, load_config
 from instella_jax.config_keys import expand
 from instella_jax.errors import UserError
 
-EXAMPLE = "configs/t2i_diffusion.py"
 NO_CONFIG = f"--config is missing: for example --config={EXAMPLE}"
 
 
@@ -75,34 +75,6 @@ def with_config_file(argv: list[str]) -> list[str]:
     return result
 
 
-def shipped_configs() -> dict[str, Path]:
-    """Return the configs that come with the package, by name."""
-    package = Path(__file__).parents[1]
-    # In a wheel they are inside the package, in a clone beside it.
-    folder = next(
-        (f for f in (package / "configs", package.parent / "configs") if f.is_dir()), None
-    )
-    return {path.stem: path for path in sorted(folder.glob("[!_]*.py"))} if folder else {}
-
-
-def find_config(value: str) -> str:
-    """Return "FILE[:VARIANT]" of a value of --config: a file's path, or a shipped config's name.
-
-    Raises:
-      UserError: there is no such file.
-    """
-    name, colon, variant = value.partition(":")
-    path, shipped = Path(expand(name)), shipped_configs()
-    if path.suffix != ".py" or not path.is_file():
-        if name not in shipped:
-            raise UserError(
-                f"config file {name!r} does not exist: expected a Python file, for example "
-                f"{EXAMPLE}, or one of {', '.join(shipped)}"
-            )
-        path = shipped[name]
-    return f"{path}{colon}{variant}"
-
-
 def unknown_key(error: Exception, argv: list[str]) -> UserError:
     """Return the sentence for a change of a key that the config does not have."""
     text = str(error)
@@ -139,13 +111,15 @@ def parse_flags(argv: list[str], *, text: str) -> list[str]:
       The name, and arguments that are no flags.
 
     Raises:
-      UserError: a flag is unknown or its value does not fit.
+      UserError: a flag is unknown, its value does not fit, or the config file fails.
     """
     if {"--help", "-help", "-h"} & set(argv):
         print(usage(text))
         sys.exit(0)
     argv = with_own_config(argv)
     argv = [argv[0], *with_config_file(argv[1:])]
+    if (config := given(argv, "config")) is not None:
+        load_config(config)  # whose mistakes absl would bury in a traceback
     # Where the config's flags look for changed keys.
     sys.argv[:] = argv
     try:

@@ -4,8 +4,7 @@ import itertools
 from collections.abc import Iterator, Mapping
 from typing import Any
 
-from instella_jax.commands.arguments import find_config, shipped_configs
-from instella_jax.commands.own_config import load_config
+from instella_jax.commands.config_file import find_config, load_config, shipped_configs
 from instella_jax.config_keys import KEYS, flat
 
 TITLE = """\

@@ -4,11 +4,9 @@
 `--workdir` alone.
 """
 
-import importlib.util
 import json
-import sys
-from pathlib import Path
 
+from instella_jax.commands.config_file import load_config
 from instella_jax.config import Config
 from instella_jax.errors import UserError
 from instella_jax.stored_config import complete
@@ -37,15 +35,3 @@ def get_config(given: str) -> Config:
             )
     complete(own, newer)
     return own
-
-
-def load_config(config: str) -> Config:
-    """Return the config that a file gives, with a variant after a colon where one is wanted."""
-    path, *variant = config.split(":", 1)
-    spec = importlib.util.spec_from_file_location(f"given_{Path(path).stem}", path)
-    if spec is None or spec.loader is None:
-        raise UserError(f"config file {path!r} cannot be read as Python")
-    module = importlib.util.module_from_spec(spec)
-    sys.modules[spec.name] = module
-    spec.loader.exec_module(module)
-    return module.get_config(*variant)

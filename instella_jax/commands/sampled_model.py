@@ -66,26 +66,26 @@ def find_config(options: argparse.Namespace) -> tuple[Any, str | None]:
     Raises:
       UserError: there is no such model.
     """
-    from instella_jax.commands import arguments, own_config
+    from instella_jax.commands import config_file, own_config
     from instella_jax.training.workdir import read_config
     from instella_jax.weights import model_folder, model_parts
 
     folder, workdir = Path(options.model), None
     if options.model in _SHIPPED:
-        config = own_config.load_config(
-            arguments.find_config(options.config or _SHIPPED[options.model])
+        config = config_file.load_config(
+            config_file.find_config(options.config or _SHIPPED[options.model])
         )
     elif (folder / "checkpoints").is_dir():
         workdir = options.model
         read_config(workdir)
-        named = options.config and arguments.find_config(options.config)
+        named = options.config and config_file.find_config(options.config)
         config = own_config.get_config(json.dumps({"workdir": workdir, "config": named}))
     else:
         description = model_folder.read_description(folder)
         part = model_parts.find_generator(folder, description)
         kind = description[part]["kind"]
         name = options.config or f"t2i_{kind}"
-        config = own_config.load_config(arguments.find_config(name))
+        config = config_file.load_config(config_file.find_config(name))
         config.init_from = options.model
     if options.tokenizer:
         config.tokenizer = options.tokenizer
