@@ -52,15 +52,21 @@ def planned_steps(seconds: float, minutes: float) -> int:
     return max(PROBE, int(60 * minutes / seconds) // MULTIPLE * MULTIPLE)
 
 
+def run(command: list[str]) -> None:
+    """Run a command; end with its exit status where it fails, which it has told of."""
+    if status := subprocess.run(command, check=False).returncode:
+        sys.exit(status)
+
+
 def train_part(part: str, out: Path, minutes: float) -> None:
     """Train one part; a part that has its model stays as it is."""
     planned = out / part / "planned_steps"
     if not planned.exists():
-        subprocess.run(arguments(part, out, PROBE), check=True)
+        run(arguments(part, out, PROBE))
         config = json.loads((out / part / "config.json").read_text(encoding="utf-8"))
         seconds = seconds_per_step(out / part, config["train"]["batch_size"])
         planned.write_text(f"{planned_steps(seconds, minutes)}\n", encoding="utf-8")
-    subprocess.run(arguments(part, out, int(planned.read_text(encoding="utf-8"))), check=True)
+    run(arguments(part, out, int(planned.read_text(encoding="utf-8"))))
 
 
 def main() -> None:

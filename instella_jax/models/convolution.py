@@ -34,19 +34,24 @@ def same_convolution(features: int, side: int, run: Execution, name: str) -> nn.
 
 
 def convolve(
-    x: Float[Array, "B h w C"], kernel: Float[Array, "3 3 C D"], *arguments: Any, **options: Any
-) -> Float[Array, "B h w D"]:
+    x: Float[Array, "B h w C"],
+    kernel: Float[Array, "3 3 C D"],
+    strides: tuple[int, int],
+    *arguments: Any,
+    **options: Any,
+) -> Float[Array, "B rows columns D"]:
     """Do what `jax.lax.conv_general_dilated` does for a 3x3 kernel and a border of zeros.
 
     `conv_general_dilated` of flax's `Conv`. On a CPU XLA's own takes many times as long where maps
-    are smaller than the kernel, and for the kernel's gradient in a branch of `jax.lax.cond`: there
-    it is one product, unless that would take much memory.
+    are smaller than the kernel, and for the kernel's gradient in a loop or a branch, as all of a
+    training step is: there it is one product, unless that would take much memory.
     """
     _, height, width, channels = x.shape
     if platform() != "cpu" or 9 * x.size * x.dtype.itemsize > _MOST:
-        return jax.lax.conv_general_dilated(x, kernel, *arguments, **options)
+        return jax.lax.conv_general_dilated(x, kernel, strides, *arguments, **options)
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     shifts = itertools.product(range(3), repeat=2)
-    around = [padded[:, i : i + height, j : j + width] for i, j in shifts]
+    down, right = strides
+    around = [padded[:, i : i + height : down, j : j + width : right] for i, j in shifts]
     columns = jnp.concatenate(around, axis=-1)
     return jnp.dot(columns, kernel.reshape(9 * channels, -1), precision=options["precision"])

@@ -15,6 +15,7 @@ import jax.numpy as jnp
 from jaxtyping import Array, Float
 
 from instella_jax.models.attention import attend
+from instella_jax.models.convolution import convolve
 from instella_jax.models.layers import (
     Execution,
     SwiGLU,
@@ -98,6 +99,7 @@ def convolution(features: int, width: int, run: Execution, stride: int) -> nn.Co
         (3, 3),
         strides=stride,
         padding=1,
+        conv_general_dilated=convolve,
         dtype=run.dtype,
         param_dtype=run.param_dtype,
         kernel_init=partitioned(torch_uniform(fan_in), axes),

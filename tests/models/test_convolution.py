@@ -9,14 +9,14 @@ from flax import linen as nn
 from instella_jax.models import convolution
 
 
-def by_loops(x, kernel):
+def by_loops(x, kernel, stride):
     batch, height, width, _ = x.shape
-    result = np.zeros((batch, height, width, kernel.shape[-1]))
-    for row in range(height):
-        for column in range(width):
+    result = np.zeros((batch, -(-height // stride), -(-width // stride), kernel.shape[-1]))
+    for row in range(result.shape[1]):
+        for column in range(result.shape[2]):
             for i in range(3):
                 for j in range(3):
-                    r, c = row + i - 1, column + j - 1
+                    r, c = stride * row + i - 1, stride * column + j - 1
                     if 0 <= r < height and 0 <= c < width:
                         result[:, row, column] += x[:, r, c] @ kernel[i, j]
     return result
@@ -29,21 +29,26 @@ def products_and_convolutions(function, *arguments):
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 5), (6, 3)])
 @pytest.mark.parametrize("most", [convolution._MOST, 0])
-def test_value_and_gradients_are_those_of_loops_and_of_xla(height, width, most, monkeypatch):
+@pytest.mark.parametrize("stride", [1, 2])
+def test_value_and_gradients_are_those_of_loops_and_of_xla(
+    height, width, most, stride, monkeypatch
+):
     monkeypatch.setattr(convolution, "_MOST", most)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, height, width, 4)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, 4, 5)).astype(np.float32)
-    weights = rng.normal(size=(2, height, width, 5)).astype(np.float32)
-    ours = nn.Conv(5, (3, 3), padding=1, use_bias=False, conv_general_dilated=convolution.convolve)
-    plain = nn.Conv(5, (3, 3), padding=1, use_bias=False)
+    wanted = by_loops(x, kernel, stride)
+    weights = rng.normal(size=wanted.shape).astype(np.float32)
+    options = dict(strides=stride, padding=1, use_bias=False)
+    ours = nn.Conv(5, (3, 3), conv_general_dilated=convolution.convolve, **options)
+    plain = nn.Conv(5, (3, 3), **options)
 
     def loss(conv, x, kernel):
         return (conv.apply({"params": {"kernel": kernel}}, x) * weights).sum()
 
     given = jnp.asarray(x), jnp.asarray(kernel)
     found = ours.apply({"params": {"kernel": given[1]}}, given[0])
-    np.testing.assert_allclose(found, by_loops(x, kernel), rtol=1e-5, atol=1e-5)
+    np.testing.assert_allclose(found, wanted, rtol=1e-5, atol=1e-5)
     gradients = (jax.jit(jax.grad(lambda *a, c=c: loss(c, *a), (0, 1))) for c in (ours, plain))
     for one, other in zip(*(gradient(*given) for gradient in gradients), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
