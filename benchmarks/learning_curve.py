@@ -16,6 +16,7 @@ import sys
 import time
 from pathlib import Path
 
+from benchmarks.plotting import load_pyplot
 from instella_jax.errors import UserError, command_line
 from instella_jax.runtime.files import write_json
 
@@ -62,15 +63,7 @@ def run(keys: tuple[str, ...], workdir: Path) -> list[dict[str, float]]:
 
 def plot(rows: dict[str, list[dict[str, float]]], path: Path) -> None:
     """Draw the held-out loss of each row over its minutes."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(
-            "the plot needs matplotlib: pip install 'instella-jax[benchmarks]'"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     figure, axis = pyplot.subplots(figsize=(7, 3.2))
     for name, points in rows.items():
         minutes, losses = ([point[key] for point in points] for key in ("minutes", "loss"))

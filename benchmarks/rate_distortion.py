@@ -18,6 +18,7 @@ from pathlib import Path
 import numpy as np
 from PIL import Image, features
 
+from benchmarks.plotting import load_pyplot
 from instella_jax import BinaryTokenizer
 from instella_jax.data.transforms import resize
 from instella_jax.errors import UserError, command_line
@@ -164,15 +165,7 @@ def table(points: list[dict], ours: dict, names: list[str]) -> str:
 
 def plot(points: list[dict], ours: dict, names: list[str], path: Path) -> None:
     """Draw a curve for each codec."""
-    try:
-        import matplotlib
-    except ImportError:
-        raise UserError(
-            "the plot needs matplotlib: pip install 'instella-jax[benchmarks]'"
-        ) from None
-    matplotlib.use("Agg")
-    from matplotlib import pyplot
-
+    pyplot = load_pyplot()
     shown = [name for name in ("psnr", "ssim", "lpips") if name in ours]
     labels = {"psnr": "PSNR (dB)", "ssim": "SSIM", "lpips": "LPIPS (less is better)"}
     figure, axes = pyplot.subplots(1, len(shown), figsize=(5 * len(shown), 4.2))
