@@ -20,8 +20,9 @@ from ml_collections import config_flags
 
 from instella_jax.commands.arguments import NO_CONFIG, default_workdir, parse_flags
 from instella_jax.commands.json_report import reporting
-from instella_jax.config_keys import check_values, expand
+from instella_jax.config_keys import check_values
 from instella_jax.errors import UserError, command_line
+from instella_jax.user_paths import expand
 
 MODES = ("train", "eval", "sample", "plan")
 

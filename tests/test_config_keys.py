@@ -12,7 +12,7 @@ from typing import get_args
 import pytest
 
 from instella_jax.commands import evaluate, generate, keys
-from instella_jax.config_keys import KEYS, check_values, expand, flat
+from instella_jax.config_keys import KEYS, check_values, flat
 from instella_jax.data import sources
 from instella_jax.data.scenes.maker import PLACES
 from instella_jax.errors import UserError
@@ -22,6 +22,7 @@ from instella_jax.models.layers import REMAT_POLICIES
 from instella_jax.planning import plan
 from instella_jax.sampling.options import Options
 from instella_jax.training import flops, loop
+from instella_jax.user_paths import expand
 from tests.paths import ROOT
 from tests.test_configs import CONFIGS, VARIANTS, get_config, leaves
 

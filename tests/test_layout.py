@@ -12,7 +12,8 @@ PACKAGE = "instella_jax"
 LAYERS = (
     "cli", "main", "commands", "app", "planning", "training", "evaluation", "sampling", "preparing",
     "codec", "stages", "losses", "weights", "checkpoints", "data", "kernels", "models",
-    "reporting", "runtime", "config_keys", "stored_config", "config", "errors",
+    "reporting", "runtime", "config_keys", "stored_config", "config", "key_types", "user_paths",
+    "errors",
 )  # fmt: skip
 
 

@@ -9,8 +9,8 @@ from pathlib import Path
 from absl import flags, logging
 
 from instella_jax.commands.config_file import EXAMPLE, find_config, load_config
-from instella_jax.config_keys import expand
 from instella_jax.errors import UserError
+from instella_jax.user_paths import expand
 
 NO_CONFIG = f"--config is missing: for example --config={EXAMPLE}"
 

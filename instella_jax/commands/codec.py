@@ -11,8 +11,8 @@ import time
 from collections.abc import Callable
 from typing import Any
 
-from instella_jax.config_keys import expand, path_argument
 from instella_jax.errors import UserError
+from instella_jax.user_paths import expand, path_argument
 
 ENCODE_EXAMPLES = """\
 examples:

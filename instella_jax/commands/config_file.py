@@ -8,8 +8,8 @@ from pathlib import Path
 from types import ModuleType
 
 from instella_jax.config import Config
-from instella_jax.config_keys import expand
 from instella_jax.errors import UserError
+from instella_jax.user_paths import expand
 
 EXAMPLE = "configs/t2i_diffusion.py"
 

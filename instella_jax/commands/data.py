@@ -7,8 +7,8 @@ import os
 from typing import Any
 
 from instella_jax.commands.json_report import add_json
-from instella_jax.config_keys import expand, path_argument
 from instella_jax.errors import UserError
+from instella_jax.user_paths import expand, path_argument
 
 _PART = "this command's part of the work where several share it and OUT, from 0/N to N-1/N"
 

@@ -3,7 +3,7 @@
 import argparse
 import math
 
-from instella_jax.config_keys import expand, path_argument
+from instella_jax.user_paths import expand, path_argument
 
 EXAMPLES = """\
 examples:

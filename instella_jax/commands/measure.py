@@ -8,8 +8,8 @@ from typing import Any
 from instella_jax.commands import measure_pictures, measure_reconstruction
 from instella_jax.commands.json_report import add_json
 from instella_jax.commands.sampled_model import add_model_arguments, find_config, joined
-from instella_jax.config_keys import path_argument
 from instella_jax.errors import UserError
+from instella_jax.user_paths import path_argument
 
 
 def add_parser(commands: Any) -> Any:

@@ -14,8 +14,8 @@ from instella_jax.commands.report_arguments import (
     check_report_arguments,
 )
 from instella_jax.commands.sampled_model import add_distributed, joined
-from instella_jax.config_keys import path_argument
 from instella_jax.errors import UserError
+from instella_jax.user_paths import path_argument
 
 _NAMES = {
     "fid": "FID",

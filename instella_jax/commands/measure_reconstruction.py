@@ -11,8 +11,8 @@ from instella_jax.commands.report_arguments import (
     add_tokenizer_arguments,
     check_report_arguments,
 )
-from instella_jax.config_keys import expand
 from instella_jax.errors import UserError
+from instella_jax.user_paths import expand
 
 
 def add_reconstruction(kinds: Any) -> None:

@@ -7,7 +7,7 @@ import sys
 from typing import Any
 
 from instella_jax.commands.json_report import add_json
-from instella_jax.config_keys import path_argument
+from instella_jax.user_paths import path_argument
 
 IMPORT_EXAMPLES = """\
 examples:

@@ -3,8 +3,8 @@
 import argparse
 
 from instella_jax.commands.json_report import add_json
-from instella_jax.config_keys import expand, path_argument
 from instella_jax.errors import UserError
+from instella_jax.user_paths import expand, path_argument
 
 
 def add_tokenizer_arguments(parser: argparse.ArgumentParser) -> None:

@@ -8,8 +8,8 @@ from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
-from instella_jax.config_keys import expand
 from instella_jax.errors import UserError
+from instella_jax.user_paths import expand
 
 # Shipped models by the name of the config that they belong to.
 _SHIPPED = {"demo": "t2i_diffusion", "demo_ar": "t2i_ar"}
