@@ -3,6 +3,7 @@
 import collections
 import os
 import re
+import signal
 import tempfile
 from pathlib import Path
 from unittest import mock
@@ -66,6 +67,9 @@ def pytest_cmdline_main(config):
 
 def pytest_configure(config):
     """Start jax, on eight devices of the CPU unless the chip is asked for."""
+    # What a shell starts in the background ignores Ctrl-C, and so would all that tests start.
+    if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
+        signal.signal(signal.SIGINT, signal.default_int_handler)
     # jax has read the environment by now.
     jax.config.update("jax_compilation_cache_dir", os.environ["JAX_COMPILATION_CACHE_DIR"])
     jax.config.update(
