@@ -214,7 +214,7 @@ def test_the_keys_of_a_config_are_printed_with_their_values(capsys):
     assert sum(line.startswith("| `") for line in lines) == len(list(leaves(config)))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_wheel_brings_its_configs(tmp_path):
     pytest.importorskip("setuptools", minversion="77", reason="as pyproject.toml asks for")
     source = tmp_path / "source"

@@ -10,7 +10,7 @@ from instella_jax.data.shards import ImageShards, Shard, pack, shard_writer, wri
 from instella_jax.reporting.metrics import read_metrics
 from tests.runtime.test_distributed import losses, run
 
-pytestmark = pytest.mark.slow
+pytestmark = pytest.mark.thorough
 
 BROKEN = (3, 8, 12, 26)
 STEPS, CHANGE = 10, 7
@@ -62,7 +62,6 @@ def named(printed):
     return {int(number) for number in re.findall(r"skipped .*: record (\d+) of", printed)}
 
 
-@pytest.mark.thorough
 def test_two_processes_and_then_one_train_in_buckets_as_one(runs):
     (one, _), (two, printed) = runs
     assert "saved by 2 process(es), 1 go on" in printed[-1]

@@ -170,7 +170,13 @@ def write_generators(folder, meta, rng):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("sizes", [TWO_LEVELS, UNEVEN], ids=["two_levels", "uneven"])
+@pytest.mark.parametrize(
+    "sizes",
+    [
+        pytest.param(TWO_LEVELS, id="two_levels", marks=pytest.mark.thorough),
+        pytest.param(UNEVEN, id="uneven"),
+    ],
+)
 def test_parity_at_other_sizes(tmp_path, sizes):
     rng = np.random.default_rng(0)
     (tmp_path / "meta.json").write_text(json.dumps(sizes))

@@ -134,7 +134,7 @@ def test_temporaries_are_near_what_a_gpu_needed(remat, attention, rows, gigabyte
     assert found == pytest.approx(gigabytes, rel=1 / 3)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_accumulation_takes_less(tiny_tokenizer_config):
     base = edit(tiny_tokenizer_config, train__batch_size=32, data__image_size=64)
     mesh = sharding.make_mesh(base.mesh, jax.devices()[:1])

@@ -265,7 +265,7 @@ def test_two_processes_train_as_one(undisturbed, tmp_path):
         assert (tmp_path / "two" / name).stat().st_size == (undisturbed / name).stat().st_size
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_go_on_where_one_was(undisturbed, tmp_path):
     """The other way round is in tests/data/test_data_of_processes.py."""
     workdir = tmp_path / "run"

@@ -47,6 +47,7 @@ def test_both_refuse_a_workdir_that_another_run_holds(tmp_path):
     assert not read_metrics(tmp_path)
 
 
+@pytest.mark.thorough
 def test_a_full_disk_ends_both_and_the_last_checkpoint_goes_on(tmp_path):
     run(tmp_path, 1, "--config.train.steps=4")
     begin = time.monotonic()

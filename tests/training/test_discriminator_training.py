@@ -117,6 +117,7 @@ def test_a_resumed_run_ends_where_an_unbroken_one_does(config, tmp_path):
     jax.tree.map(np.testing.assert_array_equal, whole, numbers(run.state))
 
 
+@pytest.mark.thorough
 def test_eight_devices_do_as_one(config):
     results = []
     for sizes in ({}, dict(data=2, fsdp=4)):

@@ -51,7 +51,7 @@ def run(processes, stage, *options):
     return finish(started)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_sample_as_one(model, tiny_tokenizer_folder, tmp_path):
     """Of an autoregressive model on several devices: tests/sampling/test_loops.py."""
     prompts = tmp_path / "prompts.txt"

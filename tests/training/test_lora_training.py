@@ -137,10 +137,9 @@ def test_the_state_is_of_the_adapters_alone(config):
     assert query["lora_b"].sharding.spec == P(None, None, "tensor")
 
 
+@pytest.mark.thorough
 @pytest.mark.parametrize(
-    ("config", "kind"),
-    [("diffusion", "adamw"), pytest.param("ar", "muon", marks=pytest.mark.thorough)],
-    indirect=["config"],
+    ("config", "kind"), [("diffusion", "adamw"), ("ar", "muon")], indirect=["config"]
 )
 def test_a_mesh_trains_as_one_device_does(config, kind, first_devices, tmp_path):
     config.optimizer.kind = kind

@@ -29,7 +29,12 @@ def pictures(tmp_path):
 
 
 @pytest.mark.parametrize(
-    "recipe", ["stage2", pytest.param("finetune", marks=pytest.mark.thorough), "finetune_decoder"]
+    "recipe",
+    [
+        "stage2",
+        pytest.param("finetune", marks=pytest.mark.thorough),
+        pytest.param("finetune_decoder", marks=pytest.mark.thorough),
+    ],
 )
 def test_a_recipe_goes_on_from_a_model(
     recipe, pictures, tiny_tokenizer_folder, tmp_path, monkeypatch

@@ -59,14 +59,8 @@ def run_of(config, workdir):
         return run
 
 
-@pytest.mark.slow
-@pytest.mark.parametrize(
-    "stage",
-    [
-        "tokenizer",
-        *(pytest.param(name, marks=pytest.mark.thorough) for name in ("diffusion", "ar")),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("stage", STAGES)
 def test_a_stage_trains_goes_on_and_is_used_in_bfloat16(stage, request, tmp_path):
     config = config_of(stage, request)
     config.run.update(param_dtype="bfloat16", output_dtype="bfloat16")
