@@ -53,8 +53,8 @@ LENGTH = 64  # text tokens
 GUIDANCE = 7.5
 # Of the largest result: how far apart results of the two may be in each type of the computation.
 TOLERANCES = {"float32": 1e-3, "bfloat16": 0.1}
-# Steps of diffusion for that. One bit that rounding turns turns others in every later step: after
-# 20 steps of random weights and strong guidance one in a hundred is another.
+# Diffusion is compared over so few steps: a bit that rounding flips changes others in every later
+# step, and after 20 steps of random weights and strong guidance one in a hundred differs.
 COMPARED = 2
 
 

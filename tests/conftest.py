@@ -67,7 +67,7 @@ def pytest_cmdline_main(config):
 
 def pytest_configure(config):
     """Start jax, on eight devices of the CPU unless the chip is asked for."""
-    # What a shell starts in the background ignores Ctrl-C, and so would all that tests start.
+    # A shell's background jobs ignore Ctrl-C, and so would the processes that tests start.
     if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:
         signal.signal(signal.SIGINT, signal.default_int_handler)
     # jax has read the environment by now.

@@ -79,9 +79,9 @@ def _run(path: str) -> ModuleType:
 
 
 def _where(error: Exception, path: str) -> str:
-    """Return " in line N: what went wrong" of an error that a config file raised."""
+    """Return " at line N: what went wrong" of an error that a config file raised."""
     frames = traceback.extract_tb(error.__traceback__)
     lines = [frame.lineno for frame in frames if frame.filename == os.path.abspath(path)]
     line = error.lineno if isinstance(error, SyntaxError) else next(reversed(lines), None)
     what = " ".join(traceback.format_exception_only(error)[-1].split())
-    return f"{f' in line {line}' if line else ''}: {what}"
+    return f"{f' at line {line}' if line else ''}: {what}"

@@ -13,13 +13,13 @@ from tests.paths import ROOT
 
 BEGIN = "from configs import tokenizer\ndef get_config():\n  config = tokenizer.get_config()\n"
 MISTAKES = {
-    "from nowhere import x\n": "fails in line 1: ModuleNotFoundError: No module named 'nowhere'",
-    "x = 1\ndef get_config(:\n": "fails in line 2: SyntaxError: invalid syntax",
+    "from nowhere import x\n": "fails at line 1: ModuleNotFoundError: No module named 'nowhere'",
+    "x = 1\ndef get_config(:\n": "fails at line 2: SyntaxError: invalid syntax",
     "x = 1\n": "has no get_config(), which returns a config",
     "def get_config():\n  pass\n": ": get_config returned NoneType, expected an ml_collec",
     "def get_config():\n  return {}\n": ": get_config returned dict, expected an ml_collec",
-    BEGIN + "  raise ValueError('one\\nother')\n": "fails in line 4: ValueError: one other",
-    BEGIN + "  config.seed = 'x'\n  return config\n": "fails in line 4: TypeError: Could not over",
+    BEGIN + "  raise ValueError('one\\nother')\n": "fails at line 4: ValueError: one other",
+    BEGIN + "  config.seed = 'x'\n  return config\n": "fails at line 4: TypeError: Could not over",
 }
 
 
@@ -50,7 +50,7 @@ def test_a_run_with_such_a_file_ends_in_a_sentence(tmp_path):
     )
     assert run.returncode == 2 and not run.stdout
     assert run.stderr == (
-        "error: config file own.py fails in line 1: ZeroDivisionError: division by zero\n"
+        "error: config file own.py fails at line 1: ZeroDivisionError: division by zero\n"
     )
 
 

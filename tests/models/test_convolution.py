@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 from flax import linen as nn
 
-from instella_jax.models import convolution
+from instella_jax.models import convolution, trunk
+from instella_jax.models.layers import Execution
 
 
 def by_loops(x, kernel, stride):
@@ -54,3 +55,12 @@ def test_value_and_gradients_are_those_of_loops_and_of_xla(
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
     counts = products_and_convolutions(lambda *a: loss(ours, *a), *given)
     assert counts == ((0, 1) if most == 0 else (1, 0))
+
+
+@pytest.mark.parametrize("change", [trunk.Downsample, trunk.Upsample])
+def test_a_change_of_grid_is_a_product_on_a_cpu(change):
+    """In the loop of a training step XLA's own takes up to forty times as long backwards."""
+    module = change(Execution())
+    x = jnp.ones((1, 4, 4, 8))
+    params = module.init(jax.random.key(0), x)
+    assert products_and_convolutions(lambda p: module.apply(p, x), params) == (1, 0)

@@ -13,7 +13,7 @@ from instella_jax.runtime.files import locked
 from instella_jax.training.workdir import LOCK
 from tests.runtime.test_distributed import LIMIT, finish, losses, run, start
 
-# jax waits 300 seconds for a process that does not come; starting takes the most.
+# jax waits 300 seconds for a process that does not come. Most of this is start-up.
 SOON = 180
 
 pytestmark = pytest.mark.slow
