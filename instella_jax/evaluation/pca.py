@@ -26,9 +26,10 @@ def quantize(values: np.ndarray, centres: np.ndarray) -> np.ndarray:
 
 
 def components(centred: np.ndarray, most: int) -> np.ndarray:
-    """Return at most so many principal components [m, d] of centred pictures [n, d], first first.
+    """Return the `most` leading principal components [m, d] of centred pictures [n, d].
 
-    Directions without energy are left out: they are noise, and not at right angles to the others.
+    The largest comes first. Directions without energy are left out: they are noise, and not at
+    right angles to the others.
     """
     # The n x n problem has the same components as the d x d one.
     of_pictures = len(centred) < centred.shape[1]
