@@ -17,8 +17,8 @@ def get_config(variant: str = "") -> ConfigDict:
     """Return the config of a variant: "" (demo) or one of `config.VARIANTS`."""
     c = base("ar", variant)
     c.update(generator(variant))
-    # How often a caption is dropped for guidance.
-    c.loss = dict(caption_dropout=0.1)
+    # How often a caption is dropped for guidance, and how much of what it sees is random.
+    c.loss = dict(caption_dropout=0.1, bit_noise=0.0)
     if not variant:
         c.train.update(steps=2_300, eval_every=460, save_every=230, image_every=460)
     c.sample.update(guidance=9.0 if variant else 1.0, temperature=0.5)

@@ -239,6 +239,10 @@ KEYS: dict[str, Key] = {
     "loss.temperature.steps": whole("over which it falls linearly", 1),
     "loss.freeze_encoder": switch("train decoder and bit vectors only, on the codes that are"),
     "loss.caption_dropout": share("how often a caption is dropped, for guidance"),
+    "loss.bit_noise": share(
+        "in training each bit of earlier tokens is replaced by a random one at a rate that is "
+        "drawn for each image, from 0 to this"
+    ),
     "loss.target": choice(
         "what the network is asked: is the bit flipped, or the clean bit", "epsilon", "x"
     ),

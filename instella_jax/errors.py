@@ -32,16 +32,20 @@ def value_errors() -> Iterator[None]:
         raise BadValue(str(error)) from error.__cause__
 
 
-_DISK = (errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.EROFS)
+def disk_remedy(error: OSError) -> str | None:
+    """Return what to do about a disk that cannot be written; None where an error is another."""
+    if error.errno == errno.EROFS:
+        return "make the disk writable"
+    return "make room" if error.errno in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG) else None
 
 
 def disk_error(error: OSError) -> UserError | None:
     """Return the sentence for a disk that cannot be written; None where an error is another."""
-    if error.errno not in _DISK:
+    if (remedy := disk_remedy(error)) is None:
         return None
     what = f"cannot write {error.filename}" if error.filename else "cannot write"
     return UserError(
-        f"{what} ({error.strerror}); make room and run the same command again: what is done stays"
+        f"{what} ({error.strerror}); {remedy} and run the same command again: what is done stays"
     )
 
 

@@ -25,7 +25,7 @@ from orbax.checkpoint import checkpoint_managers as policies
 
 from instella_jax.checkpoints.integrity import restore_newest, write_manifest
 from instella_jax.checkpoints.positions import rows_of, share_state
-from instella_jax.errors import UserError
+from instella_jax.errors import UserError, disk_remedy
 
 logger = logging.getLogger(__name__)
 
@@ -285,15 +285,18 @@ class Checkpoints:
         except (OSError, ValueError, RuntimeError) as error:
             self._failed, self._saving = True, False
             logging.getLogger("asyncio").addFilter(_not_raised_elsewhere)
+            cause = _of_system(error)
+            remedy = cause and disk_remedy(cause) or "see that the folder can be written"
+            reason = cause.strerror if cause else " ".join(str(error).split())[:200]
             raise UserError(
-                f"a checkpoint cannot be written to {self._folder} ({_reason(error)}); "
-                "those before it stay: make room there and run the same command again"
+                f"a checkpoint cannot be written to {self._folder} ({reason}); "
+                f"those before it stay: {remedy} and run the same command again"
             ) from error
 
 
-def _reason(error: Exception) -> str:
+def _of_system(error: Exception) -> OSError | None:
     """Return what the operating system said, where that is known."""
     number = re.search(r"os_error_code='?(\d+)", str(error))
     if number:
-        return os.strerror(int(number[1]))
-    return getattr(error, "strerror", None) or " ".join(str(error).split())[:200]
+        return OSError(int(number[1]), os.strerror(int(number[1])))
+    return error if isinstance(error, OSError) and error.strerror else None

@@ -6,6 +6,8 @@ Axes: B batch, N latent tokens, T of them, K bits, L text length, S = L + N, Dt 
 features, H heads, Dh head width, D = H * Dh.
 """
 
+from collections.abc import Sequence
+
 import flax.linen as nn
 import jax
 import jax.numpy as jnp
@@ -21,7 +23,7 @@ from instella_jax.models.joint_attention import (
     OneKeysValues,
     TextKeysValues,
 )
-from instella_jax.models.layers import GeluMLP, linear, partitioned, repeat, rms_norm
+from instella_jax.models.layers import GeluMLP, Params, linear, partitioned, repeat, rms_norm
 from instella_jax.runtime.sharding import constrain
 
 
@@ -95,14 +97,9 @@ class ArTransformer(JointTransformer):
             Block,
             self.num_layers,
             run,
-            methods={
-                "__call__": (0, nn.broadcast),
-                "step": (0, nn.broadcast, nn.broadcast),
-                "text_kv": 0,
-            },
+            methods={"__call__": (0, nn.broadcast), "text_kv": 0},
         )
-        sizes = self.num_heads, self.head_dim, self.num_tokens, self.text_width
-        self.blocks = blocks(*sizes, run, self.pos_emb_std)
+        self.blocks = blocks(*self.block_sizes)
         self.out_norm = rms_norm(run)
         self.bits_out = linear(self.bits, width, ("embed", None), run, use_bias=True)
 
@@ -145,8 +142,11 @@ class ArTransformer(JointTransformer):
           text: features, or the keys and values that `text_kv` made of them.
         """
         k, v = text if isinstance(text, tuple) else self.text_kv(text)
-        room = ((0, 0), (0, 0), (0, 0), (0, self.num_tokens), (0, 0))
-        return jnp.pad(k.swapaxes(2, 3), room), jnp.pad(v.swapaxes(2, 3), room)
+        room = ((0, 0), (0, 0), (0, self.num_tokens), (0, 0))
+        return tuple(
+            (jnp.pad(k.swapaxes(1, 2), room), jnp.pad(v.swapaxes(1, 2), room))
+            for k, v in zip(k, v, strict=True)
+        )
 
     def step(
         self,
@@ -154,6 +154,7 @@ class ArTransformer(JointTransformer):
         index: Int[Array, ""],
         cache: Cache,
         text_mask: Shaped[Array, "B L"],
+        layers: Sequence[Params],
     ) -> tuple[Float[Array, "B K"], Cache]:
         """Predict one token from the cache of those before it.
 
@@ -162,6 +163,8 @@ class ArTransformer(JointTransformer):
           index: which token.
           cache: from `start_cache` or the previous step.
           text_mask: non-zero at real tokens.
+          layers: the parameters of each block, of `layers.apart`. In a loop over the tokens they
+            are to be made before it: out of those of all blocks each step would copy them.
 
         Returns:
           logits of the bits of token `index`, and the cache for the next one.
@@ -171,9 +174,13 @@ class ArTransformer(JointTransformer):
         x = jnp.where(index == 0, self.split_token.astype(self.run.dtype), embedded)
         before = jnp.broadcast_to(jnp.arange(self.num_tokens) < index, (batch, self.num_tokens))
         visible = jnp.concatenate([text_mask.astype(bool), before], axis=1)
-        x, new = self.blocks.step(x, cache, index, visible)
-        k, v = (
-            jax.lax.dynamic_update_slice_in_dim(old, own[:, :, :, None], length + index, axis=3)
-            for old, own in zip(cache, new, strict=True)
-        )
-        return self._logits(x), (k, v)
+        block, grown = Block(*self.block_sizes, parent=None), []
+        for own, layer in zip(layers, cache, strict=True):
+            x, new = block.apply({"params": own}, x, layer, index, visible, method="step")
+            grown.append(
+                tuple(
+                    jax.lax.dynamic_update_slice_in_dim(old, x[:, :, None], length + index, axis=2)
+                    for old, x in zip(layer, new, strict=True)
+                )
+            )
+        return self._logits(x), tuple(grown)

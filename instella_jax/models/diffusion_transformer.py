@@ -7,6 +7,7 @@ H heads, Dh head width, D = H * Dh.
 """
 
 import dataclasses
+from collections.abc import Sequence
 from typing import Any
 
 import flax.linen as nn
@@ -21,7 +22,7 @@ from instella_jax.models.joint_attention import (
     TextKeysValues,
     visible_to_images,
 )
-from instella_jax.models.layers import GeluMLP, layer_norm, linear, repeat
+from instella_jax.models.layers import GeluMLP, Params, layer_norm, linear, repeat
 from instella_jax.runtime.sharding import constrain
 
 
@@ -93,8 +94,7 @@ class DiffusionTransformer(JointTransformer):
                 "text_kv": 0,
             },
         )
-        sizes = self.num_heads, self.head_dim, self.num_tokens, self.text_width
-        self.blocks = blocks(*sizes, run, self.pos_emb_std)
+        self.blocks = blocks(*self.block_sizes)
         self.modulation = linear(2 * width, width, ("embed", None), run, **options)
         self.bits_out = linear(self.bits, width, ("embed", None), run, **options)
 
@@ -104,6 +104,7 @@ class DiffusionTransformer(JointTransformer):
         t: Float[Array, " R"],
         text: Float[Array, "layers B L Dt"] | TextKeysValues,
         text_mask: Shaped[Array, "R L"],
+        layers: Sequence[Params] | None = None,
     ) -> Float[Array, "R N K"]:
         """Predict flip logits.
 
@@ -113,6 +114,8 @@ class DiffusionTransformer(JointTransformer):
           text: features, or the keys and values that `text_kv` made of them.
           text_mask: non-zero at real tokens. Where a row has none (the empty prompt),
             that image attends to itself alone.
+          layers: the parameters of each block, of `layers.apart`, made before a loop that calls
+            this often; `text` are keys and values then. None for those of all blocks as one.
 
         Returns:
           how much more likely than not each bit of z is flipped.
@@ -123,6 +126,11 @@ class DiffusionTransformer(JointTransformer):
         texts = (text[0] if isinstance(text, tuple) else text).shape[1]
         visible = visible_to_images(text_mask.astype(bool), z.shape[1], z.shape[0] // texts)
         x = self.bits_in(z.astype(run.dtype))
-        x, _ = self.blocks(x, text, condition, visible)
+        if layers is None:
+            x, _ = self.blocks(x, text, condition, visible)
+        else:
+            block = Block(*self.block_sizes, parent=None)
+            for own, keys, values in zip(layers, *text, strict=True):
+                x, _ = block.apply({"params": own}, x, (keys, values), condition, visible)
         scale, shift = jnp.split(self.modulation(condition), 2, axis=-1)
         return self.bits_out(modulate(x, scale, shift)).astype(run.output_dtype)

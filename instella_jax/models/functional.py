@@ -12,6 +12,7 @@ from instella_jax.errors import UserError
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.discriminator import Discriminator
+from instella_jax.models.layers import Params
 from instella_jax.models.lora import Adapters
 from instella_jax.models.olmo import Olmo
 from instella_jax.models.tokenizer import TokenizerNetwork
@@ -19,8 +20,6 @@ from instella_jax.models.vgg import MIN_SIDE, Lpips
 from instella_jax.models.vision_heads import AlignmentHead, FeatureDiscriminator
 from instella_jax.models.vision_transformer import VisionTransformer
 
-# A tree of arrays, or of their shapes.
-Params = Any
 Network = (
     TokenizerNetwork
     | DiffusionTransformer

@@ -5,6 +5,7 @@ heads, Dh head width, D width = H * Dh, N latent tokens, K bits, Dt width of tex
 """
 
 import math
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -15,12 +16,12 @@ from instella_jax.models.attention import attend
 from instella_jax.models.layers import Execution, linear, partitioned, rms_norm
 
 # Keys and values of one layer's positions, of all layers', of one position, and of a cache, which
-# has the heads before the positions.
+# has the heads before the positions and each layer's apart.
 KeysValues = tuple[Float[Array, "B S H Dh"], Float[Array, "B S H Dh"]]
 TextKeysValues = tuple[Float[Array, "layers B L H Dh"], Float[Array, "layers B L H Dh"]]
 OneKeysValues = tuple[Float[Array, "B H Dh"], Float[Array, "B H Dh"]]
 LayerCache = tuple[Float[Array, "B H S Dh"], Float[Array, "B H S Dh"]]
-Cache = tuple[Float[Array, "layers B H S Dh"], Float[Array, "layers B H S Dh"]]
+Cache = tuple[LayerCache, ...]
 
 
 class JointAttention(nn.Module):
@@ -180,6 +181,12 @@ class JointTransformer(nn.Module):
     text_width: int
     run: Execution = Execution()
     pos_emb_std: float = 0.0
+
+    @property
+    def block_sizes(self) -> tuple[Any, ...]:
+        """What a `JointBlock` is made with."""
+        sizes = self.num_heads, self.head_dim, self.num_tokens, self.text_width
+        return *sizes, self.run, self.pos_emb_std
 
     def text_kv(self, features: Float[Array, "layers B L Dt"]) -> TextKeysValues:
         """Return keys and values of a prompt for all layers, the same at every sampling step."""

@@ -7,6 +7,7 @@ Axes: B batch, T sequence, H heads, Dh head width, D width. Kernels carry logica
 import dataclasses
 import functools
 import math
+import operator
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any, no_type_check
 
@@ -19,6 +20,9 @@ from jax.ad_checkpoint import checkpoint_name
 from jaxtyping import Array, Float, Float32, Num
 
 from instella_jax.models.attention import ATTENTION
+
+# A tree of arrays, or of their shapes.
+Params = Any
 
 NORM_EPSILON = 1e-6
 # Names of low-rank adapters beside a layer's kernel; see `lora`.
@@ -361,3 +365,9 @@ def repeat(
     each = {name: {**options, "in_axes": axes} for name, axes in (methods or {}).items()}
     block = recomputed(block, run)
     return nn.scan(block, methods=each or {"__call__": {**options, "in_axes": in_axes}})
+
+
+def apart(stacked: Params) -> tuple[Params, ...]:
+    """Return the parameters of each layer out of those of all, which `repeat` has as one."""
+    count = len(jax.tree.leaves(stacked)[0])
+    return tuple(jax.tree.map(operator.itemgetter(i), stacked) for i in range(count))

@@ -15,10 +15,7 @@ import jax.numpy as jnp
 from flax.traverse_util import flatten_dict, unflatten_dict
 from jaxtyping import Array, Float, Key
 
-from instella_jax.models.layers import LORA_A, LORA_B, partitioned, torch_uniform
-
-# A tree of arrays, or of their shapes.
-Params = Any
+from instella_jax.models.layers import LORA_A, LORA_B, Params, partitioned, torch_uniform
 
 
 @dataclasses.dataclass(frozen=True)

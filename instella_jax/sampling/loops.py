@@ -8,7 +8,6 @@ rows = 2B: B conditional ones, then B unconditional ones (the empty or a negativ
 prompts are blended, rows = 3B: B of each prompt, then the unconditional ones.
 """
 
-import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -25,13 +24,14 @@ from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.binary_diffusion import Scalar, Target
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import Params
+from instella_jax.models.layers import apart
 
 # Added to the number of a step for the noise on bits that are known; steps have other numbers.
 KNOWN = 2**16
 
-# Keys and values of the rows of text, and with those of the image.
+# Keys and values of the rows of text, and of each layer with those of the image.
 RowsKeysValues = tuple[Float[Array, "layers rows L H Dh"], Float[Array, "layers rows L H Dh"]]
-RowsCache = tuple[Float[Array, "layers rows H S Dh"], Float[Array, "layers rows H S Dh"]]
+RowsCache = tuple[tuple[Float[Array, "rows H S Dh"], Float[Array, "rows H S Dh"]], ...]
 
 
 def image_keys(seeds: Integer[Array, " B"]) -> Key[Array, " B"]:
@@ -99,6 +99,8 @@ def sample_diffusion(
     apply = _bound(network, params)
     if not isinstance(text, tuple):
         text = apply(text, method="text_kv")
+    # Out of the parameters of all layers as one each step would copy those of each.
+    layers = apart(params["blocks"]) if network.run.unroll else None
     shape = (network.num_tokens, network.bits)
     steps = jnp.asarray(steps, jnp.int32)
 
@@ -106,7 +108,7 @@ def sample_diffusion(
         t, t_next = (binary_diffusion.time_of_step(i, steps, rho) for i in (index, index + 1))
         rows = jnp.concatenate([z] * (text_mask.shape[0] // z.shape[0]))
         times = jnp.broadcast_to(t, rows.shape[:1])
-        output = apply(rows, times, text, text_mask)
+        output = apply(rows, times, text, text_mask, layers)
         flip = _two_rows(binary_diffusion.flip_logits(output, rows, target), z, blend)
         settings = (t, t_next, guidance, temperature, index + 1 == steps)
         if uniforms is None:
@@ -256,9 +258,7 @@ def continue_ar(
     Returns:
       cache, and codes, of the tokens before `last`.
     """
-    # Unrolled, XLA would copy every layer's slice of the stacked weights at once for each token.
-    network = network.clone(run=dataclasses.replace(network.run, unroll=False))
-    apply = _bound(network, params)
+    apply, layers = _bound(network, params), apart(params["blocks"])
 
     def step(
         index: Int[Array, ""], carry: tuple[Any, Float32[Array, "B N K"]]
@@ -267,7 +267,7 @@ def continue_ar(
         # At token 0 any: the network does not look at it.
         previous = jax.lax.dynamic_index_in_dim(code, index - 1, axis=1, keepdims=False)
         rows = jnp.concatenate([previous] * (text_mask.shape[0] // previous.shape[0]))
-        logits, cache = apply(rows, index, cache, text_mask, method="step")
+        logits, cache = apply(rows, index, cache, text_mask, layers, method="step")
         logits = _two_rows(logits, previous, blend)
         if uniforms is None:
             bits = binary_sampling.autoregressive_bits(

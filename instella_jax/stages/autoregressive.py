@@ -3,6 +3,7 @@
 Axes: B batch, N latent tokens, K bits, L text length, Dt text width.
 """
 
+import jax
 from jaxtyping import Array, Bool, Float, Key
 
 from instella_jax.config import Config
@@ -32,8 +33,14 @@ class AutoregressiveStage(GeneratorStage):
         train: bool,
     ) -> tuple[Float[Array, ""], Metrics]:
         """Return loss and accuracy (0 to 1) of each token's bits, given those before it."""
-        del key, train
-        logits = apply(self.network, params["generator"], code[:, :-1], text, mask)
+        seen, noise = code[:, :-1], self.config.loss.bit_noise
+        if train and noise:
+            rate_key, noise_key = jax.random.split(key)
+            rates = jax.random.uniform(rate_key, seen.shape[:1], maxval=noise)
+            seen = binary_diffusion.add_noise(
+                seen, rates, jax.random.uniform(noise_key, seen.shape)
+            )
+        logits = apply(self.network, params["generator"], seen, text, mask)
         return binary_diffusion.loss(logits, code), {
             "bit_accuracy": binary_diffusion.bit_accuracy(logits, code)
         }

@@ -2,7 +2,6 @@
 
 import collections
 import contextlib
-import errno
 import math
 import os
 from pathlib import Path
@@ -16,7 +15,7 @@ from instella_jax.checkpoints.manager import Checkpoints, Keep
 from instella_jax.config import Config
 from instella_jax.data import buckets
 from instella_jax.data.watch import DataWatch
-from instella_jax.errors import UserError
+from instella_jax.errors import UserError, disk_remedy
 from instella_jax.evaluation.heldout import evaluate
 from instella_jax.reporting.metrics import MetricsWriter
 from instella_jax.reporting.pictures import save_grid
@@ -71,11 +70,11 @@ def train(config: Config, workdir: str | os.PathLike[str]) -> dict[str, float]:
         with only_run(workdir), sharding.use(mesh):
             return _Run(config, Path(workdir), stage, mesh).run()
     except OSError as error:
-        if error.errno not in (errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+        if (remedy := disk_remedy(error)) is None:
             raise
         raise UserError(
-            f"workdir {workdir} cannot be written ({error.strerror}): make room there and run "
-            "the same command again, which goes on from the newest checkpoint"
+            f"workdir {workdir} cannot be written ({error.strerror}): {remedy} and run the same "
+            "command again, which goes on from the newest checkpoint"
         ) from error
 
 

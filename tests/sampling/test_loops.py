@@ -9,6 +9,7 @@ from flax import linen as nn
 from instella_jax.models import functional
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.models.layers import apart
 from instella_jax.runtime import sharding
 from instella_jax.sampling import loops
 from tests import uncached
@@ -212,8 +213,9 @@ def test_cache_gives_the_logits_of_the_whole_prefix():
     whole = forward(AR)(z[:, :-1], text, mask)
     cache = jax.jit(functools.partial(AR.apply, method="start_cache"))(variables, text)
     step = jax.jit(functools.partial(AR.apply, method="step"))
+    layers = apart(params(AR)["blocks"])
     for n in range(6):
-        logits, cache = step(variables, z[:, n - 1], n, cache, mask)
+        logits, cache = step(variables, z[:, n - 1], n, cache, mask, layers)
         np.testing.assert_allclose(logits, whole[:, n], rtol=1e-5, atol=1e-5)
 
 

@@ -250,6 +250,27 @@ def test_the_ar_loss_is_that_of_numpy_and_sees_only_what_came_before(ar):
     np.testing.assert_array_equal(given[-1]["mask"], rows["mask"])
 
 
+def test_the_bits_that_the_ar_network_sees_are_random_at_a_rate_of_each_image(ar):
+    stage, (rows, bits) = ar(caption_dropout=0.25, bit_noise=0.4), batch()
+    loss, _ = stage.loss(PARAMS, {}, rows, jax.random.key(3), STEP)
+    _, rest = jax.random.split(jax.random.key(3))
+    rate, noise = jax.random.split(rest)
+    rates = 0.4 * np.asarray(jax.random.uniform(rate, (ROWS,)), np.float64)[:, None, None]
+    seen, before = given[-1]["z"], bits[:, :-1]
+    uniforms = np.asarray(jax.random.uniform(noise, before.shape))
+    p = before * (1 - rates) + 0.5 * rates
+    decided = np.abs(uniforms - p) > 1e-6
+    assert decided.mean() > 0.999
+    np.testing.assert_array_equal((seen == 1)[decided], (uniforms < p)[decided])
+    # A tenth of the bits are others: half of the mean rate.
+    assert np.mean(seen != before) == pytest.approx(0.1, abs=0.01)
+    # What is asked for stays the clean code.
+    logits = 2 * np.concatenate([np.full((ROWS, 1, K), 0.3), seen], axis=1) - 1
+    assert float(loss) == pytest.approx(cross_entropy(logits, bits), rel=1e-5)
+    stage.evaluate(PARAMS, {}, rows, jax.random.key(3))
+    np.testing.assert_array_equal(given[-1]["z"], before)
+
+
 @pytest.mark.parametrize("kind", ["diffusion", "ar"])
 def test_block_i_sees_the_text_after_layer_i(kind, diffusion, ar):
     stage, (rows, _) = (diffusion if kind == "diffusion" else ar)(), batch()

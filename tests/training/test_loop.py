@@ -557,9 +557,25 @@ def test_a_disk_that_is_full_while_saving_costs_that_checkpoint_only(
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
 
 
-def test_a_disk_too_full_for_metrics_is_told_in_a_sentence(toy, config, tmp_path, monkeypatch):
-    monkeypatch.setattr(loop.MetricsWriter, "scalars", full)
-    with pytest.raises(UserError, match="cannot be written .No space left on device.: make room"):
+@pytest.mark.parametrize("what", ["metrics", "checkpoint"])
+@pytest.mark.parametrize(
+    ("number", "told"),
+    [
+        (errno.ENOSPC, "No space left on device.* make room and run"),
+        (errno.EROFS, "Read-only file system.* make the disk writable and run"),
+    ],
+)
+def test_a_disk_that_takes_nothing_more_is_told_in_a_sentence(
+    toy, config, tmp_path, monkeypatch, what, number, told
+):
+    def fail(*_, **__):
+        raise OSError(number, os.strerror(number))
+
+    if what == "metrics":
+        monkeypatch.setattr(loop.MetricsWriter, "scalars", fail)
+    else:
+        monkeypatch.setattr(manager, "write_manifest", fail)
+    with pytest.raises(UserError, match=f"cannot be written .*{told}"):
         loop.train(config, tmp_path)
 
 
