@@ -7,6 +7,7 @@ features, H heads, Dh head width, D = H * Dh.
 """
 
 from collections.abc import Sequence
+from typing import Any
 
 import flax.linen as nn
 import jax
@@ -174,13 +175,13 @@ class ArTransformer(JointTransformer):
         x = jnp.where(index == 0, self.split_token.astype(self.run.dtype), embedded)
         before = jnp.broadcast_to(jnp.arange(self.num_tokens) < index, (batch, self.num_tokens))
         visible = jnp.concatenate([text_mask.astype(bool), before], axis=1)
-        block, grown = Block(*self.block_sizes, parent=None), []
+        block: Any = Block(*self.block_sizes, parent=None)
+        grown = []
         for own, layer in zip(layers, cache, strict=True):
             x, new = block.apply({"params": own}, x, layer, index, visible, method="step")
-            grown.append(
-                tuple(
-                    jax.lax.dynamic_update_slice_in_dim(old, x[:, :, None], length + index, axis=2)
-                    for old, x in zip(layer, new, strict=True)
-                )
+            k, v = (
+                jax.lax.dynamic_update_slice_in_dim(old, here[:, :, None], length + index, axis=2)
+                for old, here in zip(layer, new, strict=True)
             )
+            grown.append((k, v))
         return self._logits(x), tuple(grown)

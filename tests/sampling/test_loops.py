@@ -9,7 +9,7 @@ from flax import linen as nn
 from instella_jax.models import functional
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
-from instella_jax.models.layers import apart
+from instella_jax.models.layers import Execution, apart
 from instella_jax.runtime import sharding
 from instella_jax.sampling import loops
 from tests import uncached
@@ -225,6 +225,53 @@ def test_cached_sampling_equals_uncached():
     bits = sample("ar", text, mask, SEEDS, uniforms=uniforms, guidance=3.0, temperature=0.8)
     whole = jax.jit(functools.partial(uncached.sample_ar, AR))
     np.testing.assert_array_equal(bits, whole(params(AR), text, mask, uniforms, 3.0, 0.8))
+
+
+UNROLLED = DIFFUSION.clone(run=Execution(unroll=True))
+
+
+def test_layers_apart_give_the_bits_of_layers_as_one():
+    text, mask = prompts(3)
+    one, other = (
+        loops.sample_diffusion(network, params(DIFFUSION), text, mask, loops.image_keys(SEEDS))
+        for network in (DIFFUSION, UNROLLED)
+    )
+    np.testing.assert_array_equal(one, other)
+
+
+def shapes_that_loops_read(function, *inputs):
+    """Shapes of what comes into every loop of a computation but those inside of others."""
+
+    def of(jaxpr):
+        for equation in jaxpr.eqns:
+            if equation.primitive.name == "while":
+                yield from (x.aval.shape for x in equation.invars)
+            elif "jaxpr" in equation.params:
+                inner = equation.params["jaxpr"]
+                yield from of(getattr(inner, "jaxpr", inner))
+
+    return set(of(jax.make_jaxpr(function)(*inputs).jaxpr))
+
+
+@pytest.mark.parametrize("name", ["scanned", "unrolled", "ar"])
+def test_no_loop_reads_the_weights_of_all_layers_as_one(name):
+    """Each of its steps would copy those of each layer; only a scan over the layers needs them."""
+    network = {"scanned": DIFFUSION, "unrolled": UNROLLED, "ar": AR}[name]
+    text, mask = prompts(3)
+    weights = params(AR if name == "ar" else DIFFUSION)
+    inputs = weights, text, mask, loops.image_keys(SEEDS)
+
+    def ar(weights, text, mask, keys, code, *part):
+        cache = loops.start_ar(AR, weights, text)
+        return loops.continue_ar(AR, weights, cache, mask, keys, code, *part)
+
+    if name == "ar":
+        read = shapes_that_loops_read(ar, *inputs, jnp.zeros((3, 6, 5)), 0, 6)
+    else:
+        read = shapes_that_loops_read(functools.partial(loops.sample_diffusion, network), *inputs)
+    mlp = weights["blocks"]["mlp"]["up"]["kernel"].shape
+    assert (mlp in read) == (name == "scanned")
+    assert (mlp[1:] in read) == (name != "scanned")
 
 
 @pytest.mark.slow
