@@ -200,7 +200,10 @@ def test_one_training_step_is_that_of_a_cpu(name, request):
 
 @pytest.mark.slow
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
-@pytest.mark.parametrize(("name", "right"), [("diffusion", 0.9), ("ar", 0.6)])
+@pytest.mark.parametrize(
+    ("name", "right"),
+    [("diffusion", 0.9), pytest.param("ar", 0.6, marks=pytest.mark.thorough)],
+)
 def test_the_shipped_weights_sample_what_was_asked_for_in_half_precision(name, right):
     config = importlib.import_module(f"configs.t2i_{name}").get_config()
     config = with_target_of_weights(config)

@@ -20,7 +20,7 @@ def test_every_row_changes_keys_of_the_demo():
             assert value != known[name]
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_gives_its_figures_and_a_failed_one_its_sentence(tmp_path):
     options = ("train.steps=0", "eval.batches=1", "eval.pictures=0")
     (point,) = learning_curve.run(options, tmp_path / "run")

@@ -78,7 +78,7 @@ def test_a_prompt_becomes_a_picture_and_the_next_one_another(tmp_path):
     np.testing.assert_array_equal(pixels(files[0]), np.asarray(wanted.images[0]))
 
 
-@pytest.mark.parametrize("model", ["demo", "demo_ar"])
+@pytest.mark.parametrize("model", ["demo", pytest.param("demo_ar", marks=pytest.mark.thorough)])
 def test_a_picture_is_repeated_exactly_from_itself(model):
     generate(PROMPT, "two dogs", "--count=3", "--batch-size=4", "--seed=8", f"--model={model}",
              "--guidance-scale=3", "--negative-prompt=a pizza", "--temperature=0.8")  # fmt: skip

@@ -210,7 +210,7 @@ def test_two_processes_make_the_batches_of_one(tmp_path):
         np.testing.assert_array_equal(whole["image"], joined)
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_worker_processes_keep_shapes_apart_and_resume(folder):
     config = settings("folder", folder[0])
     config.workers = 2

@@ -200,7 +200,7 @@ def test_a_killed_encoding_loses_and_repeats_nothing(tiny_tokenizer_folder, tmp_
     assert found == whole and len(CodeShards(out)) == 240
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_two_processes_encode_what_one_does(pictures, tiny_tokenizer_folder, tmp_path):
     alone = encode_dataset(str(tiny_tokenizer_folder), pictures[0], tmp_path / "one")
     command = ["data", "encode", tiny_tokenizer_folder, pictures[0], tmp_path / "two"]

@@ -145,6 +145,7 @@ def head_by_numpy(head, x):
     return x @ head["out"]["kernel"] + head["out"]["bias"]
 
 
+@pytest.mark.thorough
 def test_alignment_and_feature_distance_are_those_of_numpy(tiny_tokenizer_config, folder, vision):
     none = dict(weight=0.0)
     stage = make_stage(

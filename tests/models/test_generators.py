@@ -68,7 +68,10 @@ EACH = pytest.mark.parametrize("kind", [DiffusionTransformer, ArTransformer, Olm
 
 
 @pytest.mark.slow
-@EACH
+@pytest.mark.parametrize(
+    "kind",
+    [DiffusionTransformer, pytest.param(ArTransformer, marks=pytest.mark.thorough), Olmo],
+)
 def test_depth_and_remat_change_neither_result_nor_gradients(kind):
     grads, out = gradients(kind)
     assert np.isfinite(out).all()

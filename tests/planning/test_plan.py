@@ -92,7 +92,7 @@ def test_frozen_parameters_are_those_that_training_loads(tiny_diffusion_config):
     assert plan.parameter_count(shapes) == sum(x.size for x in jax.tree.leaves(loaded))
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_gradients_are_divided_like_the_parameters(tiny_tokenizer_config, monkeypatch):
     held, said = {}, []
 
@@ -162,7 +162,7 @@ def test_a_step_that_fits_is_planned_without_warning(tiny_tokenizer_config, once
     assert "(e) is estimated" in text
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_step_that_does_not_fit_names_what_would(tiny_tokenizer_config, once):
     # A plan measures "auto" as "blocks".
     config = edit(

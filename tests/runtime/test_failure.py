@@ -78,7 +78,8 @@ def test_what_one_cannot_write_ends_the_other_too(tmp_path):
     assert sentence(second) == f"error: process 0 of this run ended: {told}"
 
 
-@pytest.mark.parametrize("killed", [1, pytest.param(0, marks=pytest.mark.thorough)])
+@pytest.mark.thorough
+@pytest.mark.parametrize("killed", [0, 1])
 def test_where_one_is_killed_the_other_ends(tmp_path, killed):
     started = start(tmp_path, 2, "--config.train.steps=100000", "--config.train.save_every=0")
     try:

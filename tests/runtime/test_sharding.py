@@ -118,8 +118,9 @@ def on_one_device(config, known):
     ("config", "name"),
     [
         *itertools.product(["tokenizer"], ["data", "mixed", "slices"]),
-        *itertools.product(["diffusion", "ar"], ["mixed"]),
-        ("tokenizer by muon", "mixed"),
+        ("diffusion", "mixed"),
+        pytest.param("ar", "mixed", marks=pytest.mark.thorough),
+        pytest.param("tokenizer by muon", "mixed", marks=pytest.mark.thorough),
         pytest.param("tokenizer", "fsdp", marks=pytest.mark.thorough),
         pytest.param("tokenizer", "tensor", marks=pytest.mark.thorough),
         pytest.param("diffusion", "data", marks=pytest.mark.thorough),

@@ -135,6 +135,7 @@ def test_a_second_run_on_a_workdir_is_refused_in_a_sentence(tmp_path):
         finish(process)
 
 
+@pytest.mark.thorough
 def test_a_save_without_room_keeps_the_last_one_and_goes_on_later(undisturbed, tmp_path):
     workdir = tmp_path / "run"
     # As a run leaves it that was killed between two saves.
@@ -150,6 +151,7 @@ def test_a_save_without_room_keeps_the_last_one_and_goes_on_later(undisturbed, t
     assert_like(workdir, undisturbed)
 
 
+@pytest.mark.thorough
 def test_a_disk_too_full_for_metrics_is_told_in_a_sentence(tmp_path):
     status, out, err = run(tmp_path, "--config.train.save_every=0", largest_file=8)
     assert status == 2 and one_sentence(err), err
@@ -157,6 +159,7 @@ def test_a_disk_too_full_for_metrics_is_told_in_a_sentence(tmp_path):
     assert last_step(tmp_path) >= 1 and f"step {STEPS}/" not in out
 
 
+@pytest.mark.thorough
 def test_a_run_that_diverges_ends_after_some_skipped_steps(tmp_path):
     options = ("learning_rate=1e38", "warmup_steps=0")
     options = [f"--config.optimizer.{option}" for option in options]

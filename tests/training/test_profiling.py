@@ -7,7 +7,7 @@ from instella_jax.training.loop import train
 from instella_jax.training.profiling import StepTrace
 
 
-@pytest.mark.slow
+@pytest.mark.thorough
 def test_a_run_leaves_a_trace_of_the_steps_asked_for(tiny_tokenizer_config, tmp_path, capsys):
     config = tiny_tokenizer_config
     config.profile = 3

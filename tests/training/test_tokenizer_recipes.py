@@ -28,14 +28,8 @@ def pictures(tmp_path):
     return folder
 
 
-@pytest.mark.parametrize(
-    "recipe",
-    [
-        "stage2",
-        pytest.param("finetune", marks=pytest.mark.thorough),
-        pytest.param("finetune_decoder", marks=pytest.mark.thorough),
-    ],
-)
+@pytest.mark.thorough
+@pytest.mark.parametrize("recipe", ["stage2", "finetune", "finetune_decoder"])
 def test_a_recipe_goes_on_from_a_model(
     recipe, pictures, tiny_tokenizer_folder, tmp_path, monkeypatch
 ):
