@@ -202,7 +202,7 @@ def test_one_training_step_is_that_of_a_cpu(name, request):
 @pytest.mark.filterwarnings("ignore:The Pallas Triton backend is deprecated:DeprecationWarning")
 @pytest.mark.parametrize(
     ("name", "right"),
-    [("diffusion", 0.9), pytest.param("ar", 0.6, marks=pytest.mark.thorough)],
+    [("diffusion", 0.9), pytest.param("ar", 0.85, marks=pytest.mark.thorough)],
 )
 def test_the_shipped_weights_sample_what_was_asked_for_in_half_precision(name, right):
     config = importlib.import_module(f"configs.t2i_{name}").get_config()
@@ -213,5 +213,5 @@ def test_the_shipped_weights_sample_what_was_asked_for_in_half_precision(name, r
     config.mesh.data = len(jax.devices())
     sampler, _ = load_sampler(config, None)
     found = prompts_report(sampler, config, 16).sampled
-    # All 64 prompts in float32: 0.97 and 0.83.
+    # All 64 prompts in float32: 0.97 and 0.95.
     assert found["objects"] >= right, found
