@@ -40,12 +40,14 @@ class Recomputing(DiffusionTransformer):
         """Pass the features on."""
         return (features,)
 
-    def __call__(self, z: jax.Array, t: jax.Array, text: Any, text_mask: jax.Array) -> jax.Array:
-        """Predict as the class above."""
+    def __call__(
+        self, z: jax.Array, t: jax.Array, text: Any, text_mask: jax.Array, layers: None = None
+    ) -> jax.Array:
+        """Predict as the class above, the depth scanned."""
         (features,) = text
         # Without this XLA would move the computation out of the sampler's loop.
         features = jnp.where(t[0] >= 0, features, 0.0)
-        return super().__call__(z, t, features, text_mask)
+        return super().__call__(z, t, features, text_mask, layers)
 
 
 def prompts(size: dict[str, int], batch: int, length: int) -> tuple[jax.Array, jax.Array]:
