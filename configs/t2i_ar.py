@@ -17,7 +17,7 @@ def get_config(variant: str = "") -> ConfigDict:
     """Return the config of a variant: "" (demo) or one of `config.VARIANTS`."""
     c = base("ar", variant)
     c.update(generator(variant))
-    # How often a caption is dropped for guidance, and how much of what it sees is random.
+    # How often a caption is dropped, for guidance, and how much of the earlier bits is random.
     c.loss = dict(caption_dropout=0.1, bit_noise=0.0)
     if not variant:
         c.train.update(steps=2_300, eval_every=460, save_every=230, image_every=460)

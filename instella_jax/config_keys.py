@@ -240,8 +240,8 @@ KEYS: dict[str, Key] = {
     "loss.freeze_encoder": switch("train decoder and bit vectors only, on the codes that are"),
     "loss.caption_dropout": share("how often a caption is dropped, for guidance"),
     "loss.bit_noise": share(
-        "in training each bit of earlier tokens is replaced by a random one at a rate that is "
-        "drawn for each image, from 0 to this"
+        "training replaces bits of earlier tokens by random ones, at a rate drawn uniformly from 0 "
+        "to this for each image"
     ),
     "loss.target": choice(
         "what the network is asked: is the bit flipped, or the clean bit", "epsilon", "x"

@@ -19,7 +19,7 @@ PARTS = {
     # The text encoder learns together with a diffusion generator.
     "text": ["--config=configs/t2i_diffusion.py", "--config.text.trainable=True"],
     "diffusion": ["--config=configs/t2i_diffusion.py"],
-    "ar": ["--config=configs/t2i_ar.py"],
+    "ar": ["--config=configs/t2i_ar.py", "--config.loss.bit_noise=0.3"],
 }
 MINUTES = {"tokenizer": 90.0, "text": 120.0, "diffusion": 40.0, "ar": 15.0}
 PROBE, MULTIPLE = 400, 200  # steps

@@ -145,8 +145,8 @@ class ArTransformer(JointTransformer):
         k, v = text if isinstance(text, tuple) else self.text_kv(text)
         room = ((0, 0), (0, 0), (0, self.num_tokens), (0, 0))
         return tuple(
-            (jnp.pad(k.swapaxes(1, 2), room), jnp.pad(v.swapaxes(1, 2), room))
-            for k, v in zip(k, v, strict=True)
+            (jnp.pad(keys.swapaxes(1, 2), room), jnp.pad(values.swapaxes(1, 2), room))
+            for keys, values in zip(k, v, strict=True)
         )
 
     def step(
@@ -164,8 +164,8 @@ class ArTransformer(JointTransformer):
           index: which token.
           cache: from `start_cache` or the previous step.
           text_mask: non-zero at real tokens.
-          layers: the parameters of each block, of `layers.apart`. In a loop over the tokens they
-            are to be made before it: out of those of all blocks each step would copy them.
+          layers: the parameters of each block, from `layers.unstack`. A loop over the tokens should
+            unstack them before it starts, or every step copies them.
 
         Returns:
           logits of the bits of token `index`, and the cache for the next one.

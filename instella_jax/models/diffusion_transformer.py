@@ -114,8 +114,9 @@ class DiffusionTransformer(JointTransformer):
           text: features, or the keys and values that `text_kv` made of them.
           text_mask: non-zero at real tokens. Where a row has none (the empty prompt),
             that image attends to itself alone.
-          layers: the parameters of each block, of `layers.apart`, made before a loop that calls
-            this often; `text` are keys and values then. None for those of all blocks as one.
+          layers: the parameters of each block, from `layers.unstack`, with which `text` must be
+            keys and values: for loops, whose every step would copy slices of the stacked ones. None
+            for the stacked ones.
 
         Returns:
           how much more likely than not each bit of z is flipped.

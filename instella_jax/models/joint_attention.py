@@ -16,7 +16,7 @@ from instella_jax.models.attention import attend
 from instella_jax.models.layers import Execution, linear, partitioned, rms_norm
 
 # Keys and values of one layer's positions, of all layers', of one position, and of a cache, which
-# has the heads before the positions and each layer's apart.
+# has the heads before the positions, a pair for each layer.
 KeysValues = tuple[Float[Array, "B S H Dh"], Float[Array, "B S H Dh"]]
 TextKeysValues = tuple[Float[Array, "layers B L H Dh"], Float[Array, "layers B L H Dh"]]
 OneKeysValues = tuple[Float[Array, "B H Dh"], Float[Array, "B H Dh"]]

@@ -367,7 +367,7 @@ def repeat(
     return nn.scan(block, methods=each or {"__call__": {**options, "in_axes": in_axes}})
 
 
-def apart(stacked: Params) -> tuple[Params, ...]:
-    """Return the parameters of each layer out of those of all, which `repeat` has as one."""
+def unstack(stacked: Params) -> tuple[Params, ...]:
+    """Return the parameters of each layer, which `repeat` stacks along the first axis."""
     count = len(jax.tree.leaves(stacked)[0])
     return tuple(jax.tree.map(operator.itemgetter(i), stacked) for i in range(count))

@@ -24,7 +24,7 @@ from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.binary_diffusion import Scalar, Target
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import Params
-from instella_jax.models.layers import apart
+from instella_jax.models.layers import unstack
 
 # Added to the number of a step for the noise on bits that are known; steps have other numbers.
 KNOWN = 2**16
@@ -99,8 +99,8 @@ def sample_diffusion(
     apply = _bound(network, params)
     if not isinstance(text, tuple):
         text = apply(text, method="text_kv")
-    # Out of the parameters of all layers as one each step would copy those of each.
-    layers = apart(params["blocks"]) if network.run.unroll else None
+    # Before the loop: every step would copy slices of the stacked parameters.
+    layers = unstack(params["blocks"]) if network.run.unroll else None
     shape = (network.num_tokens, network.bits)
     steps = jnp.asarray(steps, jnp.int32)
 
@@ -258,7 +258,7 @@ def continue_ar(
     Returns:
       cache, and codes, of the tokens before `last`.
     """
-    apply, layers = _bound(network, params), apart(params["blocks"])
+    apply, layers = _bound(network, params), unstack(params["blocks"])
 
     def step(
         index: Int[Array, ""], carry: tuple[Any, Float32[Array, "B N K"]]

@@ -13,7 +13,7 @@ from instella_jax.models import lora
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
 from instella_jax.models.functional import abstract_params, apply, init_params
-from instella_jax.models.layers import Execution, apart
+from instella_jax.models.layers import Execution, unstack
 from instella_jax.runtime import sharding
 from instella_jax.weights import convert, lora_files
 
@@ -101,7 +101,7 @@ def test_the_sampler_of_one_position_applies_them_too():
     applied = lora.adapt(params, random_like(fresh, 1), made.scale)
     z, text, mask = inputs(network)
     cache = apply(network, applied, text, method="start_cache")
-    layers = apart(applied["blocks"])
+    layers = unstack(applied["blocks"])
     step = jax.jit(lambda *given: apply(network, applied, *given, mask, layers, method="step"))
     previous = jnp.zeros((3, 8))
     for index, wanted in enumerate(output(network, applied).swapaxes(0, 1)):

@@ -9,7 +9,7 @@ from flax import linen as nn
 from instella_jax.models import functional
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.diffusion_transformer import DiffusionTransformer
-from instella_jax.models.layers import Execution, apart
+from instella_jax.models.layers import Execution, unstack
 from instella_jax.runtime import sharding
 from instella_jax.sampling import loops
 from tests import uncached
@@ -213,7 +213,7 @@ def test_cache_gives_the_logits_of_the_whole_prefix():
     whole = forward(AR)(z[:, :-1], text, mask)
     cache = jax.jit(functools.partial(AR.apply, method="start_cache"))(variables, text)
     step = jax.jit(functools.partial(AR.apply, method="step"))
-    layers = apart(params(AR)["blocks"])
+    layers = unstack(params(AR)["blocks"])
     for n in range(6):
         logits, cache = step(variables, z[:, n - 1], n, cache, mask, layers)
         np.testing.assert_allclose(logits, whole[:, n], rtol=1e-5, atol=1e-5)
@@ -230,7 +230,7 @@ def test_cached_sampling_equals_uncached():
 UNROLLED = DIFFUSION.clone(run=Execution(unroll=True))
 
 
-def test_layers_apart_give_the_bits_of_layers_as_one():
+def test_unstacked_layers_give_the_bits_of_stacked_ones():
     text, mask = prompts(3)
     one, other = (
         loops.sample_diffusion(network, params(DIFFUSION), text, mask, loops.image_keys(SEEDS))
@@ -254,8 +254,8 @@ def shapes_that_loops_read(function, *inputs):
 
 
 @pytest.mark.parametrize("name", ["scanned", "unrolled", "ar"])
-def test_no_loop_reads_the_weights_of_all_layers_as_one(name):
-    """Each of its steps would copy those of each layer; only a scan over the layers needs them."""
+def test_no_loop_reads_stacked_weights(name):
+    """Every step would copy a slice for each layer; only a scan over the layers needs them."""
     network = {"scanned": DIFFUSION, "unrolled": UNROLLED, "ar": AR}[name]
     text, mask = prompts(3)
     weights = params(AR if name == "ar" else DIFFUSION)
