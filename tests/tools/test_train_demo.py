@@ -3,7 +3,9 @@ import subprocess
 import sys
 
 import pytest
+from flax.traverse_util import flatten_dict
 
+from instella_jax.commands.config_file import find_config, load_config
 from tests.paths import ROOT
 from tools import train_demo
 
@@ -29,3 +31,12 @@ def test_nonsense_is_refused(given, tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
     assert done.returncode == 2 and repr(given) in done.stderr
     assert not (tmp_path / "out").exists()
+
+
+@pytest.mark.parametrize("part", train_demo.PARTS)
+def test_every_part_sets_keys_that_its_config_has(part, tmp_path):
+    _, _, _, file, *settings = train_demo.arguments(part, tmp_path, 400)
+    config = load_config(find_config(file.removeprefix("--config=")))
+    known = flatten_dict(config.to_dict(), sep=".")
+    keys = [text.split("=")[0].removeprefix("--config.") for text in settings]
+    assert set(keys) - {"--workdir"} <= set(known) and "train.steps" in keys
