@@ -17,7 +17,7 @@ from instella_jax.stages.parameters import load_frozen, load_trained, with_targe
 FIGURES = {
     "tokenizer": (configs.tokenizer, {"psnr": (33.9, 0.5)}),
     "diffusion": (configs.t2i_diffusion, {"loss": (0.082, 0.015), "bit_accuracy": (0.967, 0.008)}),
-    "ar": (configs.t2i_ar, {"loss": (0.107, 0.015), "bit_accuracy": (0.952, 0.008)}),
+    "ar": (configs.t2i_ar, {"loss": (0.107, 0.004), "bit_accuracy": (0.952, 0.003)}),
 }
 
 
