@@ -15,6 +15,7 @@ from collections.abc import Callable
 from typing import Any
 
 import jax
+import jax.numpy as jnp
 import optax
 from absl import app, flags
 from ml_collections import config_flags
@@ -74,7 +75,8 @@ def measure(config: Config, repeats: int) -> tuple[float, dict[str, float]]:
         features = jax.jit(stage.text_features)(params, frozen, ids, mask)
 
         def generator(params: Any, features: Any) -> Any:
-            return stage.code_metrics(params, code, features, mask, key, True)[0]
+            of_each = jnp.repeat(mask, stage.draws, axis=0)
+            return stage.code_metrics(params, code, features, of_each, key, True)[0]
 
         def text(params: Any) -> Any:
             return stage.text_features(params, frozen, ids, mask)

@@ -67,8 +67,10 @@ def base(stage: str, variant: str) -> Config:
                 eps=1e-8,
                 weight_decay=0.0,
                 clip=1.0,
-                # The peak of its own learning rate, which follows the same schedule.
-                muon=dict(learning_rate=0.02, momentum=0.95),
+                # The peak of its own learning rate, which follows the same schedule; steps of the
+                # Newton-Schulz iteration that makes its updates orthogonal; layers that are left
+                # to AdamW, by name.
+                muon=dict(learning_rate=0.02, momentum=0.95, ns_steps=5, exclude=()),
             ),
             train=dict(
                 steps=100_000,

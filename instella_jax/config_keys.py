@@ -112,6 +112,8 @@ KEYS: dict[str, Key] = {
     ),
     "optimizer.muon.learning_rate": real("peak of Muon's own rate, on the same schedule", 0),
     "optimizer.muon.momentum": share("decay of Muon's momentum", below=True),
+    "optimizer.muon.ns_steps": whole("Newton-Schulz steps of an update; fewer are cheaper", 1),
+    "optimizer.muon.exclude": Key("layers whose kernels are left to AdamW", str, many=True),
     "optimizer.learning_rate": real("peak of the schedule", 0),
     "optimizer.warmup_steps": whole("steps in which the rate rises from 0 to the peak", 0),
     "optimizer.schedule": choice("of the rate after that", "constant", "cosine"),

@@ -20,7 +20,9 @@ logger = logging.getLogger(__name__)
 RENAMED: dict[str, str | None] = {"loss.code_weight": "loss.code.weight"}
 
 # What runs did before there was a key for it.
-_MEANT: dict[str, Any] = {"optimizer.kind": "adamw"}
+_MEANT: dict[str, Any] = {
+    "optimizer.kind": "adamw", "optimizer.muon.ns_steps": 5, "optimizer.muon.exclude": (),
+}  # fmt: skip
 _TERM = {"weight": 0.0, "start": 0, "warmup": 0}
 _TOKENIZER = {
     "loss": {

@@ -32,7 +32,7 @@ NONSENSE = {
     "data.shards.heldout": (1.5, 0.6, 0.0), "data.codes.heldout": (0.7, 0.0),
     "data.folder.flip": (1.5,), "data.shards.flip": (2.0,), "data.folder.min_keep": (0.0, 1.2),
     "data.shards.min_keep": (0.0, 1.2), "optimizer.b1": (1.5, 1.0), "optimizer.b2": (1.0, 2.0),
-    "optimizer.eps": (0.0,), "optimizer.muon.momentum": (1.0,),
+    "optimizer.eps": (0.0,), "optimizer.muon.momentum": (1.0,), "optimizer.muon.ns_steps": (0,),
     "optimizer.final_fraction": (1.5,), "train.ema_decay": (1.0, 1.5), "train.batch_size": (0,),
     "train.accumulate": (0,), "train.steps_per_call": (0,), "train.log_every": (0,),
     "train.keep": (0,), "train.max_skipped": (0,), "eval.batch_size": (0,), "eval.batches": (0,),

@@ -21,6 +21,8 @@ PARTS = {
     "diffusion": ["--config=configs/t2i_diffusion.py"],
     "ar": ["--config=configs/t2i_ar.py", "--config.loss.bit_noise=0.3"],
 }
+# For runs longer than those of the configs, which are made for five minutes.
+LONGER = ["--config.train.ema_decay=0.998", "--config.optimizer.muon.ns_steps=5"]
 MINUTES = {"tokenizer": 90.0, "text": 120.0, "diffusion": 40.0, "ar": 15.0}
 PROBE, MULTIPLE = 400, 200  # steps
 
@@ -33,6 +35,7 @@ def arguments(part: str, out: Path, steps: int) -> list[str]:
         *(f"--config.train.{name}_every={MULTIPLE}" for name in ("eval", "save", "image")),
     ]  # fmt: skip
     if part != "tokenizer":
+        command += LONGER
         command.append(f"--config.tokenizer={out / 'tokenizer/model'}")
     if part in ("diffusion", "ar"):
         command.append(f"--config.text.encoder={out / 'text/model'}")

@@ -67,7 +67,7 @@ class Request:
       steps: of the diffusion sampler.
       guidance_scale: diffusers' w; None for the model's own.
       temperature: of the guided logits; None for the model's own.
-      rho: exponent of the diffusion sampler's times.
+      rho: exponent of the diffusion sampler's times; None for the model's own.
       protocol: how its bits are sampled between steps.
     """
 
@@ -81,7 +81,7 @@ class Request:
     steps: int = 20
     guidance_scale: float | None = None
     temperature: float | None = None
-    rho: float = 1.0
+    rho: float | None = None
     protocol: int = 1
 
     def check(self, limits: Limits, names: Mapping[str, str] | None = None) -> None:

@@ -117,7 +117,7 @@ class Studio:
             steps=request.steps,
             guidance_scale=float(pipe.guidance_scale if guidance is None else guidance),
             temperature=float(pipe.temperature if temperature is None else temperature),
-            rho=float(request.rho),
+            rho=float(pipe.rho if request.rho is None else request.rho),
             protocol=request.protocol,
         )
 

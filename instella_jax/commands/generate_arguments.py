@@ -81,7 +81,9 @@ def _add_settings(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--temperature", type=float, help="0 takes the likelier bit (default: the model's own)"
     )
-    parser.add_argument("--rho", type=float, help="exponent of the sampler's times (1)")
+    parser.add_argument(
+        "--rho", type=float, help="exponent of the sampler's times (default: the model's own)"
+    )
     parser.add_argument("--protocol", type=int, choices=(1, 2), help="how bits are sampled (1)")
     parser.add_argument("--height", type=int, metavar="PIXELS", help="default: as it was trained")
     parser.add_argument("--width", type=int, metavar="PIXELS", help="likewise")

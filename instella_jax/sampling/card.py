@@ -39,7 +39,7 @@ image = pipe("{prompt}").images[0]
 {parts}
 
 Prompts have at most {max_length} tokens. Sampled by default with guidance_scale {scale:g} (the
-published guidance g is {guidance:g}) and temperature {temperature:g}. {words}
+published guidance g is {guidance:g}), temperature {temperature:g}{rho}. {words}
 
 ## Results
 
@@ -94,6 +94,7 @@ def model_card(sampler: Sampler, description: Mapping[str, Any]) -> str:
         scale=1 + sampling["guidance"],
         guidance=sampling["guidance"],
         temperature=sampling["temperature"],
+        rho=f" and rho {sampling['rho']:g}" if "rho" in sampling else "",
         words=known if words else "",
         results=_results(description.get("results", {})),
     )

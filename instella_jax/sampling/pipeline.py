@@ -68,6 +68,7 @@ class InstellaPipeline:
       weights: which weights they have.
       guidance_scale: the model's own, used where a call names none.
       temperature: likewise.
+      rho: likewise; 1 where the sampler has none.
       results: measured figures by name, for the model card.
     """
 
@@ -77,6 +78,7 @@ class InstellaPipeline:
         self.weights: Weights = model.weights
         self.guidance_scale = 1.0 + model.sampling["guidance"]
         self.temperature = model.sampling["temperature"]
+        self.rho = model.sampling.get("rho", 1.0)
         self.results = dict(model.results)
         self._compiled: set[tuple[Any, ...]] = set()
         # What there was before adapters, where there are any.
@@ -140,7 +142,7 @@ class InstellaPipeline:
         width: int | None = None,
         seed: int | Sequence[int] = 0,
         temperature: float | None = None,
-        rho: float = 1.0,
+        rho: float | None = None,
         protocol: int = 1,
         output_type: OutputType = "pil",
         callback_on_step_end: Callback | None = None,
@@ -162,7 +164,7 @@ class InstellaPipeline:
           seed: picture j of a prompt has seed + j; or a list, with one for each prompt or one for
             each picture.
           temperature: of the guided logits; 0 takes the likelier bit. None for the model's own.
-          rho: exponent of the diffusion sampler's times.
+          rho: exponent of the diffusion sampler's times. None for the model's own.
           protocol: how its bits are sampled between steps, 1 or 2 (the posterior).
           output_type: "pil", "np" or "codes", see `PipelineOutput`.
           callback_on_step_end: called after each step as callback(pipe, step, total, values), with
@@ -217,6 +219,7 @@ class InstellaPipeline:
         *,
         guidance_scale: float | None = None,
         temperature: float | None = None,
+        rho: float | None = None,
         num_inference_steps: int = 20,
         num_images_per_prompt: int = 1,
         height: int | None = None,
@@ -243,6 +246,7 @@ class InstellaPipeline:
         return Options(
             guidance=max(0.0, float(scale) - 1.0),
             temperature=self.temperature if temperature is None else temperature,
+            rho=self.rho if rho is None else rho,
             steps=num_inference_steps,
             images_per_prompt=num_images_per_prompt,
             height=height or 0,
@@ -312,6 +316,8 @@ class InstellaPipeline:
         """
         found = self.results if results is None else dict(results)
         sampling = {"guidance": self.guidance_scale - 1.0, "temperature": self.temperature}
+        if self.kind == "diffusion":
+            sampling["rho"] = self.rho
         save_model(Pretrained(self.sampler, self.weights, sampling, found), Path(folder))
 
     @value_errors()

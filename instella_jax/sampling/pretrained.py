@@ -23,9 +23,9 @@ from instella_jax.weights.tensor_files import read_json_file
 
 INDEX = "model_index.json"
 DEMOS = {"demo": "demo_diffusion", "demo_ar": "demo_ar"}
-# Guidance g and temperature of the published systems, for folders that do not say.
+# How the published systems sample, for folders that do not say.
 PUBLISHED = {
-    "diffusion": {"guidance": 7.5, "temperature": 1.0},
+    "diffusion": {"guidance": 7.5, "temperature": 1.0, "rho": 1.0},
     "ar": {"guidance": 9.0, "temperature": 0.5},
 }
 
@@ -37,7 +37,7 @@ class Pretrained:
     Attributes:
       sampler: the sampler.
       weights: which weights it has.
-      sampling: the model's own guidance (g) and temperature.
+      sampling: the model's own guidance (g) and temperature, and rho of a diffusion sampler.
       results: measured figures by name, for its card.
     """
 
@@ -155,7 +155,7 @@ def _open_run(workdir: Path, config: dict[str, Any], run: Execution) -> Pretrain
     own.run.update(dtype=run.dtype, param_dtype=run.param_dtype)
     own.mesh.update(dcn_data=1, data=-1, fsdp=1, tensor=1)
     sampler, weights = load_sampler(own, workdir)
-    sampling = {name: own.sample[name] for name in ("guidance", "temperature")}
+    sampling = {name: own.sample[name] for name in PUBLISHED[own.stage]}
     return Pretrained(sampler, weights, sampling, {})
 
 

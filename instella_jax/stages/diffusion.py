@@ -21,6 +21,7 @@ class DiffusionStage(GeneratorStage):
     """The diffusion generator with its text encoder; see `stages.Stage`."""
 
     kind = "diffusion"
+    sampling_settings = ("guidance", "temperature", "rho")
 
     def __init__(self, config: Config):
         """Build the networks of a config whose stage is "diffusion"."""

@@ -38,6 +38,8 @@ class GeneratorStage(abc.ABC):
     """
 
     kind: str
+    # Which of the settings of `sample` a model folder keeps as the model's own.
+    sampling_settings: tuple[str, ...] = ("guidance", "temperature")
 
     def __init__(self, config: Config, network: type):
         """Build the networks.
@@ -299,6 +301,6 @@ class GeneratorStage(abc.ABC):
                 "max_length": self.config.text.max_length,
             },
             **self.describe_process(),
-            "sampling": {name: self.config.sample[name] for name in ("guidance", "temperature")},
+            "sampling": {name: self.config.sample[name] for name in self.sampling_settings},
             "image_size": self.config.data.image_size,
         }

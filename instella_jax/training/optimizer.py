@@ -8,6 +8,7 @@ import optax
 from optax import contrib
 
 from instella_jax.config import Config
+from instella_jax.errors import UserError
 from instella_jax.runtime.sharding import share_layers
 
 
@@ -49,7 +50,8 @@ def make_optimizer(
     `clip` is not 0.
 
     "adamw" treats all parameters alike. "muon" takes the kernels of the stacked blocks, whose
-    momentum it orthogonalises layer by layer, and leaves the rest to AdamW.
+    momentum it orthogonalises layer by layer, and leaves the rest to AdamW, as well as the layers
+    named in `muon.exclude`.
 
     Args:
       config: the `optimizer` section.
@@ -68,7 +70,8 @@ def make_optimizer(
     if config.kind == "adamw":
         return optax.chain(clip, _adamw(config, steps))
     kinds: dict[Any, Any] = {"muon": _muon(config, steps), "adamw": _adamw(config, steps)}
-    return optax.chain(clip, optax.partition(kinds, _kind_of_each))
+    exclude = frozenset(config.muon.exclude)
+    return optax.chain(clip, optax.partition(kinds, lambda tree: _kind_of_each(tree, exclude)))
 
 
 def _adamw(config: Config, steps: int) -> optax.GradientTransformation:
@@ -87,19 +90,26 @@ def _muon(config: Config, steps: int) -> optax.GradientTransformation:
     Updates are scaled by sqrt(max(1, fan_out / fan_in)), so that one learning rate serves several
     widths.
     """
+
+    def orthogonalise(updates: Any) -> Any:
+        return _orthogonalise(updates, config.muon.ns_steps)
+
     return optax.chain(
         optax.trace(config.muon.momentum, nesterov=True),
-        optax.stateless(lambda updates, _: share_layers(_orthogonalise, updates)),
+        optax.stateless(lambda updates, _: share_layers(orthogonalise, updates)),
         optax.stateless(lambda updates, _: jax.tree.map(_scale_for_width, updates)),
         optax.add_decayed_weights(config.weight_decay),
         optax.scale_by_learning_rate(make_schedule(config, steps, config.muon.learning_rate)),
     )
 
 
-def _orthogonalise(tree: Any) -> Any:
+def _orthogonalise(tree: Any, ns_steps: int) -> Any:
     # Without a momentum of its own, since each device of a mesh sees its layers alone.
     muon = contrib.scale_by_muon(
-        beta=0.0, nesterov=False, weight_dimension_numbers=_stacked_matrices
+        ns_steps=ns_steps,
+        beta=0.0,
+        nesterov=False,
+        weight_dimension_numbers=_stacked_matrices,
     )
     orthogonal, _ = muon.update(tree, muon.init(tree))
     return orthogonal
@@ -115,11 +125,30 @@ def _stacked_matrices(tree: Any) -> Any:
     return jax.tree.map(lambda _: contrib.MuonDimensionNumbers((1,), (2,)), tree)
 
 
-def _kind_of_each(params: Any) -> Any:
-    """Return "muon" or "adamw" for each parameter, with its logical axes or without."""
+def _kind_of_each(params: Any, exclude: frozenset[str]) -> Any:
+    """Return "muon" or "adamw" for each parameter, with its logical axes or without.
+
+    Args:
+      params: the parameters, or their shapes.
+      exclude: layers whose kernels are not Muon's.
+
+    Raises:
+      UserError: one of these is no layer whose kernels would be.
+    """
+    layers: set[str] = set()
 
     def kind(path: tuple[Any, ...], leaf: Any) -> str:
-        is_kernel = any(getattr(key, "key", None) == "kernel" for key in path)
-        return "muon" if is_kernel and leaf.ndim == 3 else "adamw"
+        names = {key.key for key in path if isinstance(key, jax.tree_util.DictKey)}
+        if "kernel" not in names or leaf.ndim != 3:
+            return "adamw"
+        layers.update(names)
+        return "adamw" if names & exclude else "muon"
 
-    return jax.tree_util.tree_map_with_path(kind, params)
+    kinds = jax.tree_util.tree_map_with_path(kind, params)
+    if layers and not exclude <= layers:
+        wrong, right = sorted(exclude - layers), sorted(layers - {"kernel"})
+        raise UserError(
+            f"optimizer.muon.exclude has {', '.join(wrong)}, which Muon does not train here: "
+            f"expected some of {', '.join(right)}"
+        )
+    return kinds

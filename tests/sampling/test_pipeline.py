@@ -4,6 +4,7 @@ import json
 import logging
 import re
 import shutil
+import sys
 
 import huggingface_hub
 import jax.numpy as jnp
@@ -13,9 +14,10 @@ from huggingface_hub import constants
 from safetensors import safe_open
 
 import instella_jax
-from instella_jax import InstellaPipeline
+from instella_jax import InstellaPipeline, cli
 from instella_jax.runtime.digest import digest
 from instella_jax.sampling.options import Options
+from instella_jax.sampling.records import read_record
 from instella_jax.sampling.sampler import Sampler
 from instella_jax.weights.model_folder import ASSETS
 from tools import make_random_published
@@ -156,6 +158,30 @@ def test_a_saved_model_gives_the_same_pictures(pipes, saved):
     assert all(np.array_equal(a, b) for a, b in zip(found.images, wanted.images, strict=True))
     with pytest.raises(ValueError, match="is there already"):
         pipe.save_pretrained(saved)
+
+
+def test_a_folder_says_how_times_are_spread(pipes, saved, tmp_path, monkeypatch):
+    """A model's own exponent of times is used where a call, a command or a saved copy has none."""
+    other = shutil.copytree(saved, tmp_path / "other")
+    path = other / "generator" / "config.json"
+    description = json.loads(path.read_text())
+    assert description["sampling"]["rho"] == 1.0
+    assert "temperature 1 and rho 1." in (saved / "README.md").read_text()
+    description["sampling"]["rho"] = 0.4
+    path.write_text(json.dumps(description))
+    pipe = InstellaPipeline.from_pretrained(other)
+    found = pipe(PROMPTS, output_type="codes", **QUICK).codes
+    given = pipes["demo"](PROMPTS, output_type="codes", rho=0.4, **QUICK).codes
+    plain = pipes["demo"](PROMPTS, output_type="codes", **QUICK).codes
+    np.testing.assert_array_equal(found, given)
+    assert (found != plain).any()
+    pipe.save_pretrained(tmp_path / "again")
+    assert InstellaPipeline.from_pretrained(tmp_path / "again").rho == 0.4
+    arguments = ["generate", PROMPTS[0], f"--model={other}", "--steps=4", f"--out={tmp_path}/drawn"]
+    monkeypatch.setattr(sys, "argv", ["instella-jax", *arguments])
+    cli.main()
+    (picture,) = (tmp_path / "drawn").glob("0*.png")
+    assert read_record(picture)["rho"] == 0.4
 
 
 def test_the_card_says_sizes_and_results(pipes, saved):
