@@ -163,6 +163,22 @@ def test_a_config_that_cannot_be_measured_is_an_error():
     assert (out, err) == ("", "error: --repeats is 0: expected at least 1\n")
 
 
+@pytest.mark.thorough
+def test_the_parts_of_a_step_with_several_draws_are_timed():
+    command = [sys.executable, "-m", "benchmarks.train_parts", "--config=configs/t2i_diffusion.py"]
+    small = ["--config.train.batch_size=2", "--config.run.cpu_devices=1", "--repeats=1"]
+    done = subprocess.run(
+        [*command, *small, "--config.loss.draws=3"], capture_output=True, text=True, check=False,
+        cwd=ROOT,
+    )  # fmt: skip
+    assert done.returncode == 0, done.stderr
+    rows = [line.rsplit(maxsplit=3) for line in done.stdout.splitlines()[-8:]]
+    parts = {name.strip(): float(ms) for name, ms, _, _ in rows}
+    assert parts.pop("data + step") > 0
+    whole = parts.pop("sum")
+    assert len(parts) == 6 and whole == pytest.approx(sum(parts.values()), abs=0.5)
+
+
 @pytest.mark.parametrize(
     ("steps", "per_call", "timed"), [(1, 10, 2), (10, 10, 2), (20, 10, 2), (21, 10, 3), (40, 1, 40)]
 )
