@@ -21,13 +21,14 @@ from instella_jax.errors import UserError, command_line
 from instella_jax.runtime.files import write_json
 
 ROOT = Path(__file__).resolve().parents[1]
-# What a row is called in the plot, and what differs from the demo; both take about as long.
+# What a row is called in the plot, and what differs from the demo.
 ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
     "now": ("the demo", ()),
     "before": (
         "AdamW, text encoder trained along, plain loss",
         ("optimizer.kind=adamw", "text.trainable=True", "loss.target=epsilon", "loss.draws=1",
-         "loss.time_shift=1.0", "pos_emb_std=0.0", "train.batch_size=64", "train.steps=1120"),
+         "loss.time_shift=1.0", "pos_emb_std=0.0", "optimizer.warmup_steps=200",
+         "train.ema_decay=0.998", "train.batch_size=64", "train.steps=1120"),
     ),
 }  # fmt: skip
 _HELD_OUT = re.compile(r"held out at step (\d+): bit accuracy (\S+)  loss (\S+)")

@@ -20,6 +20,7 @@ def get_config(variant: str = "") -> ConfigDict:
     # How often a caption is dropped, for guidance, and how much of the earlier bits is random.
     c.loss = dict(caption_dropout=0.1, bit_noise=0.0)
     if not variant:
-        c.train.update(steps=2_300, eval_every=460, save_every=230, image_every=460)
+        c.loss.bit_noise = 0.3
+        c.train.update(steps=1_400, eval_every=280, save_every=140, image_every=280)
     c.sample.update(guidance=9.0 if variant else 1.0, temperature=0.5)
     return c

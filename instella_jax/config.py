@@ -194,10 +194,10 @@ def generator(variant: str) -> dict:
         # As many places as captions can tell apart: with more, a prompt leaves too much open.
         sections["scenes"] = dict(places="thirds")
         shared["train"] = dict(
-            batch_size=32, steps_per_call=10, ema_decay=0.998, keep=2, log_every=50
+            batch_size=32, steps_per_call=10, ema_decay=0.99, keep=2, log_every=50
         )
         shared["optimizer"] = dict(
-            kind="muon", muon=dict(learning_rate=0.02, momentum=0.95), learning_rate=2.5e-3,
-            warmup_steps=200, b2=0.98, schedule="cosine", final_fraction=0.02,
+            kind="muon", muon=dict(learning_rate=0.02, momentum=0.95, ns_steps=3),
+            learning_rate=2.5e-3, warmup_steps=100, b2=0.98, schedule="cosine", final_fraction=0.02,
         )  # fmt: skip
     return shared

@@ -19,7 +19,7 @@ PARTS = {
     # The text encoder learns together with a diffusion generator.
     "text": ["--config=configs/t2i_diffusion.py", "--config.text.trainable=True"],
     "diffusion": ["--config=configs/t2i_diffusion.py"],
-    "ar": ["--config=configs/t2i_ar.py", "--config.loss.bit_noise=0.3"],
+    "ar": ["--config=configs/t2i_ar.py"],
 }
 # For runs longer than those of the configs, which are made for five minutes.
 LONGER = ["--config.train.ema_decay=0.998", "--config.optimizer.muon.ns_steps=5"]
