@@ -10,6 +10,7 @@ of the old ones, with the shipped weights and with what was learned. Goes on whe
 
 import argparse
 import collections
+import dataclasses
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -46,6 +47,8 @@ TARGETS = (
     "proj_out",
 )  # fmt: skip
 REHEARSAL, CAPTIONS = 400, 4
+# Of the diffusion sampler, before and after.
+RHO = 0.5
 
 Captioned = tuple[str, Scene]
 
@@ -141,7 +144,10 @@ def sample_and_judge(
     sampler: Sampler, config: Config, prompts: list[Captioned], concept: str
 ) -> tuple[np.ndarray, dict[str, float]]:
     """Return pictures of prompts, and the shares that are right."""
-    pictures = sampler([text for text, _ in prompts], options_from_config(config.sample))
+    options = options_from_config(config.sample)
+    if config.stage == "diffusion":
+        options = dataclasses.replace(options, rho=RHO)
+    pictures = sampler([text for text, _ in prompts], options)
     known = (*sprites.CORE, concept)
     return pictures, summarise(judge(pictures, [scene for _, scene in prompts], known))
 
