@@ -9,5 +9,7 @@ def get_config(variant=""):
     config, tiny = t2i_ar.get_config(variant), tiny_diffusion.get_config(variant)
     for section in ("data", "train", "eval", "optimizer", "model", "text"):
         config[section] = tiny[section]
+    config.optimizer.muon.exclude = ()
+    config.loss.bit_noise = 0.0  # as published
     config.tokenizer = ""
     return config

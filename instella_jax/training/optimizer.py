@@ -1,5 +1,6 @@
 """The optimizer and its learning rate over the steps."""
 
+import functools
 from collections.abc import Mapping
 from typing import Any
 
@@ -90,10 +91,7 @@ def _muon(config: Config, steps: int) -> optax.GradientTransformation:
     Updates are scaled by sqrt(max(1, fan_out / fan_in)), so that one learning rate serves several
     widths.
     """
-
-    def orthogonalise(updates: Any) -> Any:
-        return _orthogonalise(updates, config.muon.ns_steps)
-
+    orthogonalise = functools.partial(_orthogonalise, ns_steps=config.muon.ns_steps)
     return optax.chain(
         optax.trace(config.muon.momentum, nesterov=True),
         optax.stateless(lambda updates, _: share_layers(orthogonalise, updates)),
