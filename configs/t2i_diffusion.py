@@ -35,10 +35,9 @@ def get_config(variant: str = "") -> ConfigDict:
     if not variant:
         c.loss.update(target="x", time_shift=3.0, draws=2)
         c.train.update(steps=1_100, eval_every=220, save_every=110, image_every=220)
-        # The largest kernels, for which AdamW does as well (docs/demo.md).
+        # The largest kernels, and AdamW costs less (docs/demo.md).
         c.optimizer.muon.exclude = ("modulation",)
-    c.sample.update(steps=20, temperature=1.0, rho=1.0, protocol=1)
+    c.sample.update(steps=20, temperature=1.0, protocol=1)
     c.sample.guidance = 7.5 if variant else 1.0
-    if not variant:
-        c.sample.rho = 0.4
+    c.sample.rho = 1.0 if variant else 0.4
     return c

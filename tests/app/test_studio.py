@@ -77,11 +77,13 @@ def test_what_the_model_cannot_do_is_refused_at_once(studio, field, changes):
     assert studio.batcher.batches == studio.batcher.waiting == 0
 
 
-def test_what_is_left_open_is_the_models_own(studio, pipe):
+def test_what_is_left_open_is_the_models_own(studio, pipe, monkeypatch):
+    monkeypatch.setattr(pipe, "rho", 0.4)
     settings = studio.settings(Request(PROMPTS[0]))
     assert (settings.height, settings.width) == (64, 64)
     assert settings.guidance_scale == pipe.guidance_scale
     assert studio.settings(Request(PROMPTS[0], guidance_scale=0)).guidance_scale == 0
+    assert settings.rho == 0.4 and studio.settings(Request(PROMPTS[0], rho=2)).rho == 2
 
 
 def test_unknown_words_are_named_with_their_nearest(studio):

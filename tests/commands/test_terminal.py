@@ -231,7 +231,8 @@ def test_train_and_plan_are_modes_of_main(tmp_path):
 def test_a_run_is_trained_and_drawn_with(tiny_tokenizer_folder, tmp_path):
     run = subprocess.run(
         [sys.executable, "-m", "instella_jax", "train", ROOT / "tests/tiny_diffusion.py",
-         f"--workdir={tmp_path / 'run'}", "train.steps=2", f"tokenizer={tiny_tokenizer_folder}"],
+         f"--workdir={tmp_path / 'run'}", "train.steps=2", f"tokenizer={tiny_tokenizer_folder}",
+         "sample.rho=0.6"],
         env={**os.environ, "JAX_DISABLE_MOST_OPTIMIZATIONS": "1", "PYTHONPATH": str(ROOT)},
         capture_output=True, text=True, check=False,
     )  # fmt: skip
@@ -239,6 +240,7 @@ def test_a_run_is_trained_and_drawn_with(tiny_tokenizer_folder, tmp_path):
     params = {}
     for model in ("run", "run/model"):
         pipe = InstellaPipeline.from_pretrained(tmp_path / model)
+        assert pipe.rho == 0.6
         params[model] = jax.tree.leaves(pipe.sampler.params["generator"])
         file = f"{model.replace('/', '-')}.png"
         generate(PROMPT, f"--model={tmp_path / model}", f"--out={file}")

@@ -52,6 +52,8 @@ def test_muon_orthogonalises_each_layer_and_scales_it_for_its_width(ns_steps):
         expected = -0.5 * 2.0 * orthogonalised(gradient, ns_steps)  # sqrt(16 / 4)
         found = updates["blocks"]["wide"]["kernel"][layer]
         np.testing.assert_allclose(found, expected, rtol=1e-3, atol=1e-4)
+        if ns_steps == 5:
+            assert np.all(np.abs(np.linalg.svd(found / -1.0)[1] - 1.0) < 0.35)
     # Adam's first step is the sign of the gradient.
     np.testing.assert_allclose(
         updates["out"]["kernel"], -0.01 * np.sign(grads["out"]["kernel"]), rtol=1e-3
