@@ -56,6 +56,7 @@ def test_an_old_run_means_what_it_meant(name, workdir):
     kept = {key: value for key, value in flatten_dict(old, sep=".").items() if key in found}
     assert len(kept) > 60 and kept == {key: found[key] for key in kept}
     assert found["optimizer.kind"] == "adamw"  # there was no other
+    assert (found["optimizer.muon.ns_steps"], found["optimizer.muon.exclude"]) == (5, [])
     if name == "tokenizer":
         # huber(1) + code_weight * p (1 - p), and no other term.
         weights = {key: value for key, value in found.items() if key.endswith(".weight")}
@@ -96,6 +97,20 @@ def test_an_old_run_goes_on_with_its_own_config_and_not_with_another(name, workd
     config.optimizer.kind = "muon"
     with pytest.raises(UserError, match="belongs to a run with optimizer.kind='adamw'"):
         check_config(workdir, config)
+
+
+def test_what_muon_trains_stays_the_same(tmp_path):
+    config = t2i_diffusion.get_config()
+    for kind in ("adamw", "muon"):
+        config.optimizer.kind = kind
+        (tmp_path / "config.json").write_text(config.to_json())
+        other = own(tmp_path)
+        other.optimizer.muon.update(exclude=(), ns_steps=4)
+        if kind == "adamw":
+            check_config(tmp_path, other)
+            continue
+        with pytest.raises(UserError, match=r"run with optimizer.muon.exclude=\['modulation'\], "):
+            check_config(tmp_path, other)
 
 
 def test_new_terms_of_the_loss_are_another_run(tmp_path):

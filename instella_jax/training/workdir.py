@@ -28,6 +28,7 @@ _FREE = ("train", "optimizer", "mesh", "sample", "eval", "run", "data.workers", 
          "shipped", "loss.perceptual.weights")  # fmt: skip
 # What the optimizer's state is, and what the network was trained to tell.
 _FIXED = ("optimizer.kind", "loss.target")
+_FIXED_WITH_MUON = ("optimizer.muon.exclude",)
 # What may be other beside these where a run's weights are used, and nothing is trained.
 USED = ("data", "loss")
 # Of model folders that a run only reads the bytes count, not the place.
@@ -108,10 +109,11 @@ def check_config(
       UserError: it is of another one, or of none.
     """
     known = _recorded_digests(workdir)
+    fixed = _FIXED + _FIXED_WITH_MUON * (config.optimizer.kind == "muon")
     for key, (old, new) in changes(workdir, config).items():
         if key in known and new:
             continue
-        if _is_below(key, _FIXED) or not _is_below(key, (*_FREE, *free)):
+        if _is_below(key, fixed) or not _is_below(key, (*_FREE, *free)):
             raise UserError(
                 f"workdir {workdir} belongs to a run with {key}={old!r}, this one has {new!r}; "
                 f"leave that key and --config out, which takes the run's own config, or choose "
