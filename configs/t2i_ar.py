@@ -18,9 +18,8 @@ def get_config(variant: str = "") -> ConfigDict:
     c = base("ar", variant)
     c.update(generator(variant))
     # How often a caption is dropped, for guidance, and how much of the earlier bits is random.
-    c.loss = dict(caption_dropout=0.1, bit_noise=0.0)
+    c.loss = dict(caption_dropout=0.1, bit_noise=0.0 if variant else 0.3)
     if not variant:
-        c.loss.bit_noise = 0.3
         c.train.update(steps=1_400, eval_every=280, save_every=140, image_every=280)
     c.sample.update(guidance=9.0 if variant else 1.0, temperature=0.5)
     return c
