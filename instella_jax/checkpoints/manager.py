@@ -14,6 +14,7 @@ import os
 import re
 import sys
 import time
+import warnings
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -49,11 +50,13 @@ def _not_raised_elsewhere(record: logging.LogRecord) -> bool:
     return not (record.exc_info and (orphan or "orbax" in record.pathname))
 
 
-def silence_closed_event_loops() -> None:
-    """Keep this process from printing what storage says to an event loop that an error closed.
+def silence_broken_off_writes() -> None:
+    """Keep this process from printing what is left of the other writes of a save that failed.
 
-    Only the error itself, which is raised, tells anything.
+    Storage speaks to an event loop that the error closed, and writes that had not begun are
+    collected. Only the error itself, which is raised, tells anything.
     """
+    warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)
     before = sys.unraisablehook
 
     def hook(args: Any) -> None:
