@@ -3,6 +3,7 @@
 Axes: B batch, C channels, D channels of the result.
 """
 
+import functools
 import itertools
 from typing import Any
 
@@ -14,8 +15,8 @@ from jaxtyping import Array, Float
 from instella_jax.models.attention import platform
 from instella_jax.models.layers import Execution, partitioned
 
-# Bytes of the columns that a product is made of, nine times those of the input.
-_MOST = 2**28
+# Pixels a side from which XLA's own convolution is as quick as a product, forwards.
+_LARGE = 16
 
 
 def same_convolution(features: int, side: int, run: Execution, name: str) -> nn.Conv:
@@ -42,16 +43,51 @@ def convolve(
 ) -> Float[Array, "B rows columns D"]:
     """Do what `jax.lax.conv_general_dilated` does for a 3x3 kernel and a border of zeros.
 
-    `conv_general_dilated` of flax's `Conv`. On a CPU XLA's own takes many times as long where maps
-    are smaller than the kernel, and for the kernel's gradient in a loop or a branch, as all of a
-    training step is: there it is one product, unless that would take much memory.
+    `conv_general_dilated` of flax's `Conv`. On a CPU XLA's own takes up to a hundred times as long
+    for the gradients, the kernel's above all, in a loop or a branch, as all of a training step is,
+    and many times as long for maps smaller than the kernel. There this is made of products.
+    """
+    own = functools.partial(jax.lax.conv_general_dilated, **options)
+    product = functools.partial(_product, strides=strides, precision=options["precision"])
+    if platform() != "cpu":
+        return own(x, kernel, strides, *arguments)
+    if min(x.shape[1:3]) < _LARGE:
+        return product(x, kernel, together=9)
+
+    @jax.custom_vjp
+    def mixed(x: Array, kernel: Array) -> Array:
+        return own(x, kernel, strides, *arguments)
+
+    def backward(inputs: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
+        return jax.vjp(functools.partial(product, together=3), *inputs)[1](gradient)
+
+    mixed.defvjp(lambda x, kernel: (mixed(x, kernel), (x, kernel)), backward)
+    return mixed(x, kernel)
+
+
+def _product(
+    x: Float[Array, "B h w C"],
+    kernel: Float[Array, "3 3 C D"],
+    strides: tuple[int, int],
+    precision: Any,
+    together: int,
+) -> Float[Array, "B rows columns D"]:
+    """Return the convolution as products with so many of the kernel's nine pixels at once.
+
+    Fewer at once take less memory: each product copies the map so many times.
     """
     _, height, width, channels = x.shape
-    if platform() != "cpu" or 9 * x.size * x.dtype.itemsize > _MOST:
-        return jax.lax.conv_general_dilated(x, kernel, strides, *arguments, **options)
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
-    shifts = itertools.product(range(3), repeat=2)
     down, right = strides
+    shifts = itertools.product(range(3), repeat=2)
     around = [padded[:, i : i + height : down, j : j + width : right] for i, j in shifts]
-    columns = jnp.concatenate(around, axis=-1)
-    return jnp.dot(columns, kernel.reshape(9 * channels, -1), precision=options["precision"])
+    weights = kernel.reshape(-1, together * channels, kernel.shape[-1])
+    products = [
+        jnp.dot(
+            jnp.concatenate(around[at * together : (at + 1) * together], axis=-1),
+            weights[at],
+            precision=precision,
+        )
+        for at in range(9 // together)
+    ]
+    return functools.reduce(jnp.add, products)

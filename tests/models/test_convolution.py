@@ -29,12 +29,12 @@ def products_and_convolutions(function, *arguments):
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 5), (6, 3)])
-@pytest.mark.parametrize("most", [convolution._MOST, 0])
+@pytest.mark.parametrize("large", [convolution._LARGE, 0])
 @pytest.mark.parametrize("stride", [1, 2])
 def test_value_and_gradients_are_those_of_loops_and_of_xla(
-    height, width, most, stride, monkeypatch
+    height, width, large, stride, monkeypatch
 ):
-    monkeypatch.setattr(convolution, "_MOST", most)
+    monkeypatch.setattr(convolution, "_LARGE", large)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, height, width, 4)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, 4, 5)).astype(np.float32)
@@ -53,8 +53,11 @@ def test_value_and_gradients_are_those_of_loops_and_of_xla(
     gradients = (jax.jit(jax.grad(lambda *a, c=c: loss(c, *a), (0, 1))) for c in (ours, plain))
     for one, other in zip(*(gradient(*given) for gradient in gradients), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-    counts = products_and_convolutions(lambda *a: loss(ours, *a), *given)
-    assert counts == ((0, 1) if most == 0 else (1, 0))
+    forwards = products_and_convolutions(lambda *a: loss(ours, *a), *given)
+    assert forwards == ((0, 1) if large == 0 else (1, 0))
+    both = products_and_convolutions(jax.value_and_grad(lambda *a: loss(ours, *a), (0, 1)), *given)
+    # Each of the products has two gradients.
+    assert both == ((2 * 3, 1) if large == 0 else (1 + 2, 0))
 
 
 @pytest.mark.parametrize("change", [trunk.Downsample, trunk.Upsample])
