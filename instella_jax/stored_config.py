@@ -46,11 +46,12 @@ _TOKENIZER = {
         "freeze_encoder": False,
     }
 }  # fmt: skip
-_DIFFUSION = {"loss.draws": 1, "loss.time_shift": 1.0, "pos_emb_std": 0.0}
+_GENERATOR = {**_MEANT, "pos_emb_std": 0.0, "data.scenes.codes": ""}
+_DIFFUSION = {"loss.draws": 1, "loss.time_shift": 1.0}
 MEANT: dict[str, dict[str, Any]] = {
     "tokenizer": {**_MEANT, **flatten_dict(_TOKENIZER, sep=".")},
-    "diffusion": {**_MEANT, **_DIFFUSION},
-    "ar": {**_MEANT, "pos_emb_std": 0.0, "loss.bit_noise": 0.0},
+    "diffusion": {**_GENERATOR, **_DIFFUSION},
+    "ar": {**_GENERATOR, "loss.bit_noise": 0.0},
 }
 
 

@@ -10,6 +10,7 @@ import numpy as np
 from instella_jax.config import Config
 from instella_jax.data import buckets
 from instella_jax.data.loader import Buckets, Mixture, make_loader
+from instella_jax.data.scene_codes import CodedScenes
 from instella_jax.data.scenes.source import EmojiScenes
 from instella_jax.errors import UserError
 
@@ -19,7 +20,13 @@ KINDS = ("scenes", "folder", "shards", "codes")
 
 
 def make_split(
-    config: Config, split: str, *, captions: bool, text_tokenizer: Any = None, **options: Any
+    config: Config,
+    split: str,
+    *,
+    captions: bool,
+    text_tokenizer: Any = None,
+    scene_codes: Path | None = None,
+    **options: Any,
 ) -> Any:
     """Return the loader of a split of the configured data.
 
@@ -29,6 +36,7 @@ def make_split(
         order and once, at `image_size`.
       captions: whether the stage reads captions.
       text_tokenizer: adds "ids" and "mask" to the batches.
+      scene_codes: folder of the codes of training scenes; see `data.scene_codes`.
       **options: further arguments of `make_loader`, batch_size among them.
 
     Raises:
@@ -50,6 +58,8 @@ def make_split(
     buckets.check_config(config, tokenizer=not captions)
     if config.kind == "scenes":
         source = scenes_source(config, split)
+        if train and scene_codes is not None:
+            return make_loader(CodedScenes(source, scene_codes), threads=0, **shared, **options)
         # Scenes are computed, not read: more threads only get in each other's way.
         return make_loader(source, threads=0, transform=_drop_facts, **shared, **options)
     if config.kind in buckets.KINDS:

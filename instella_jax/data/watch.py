@@ -26,11 +26,26 @@ class DataWatch:
         self._clock = clock
         self._shapes = dict.fromkeys(shapes if len(shapes) > 1 else (), 0)
         self._waited, self._since = 0.0, clock()
+        self._seen: tuple[dict[str, Any], Any] | None = None
+
+    def look_ahead(self, loader: Any) -> dict[str, Any]:
+        """Return the batch that the next call of `take` returns."""
+        if self._seen is None:
+            position = loader.get_state()
+            self._seen = next(loader), position
+        return self._seen[0]
+
+    def put_back(self, loader: Any) -> None:
+        """Set the loader back to before a batch that was looked at and not taken."""
+        if self._seen is not None:
+            loader.set_state(self._seen[1])
+            self._seen = None
 
     def take(self, loader: Iterator[dict[str, Any]]) -> dict[str, Any]:
         """Return the next batch of the loader."""
         start = self._clock()
-        batch = next(loader)
+        batch = self._seen[0] if self._seen else next(loader)
+        self._seen = None
         self._waited += self._clock() - start
         if self._shapes:
             *leading, height, width, _ = batch["image"].shape

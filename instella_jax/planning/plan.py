@@ -23,6 +23,7 @@ from instella_jax.models.functional import abstract_params
 from instella_jax.runtime import sharding
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import Stage
+from instella_jax.stages.known_codes import trains_on_codes
 from instella_jax.training import flops
 from instella_jax.training.optimizer import make_optimizer
 from instella_jax.training.setup import check_sizes, state_shapes
@@ -126,7 +127,7 @@ def batch_shapes(config: Config, rows: int, leading: tuple[int, ...] = ()) -> di
     Of several shapes that pictures may have it is the largest.
     """
     shapes: dict[str, Any] = {"image": ((*buckets.shapes(config)[0], 3), jnp.uint8)}
-    if config.data.kind == "codes":
+    if trains_on_codes(config):
         packed = codes.packed_bytes(config.model.num_tokens, config.model.bits)
         shapes = {"code": ((packed,), jnp.uint8)}
     if config.stage != "tokenizer":

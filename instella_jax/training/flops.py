@@ -20,6 +20,7 @@ from instella_jax.config import Config
 from instella_jax.data import buckets
 from instella_jax.models.olmo import OlmoConfig
 from instella_jax.models.tokenizer_config import TokenizerConfig
+from instella_jax.stages.known_codes import trains_on_codes
 from instella_jax.weights import model_folder
 
 
@@ -209,7 +210,7 @@ def training(config: Config, shape: tuple[int, int] | None = None) -> dict[str, 
         "generator": (2 if config.lora.rank else 3) * generator,
         "text encoder": (3 if config.text.trainable else 1) * olmo_forward(text, length),
     }
-    if config.data.kind != "codes":
+    if not trains_on_codes(config):
         model = config.model
         sizes = model_folder.code_sizes(config.tokenizer, model.num_tokens, model.bits)
         parts["image encoder"] = encoder_forward(sizes, *shape)

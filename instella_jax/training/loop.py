@@ -4,6 +4,7 @@ import collections
 import contextlib
 import math
 import os
+from concurrent.futures import Future, ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -100,6 +101,7 @@ class _Run:
         self.shapes = state_shapes(stage, config, mesh)
         optimizer = make_optimizer(config.optimizer, config.train.steps, stage.critics)
         self.step_function = jit_step(stage, optimizer, config, self.shapes)
+        self.compiled: Future[None] | None = None
         self.rate = Throughput()
         shapes = buckets.shapes(config)
         self.watch = DataWatch(shapes)
@@ -116,6 +118,8 @@ class _Run:
         restored = self.checkpoints.restore(self.shapes, self.loader)
         if restored is not None:
             return restored
+        if self.config.train.steps:
+            self.compile_ahead()
         state, _ = initial_state(self.stage, self.config, self.mesh)
         if self.config.init_from:
             # Critics begin anew.
@@ -123,6 +127,31 @@ class _Run:
             state = state.replace(params=params, ema=as_float32(params))
             self.progress.message(f"weights of {self.config.init_from}")
         return state
+
+    def compile_ahead(self) -> None:
+        """Begin to compile the step in a thread, beside initial values and the first evaluation.
+
+        XLA compiles on one core for a part of the time. On a GPU it also measures kernels, which
+        other work there would disturb.
+        """
+        if jax.default_backend() == "gpu":
+            return
+        rows = sharding.batch_sharding(self.mesh, leading=1)
+
+        def shape(x: np.ndarray) -> jax.ShapeDtypeStruct:
+            steps, own, *rest = x.shape
+            whole = (steps, own * jax.process_count(), *rest)
+            return jax.ShapeDtypeStruct(whole, x.dtype, sharding=rows)
+
+        batch = jax.tree.map(shape, sharding.arrays(self.watch.look_ahead(self.loader)))
+
+        def compile_step() -> None:
+            with sharding.use(self.mesh):
+                self.step_function.lower(self.shapes, self.frozen, batch).compile()
+
+        pool = ThreadPoolExecutor(1, "compile")
+        self.compiled = pool.submit(compile_step)
+        pool.shutdown(wait=False)
 
     def run(self) -> dict[str, float]:
         """Restore, train, evaluate."""
@@ -154,6 +183,7 @@ class _Run:
                 # Saved before it is evaluated, but where it is kept or not by its metrics.
                 ranked = finished and train.keep_best
                 result = self.report(step) if ranked else {}
+                self.watch.put_back(self.loader)
                 self.checkpoints.save(self.state, self.loader, step, result)
                 if not finished:
                     self.progress.message(f"stopped at step {step}; run again to continue")
@@ -199,6 +229,8 @@ class _Run:
         train = self.config.train
         rows = sharding.batch_sharding(self.mesh, leading=1)
         done, pending = start, None
+        if self.compiled is not None:
+            self.compiled.result()
         for step in range(start, train.steps, train.steps_per_call):
             if self.agreed(stop.requested):
                 break
