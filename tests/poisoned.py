@@ -25,14 +25,20 @@ class Poisoned(DataWatch):
 
     taken = 0
 
+    def look_ahead(self, loader):
+        return self.changed(super().look_ahead(loader))
+
     def take(self, loader):
-        batch = super().take(loader)
+        batch = self.changed(super().take(loader))
+        self.taken += 1
+        return batch
+
+    def changed(self, batch):
         image, now = batch["image"].astype(np.float32), FIRST <= self.taken < LAST
         if now and HOW == "nan":
             image[0, -1, 3, 3, 1] = np.nan
         if now and HOW == "spike":
             image *= 1e3
-        self.taken += 1
         idle = np.full(image.shape[:2], now and HOW == "idle")
         return {**batch, "image": image, "idle": idle}
 

@@ -1,4 +1,4 @@
-"""Codes of the first training scenes, made before training, which spares each step the tokenizer."""
+"""Codes of the first training scenes, made before training: its steps need no image encoder."""
 
 import functools
 import os

@@ -19,6 +19,8 @@ from PIL import Image
 
 from instella_jax.data import codes
 from instella_jax.data.codes import CodeShards, PickVariant
+from instella_jax.data.loader import make_loader
+from instella_jax.data.scenes.source import EmojiScenes
 from instella_jax.data.shards import ImageShards, Shard, shard_writer, write_dataset_file
 from instella_jax.data.sources import make_split, part_names, part_paths
 from instella_jax.data.watch import DataWatch
@@ -344,6 +346,21 @@ def test_watch_tells_the_part_of_the_time_that_it_waited():
     watch.take(loader)
     assert watch.waited() == 1.0
     assert watch.waited() == 0.0
+
+
+def test_a_batch_that_was_looked_at_is_taken_next_or_put_back():
+    loader = make_loader(EmojiScenes(16), batch_size=2, seed=0)
+    batches = [next(loader)["image"] for _ in range(3)]
+    loader = make_loader(EmojiScenes(16), batch_size=2, seed=0)
+    watch = DataWatch()
+    for _ in range(2):
+        np.testing.assert_array_equal(watch.look_ahead(loader)["image"], batches[0])
+    watch.put_back(loader)
+    for wanted in batches[:2]:
+        np.testing.assert_array_equal(watch.look_ahead(loader)["image"], wanted)
+        np.testing.assert_array_equal(watch.take(loader)["image"], wanted)
+    watch.put_back(loader)
+    np.testing.assert_array_equal(watch.take(loader)["image"], batches[2])
 
 
 def test_watch_weighs_shapes_by_their_pictures():

@@ -4,6 +4,7 @@ import contextlib
 import errno
 import functools
 import json
+import logging
 import math
 import os
 import signal
@@ -170,6 +171,42 @@ def test_a_run_that_broke_off_goes_on_from_its_last_checkpoint(toy, config, tmp_
     assert loop.train(config, tmp_path / "parts") == whole
     assert "continuing from step 4" in capsys.readouterr().out
     assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_a_run_that_is_stopped_before_its_first_step_misses_no_batch(toy, config, tmp_path):
+    whole = loop.train(config, tmp_path / "whole")
+    evaluate_once = loop.evaluate
+
+    def stop_then(*args):
+        terminate()
+        return evaluate_once(*args)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(loop, "evaluate", stop_then)
+        assert loop.train(config, tmp_path / "parts") == {}
+    assert [p.name for p in (tmp_path / "parts/checkpoints").iterdir()] == ["0"]
+    assert loop.train(config, tmp_path / "parts") == whole
+    assert lines(tmp_path / "parts") == lines(tmp_path / "whole")
+
+
+def test_the_step_compiles_once_and_beside_the_rest(toy, config, tmp_path, caplog):
+    jax.config.update("jax_log_compiles", True)  # jax.log_compiles() tells of its own thread alone
+    try:
+        with caplog.at_level(logging.WARNING):
+            loop.train(config, tmp_path)
+    finally:
+        jax.config.update("jax_log_compiles", False)
+    compiled = [r for r in caplog.records if "Finished XLA compilation of jit(step)" in r.message]
+    assert len(compiled) == 1 and compiled[0].threadName.startswith("compile")
+
+
+def test_a_step_that_cannot_be_compiled_ends_the_run(toy, config, tmp_path):
+    def loss(*_):
+        raise UserError("nothing to learn")
+
+    toy.loss = loss
+    with pytest.raises(UserError, match="nothing to learn"):
+        loop.train(config, tmp_path)
 
 
 def test_a_finished_run_is_not_trained_again(toy, config, tmp_path):
