@@ -190,6 +190,7 @@ def test_a_run_that_is_stopped_before_its_first_step_misses_no_batch(toy, config
 
 
 def test_the_step_compiles_once_and_beside_the_rest(toy, config, tmp_path, caplog):
+    config.mesh.data = 2
     jax.config.update("jax_log_compiles", True)  # jax.log_compiles() tells of its own thread alone
     try:
         with caplog.at_level(logging.WARNING):
