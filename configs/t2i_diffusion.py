@@ -34,10 +34,10 @@ def get_config(variant: str = "") -> ConfigDict:
     )
     if not variant:
         c.loss.update(target="x", time_shift=3.0, draws=2)
-        c.train.update(steps=1_100, eval_every=220, save_every=110, image_every=220)
+        c.train.update(steps=1_150, eval_every=230, save_every=230, image_every=230)
         # The largest kernels, and AdamW costs less (docs/demo.md).
         c.optimizer.muon.exclude = ("modulation",)
     c.sample.update(steps=20, temperature=1.0, protocol=1)
     c.sample.guidance = 7.5 if variant else 1.0
-    c.sample.rho = 1.0 if variant else 0.4
+    c.sample.rho = 1.0 if variant else 0.25
     return c
