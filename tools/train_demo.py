@@ -36,7 +36,8 @@ def arguments(part: str, out: Path, steps: int) -> list[str]:
     ]  # fmt: skip
     if part != "tokenizer":
         command += LONGER
-        command.append(f"--config.tokenizer={out / 'tokenizer/model'}")
+        # Its tokenizer is not the one of the shipped codes.
+        command += [f"--config.tokenizer={out / 'tokenizer/model'}", "--config.data.scenes.codes="]
     if part in ("diffusion", "ar"):
         command.append(f"--config.text.encoder={out / 'text/model'}")
     return command
