@@ -28,7 +28,8 @@ ROWS: dict[str, tuple[str, tuple[str, ...]]] = {
         "AdamW, text encoder trained along, plain loss",
         ("optimizer.kind=adamw", "text.trainable=True", "loss.target=epsilon", "loss.draws=1",
          "loss.time_shift=1.0", "pos_emb_std=0.0", "optimizer.warmup_steps=200",
-         "train.ema_decay=0.998", "train.batch_size=64", "train.steps=1120"),
+         "train.ema_decay=0.998", "train.batch_size=64", "train.steps=1120",
+         "data.scenes.codes="),
     ),
 }  # fmt: skip
 _HELD_OUT = re.compile(r"held out at step (\d+): bit accuracy (\S+)  loss (\S+)")
