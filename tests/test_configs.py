@@ -247,6 +247,7 @@ def pretend_to_train(config, workdir, monkeypatch):
     mesh = sharding.make_mesh(one, jax.devices()[:1])
     with monkeypatch.context() as patch:
         patch.setattr(jax, "jit", shapes_only)
+        patch.setattr(loop._Run, "compile_ahead", lambda run: None)
         patch.setattr(sharding, "make_mesh", lambda sizes: [sizes[a] for a in one] and mesh)
         loop.train(config, workdir)
 
