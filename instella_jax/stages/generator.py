@@ -229,8 +229,9 @@ class GeneratorStage(abc.ABC):
           tell: whether to print that those of the config are not of its scenes.
 
         Raises:
-          UserError: they cannot be read.
+          UserError: they, or the tokenizer, cannot be read.
         """
+        _ = self.tokenizer_network  # which checks that there is one, and the shape of its code
         found = find_scene_codes(self.config)
         if tell and found is None and self.config.data.scenes.codes:
             print(
