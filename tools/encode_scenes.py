@@ -6,7 +6,6 @@ Training with `--config.data.scenes.codes=my_codes` then neither draws nor encod
 the demo, which are shipped, were made so: `--out=instella_jax/assets/demo_codes`.
 """
 
-from pathlib import Path
 from typing import Any
 
 import jax
@@ -24,10 +23,6 @@ from instella_jax.stages.known_codes import describe_scenes
 from instella_jax.stages.parameters import load_frozen
 
 BATCH = 100
-
-_CONFIG = config_flags.DEFINE_config_file("config", None, "Of a generator that trains on scenes.")
-_COUNT = flags.DEFINE_integer("count", 30_000, f"Scenes, a multiple of {BATCH}.", lower_bound=BATCH)
-_OUT = flags.DEFINE_string("out", None, "Folder of the codes.", required=True)
 
 
 def encode(config: Any, count: int) -> np.ndarray:
@@ -47,15 +42,23 @@ def encode(config: Any, count: int) -> np.ndarray:
     return np.concatenate(packed)
 
 
-def main(_: list[str]) -> None:
-    """Encode and write."""
-    config = _CONFIG.value
-    with command_line():
-        devices.start(config)
-        packed = encode(config, _COUNT.value // BATCH * BATCH)
-        write_codes(Path(_OUT.value), packed, describe_scenes(config))
+def main() -> None:
+    """Encode and write, as the command line says."""
+    given = config_flags.DEFINE_config_file("config", None, "Of a generator that trains on scenes.")
+    count = flags.DEFINE_integer(
+        "count", 30_000, f"Scenes, a multiple of {BATCH}.", lower_bound=BATCH
+    )
+    out = flags.DEFINE_string("out", None, "Folder of the codes.", required=True)
+    flags.mark_flag_as_required("config")
+
+    def run(_: list[str]) -> None:
+        with command_line():
+            devices.start(given.value)
+            packed = encode(given.value, count.value // BATCH * BATCH)
+            write_codes(out.value, packed, describe_scenes(given.value))
+
+    app.run(run)
 
 
 if __name__ == "__main__":
-    flags.mark_flag_as_required("config")
-    app.run(main)
+    main()
