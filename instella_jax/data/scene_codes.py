@@ -70,3 +70,4 @@ def write_codes(
     folder.mkdir(parents=True, exist_ok=True)
     with replacing(folder / _FILE) as scratch:
         save_file({"codes": packed}, scratch, metadata=dict(description))
+        scratch.chmod(0o644)  # safetensors makes private files

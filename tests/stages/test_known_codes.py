@@ -132,6 +132,7 @@ def test_the_tool_makes_codes_that_a_config_of_the_same_scenes_finds(config, tmp
     packed = encode_scenes.encode(config, 100)
     assert np.mean(np.unpackbits(packed) == np.unpackbits(shipped()[:100])) > 0.999
     scene_codes.write_codes(tmp_path / "codes", packed, describe_scenes(config))
+    assert (tmp_path / "codes" / "codes.safetensors").stat().st_mode & 0o777 == 0o644
     config.data.scenes.codes = str(tmp_path / "codes")
     assert find_scene_codes(config) == tmp_path / "codes"
     batch = next(make_split(
