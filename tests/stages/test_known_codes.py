@@ -82,7 +82,7 @@ def test_the_demos_train_on_them_and_evaluate_on_pictures(module):
 @pytest.mark.parametrize(
     ("key", "value"),
     [("seed", 1), ("scenes.places", "snapped"), ("scenes.max_objects", 2),
-     ("scenes.concepts", ("cat", "dog", "car")), ("scenes.styles", ("noto",))],
+     ("scenes.concepts", ("cat", "dog", "car")), ("scenes.styles", ("fluent",))],
 )  # fmt: skip
 def test_of_other_scenes_none_are_taken_and_that_is_said(config, key, value, capsys):
     with config.ignore_type():
@@ -135,8 +135,8 @@ def test_the_tool_makes_codes_that_a_config_of_the_same_scenes_finds(config, tmp
     assert (tmp_path / "codes" / "codes.safetensors").stat().st_mode & 0o777 == 0o644
     config.data.scenes.codes = str(tmp_path / "codes")
     assert find_scene_codes(config) == tmp_path / "codes"
-    batch = next(make_split(
-        config.data, "train", captions=True, batch_size=100, shuffle=False,
-        scene_codes=tmp_path / "codes",
-    ))  # fmt: skip
-    np.testing.assert_array_equal(batch["code"], packed)
+    loader = make_split(
+        config.data, "train", captions=True, batch_size=100, scene_codes=tmp_path / "codes"
+    )
+    # One batch is one epoch, in another order.
+    assert sorted(map(bytes, next(loader)["code"])) == sorted(map(bytes, packed))
