@@ -164,19 +164,21 @@ def test_a_config_that_cannot_be_measured_is_an_error():
 
 
 @pytest.mark.thorough
-def test_the_parts_of_a_step_with_several_draws_are_timed():
+@pytest.mark.parametrize("codes", ["", "demo"])
+def test_the_parts_of_a_step_with_several_draws_are_timed(codes):
     command = [sys.executable, "-m", "benchmarks.train_parts", "--config=configs/t2i_diffusion.py"]
     small = ["--config.train.batch_size=2", "--config.run.cpu_devices=1", "--repeats=1"]
     done = subprocess.run(
-        [*command, *small, "--config.loss.draws=3"], capture_output=True, text=True, check=False,
-        cwd=ROOT,
+        [*command, *small, "--config.loss.draws=3", f"--config.data.scenes.codes={codes}"],
+        capture_output=True, text=True, check=False, cwd=ROOT,
     )  # fmt: skip
     assert done.returncode == 0, done.stderr
-    rows = [line.rsplit(maxsplit=3) for line in done.stdout.splitlines()[-8:]]
+    rows = [line.rsplit(maxsplit=3) for line in done.stdout.splitlines() if " ms " in line]
     parts = {name.strip(): float(ms) for name, ms, _, _ in rows}
     assert parts.pop("data + step") > 0
     whole = parts.pop("sum")
-    assert len(parts) == 6 and whole == pytest.approx(sum(parts.values()), abs=0.5)
+    assert len(parts) == (5 if codes else 6) and ("image encoder" in parts) is not bool(codes)
+    assert whole == pytest.approx(sum(parts.values()), abs=0.5)
 
 
 @pytest.mark.parametrize(
