@@ -114,6 +114,7 @@ def test_a_folder_without_codes_is_named(config, tmp_path):
         find_scene_codes(config)
 
 
+@pytest.mark.thorough
 def test_the_loss_on_a_code_is_that_on_its_picture(config):
     stage = make_stage(config)
     source = scenes_source(config.data, "train")
@@ -128,6 +129,7 @@ def test_the_loss_on_a_code_is_that_on_its_picture(config):
     np.testing.assert_allclose(one, other, rtol=1e-3)
 
 
+@pytest.mark.thorough
 def test_the_tool_makes_codes_that_a_config_of_the_same_scenes_finds(config, tmp_path):
     packed = encode_scenes.encode(config, 100)
     assert np.mean(np.unpackbits(packed) == np.unpackbits(shipped()[:100])) > 0.999
