@@ -51,7 +51,7 @@ def measure(config: Config, repeats: int) -> tuple[float, dict[str, float]]:
       UserError: the stage is no generator.
     """
     if config.stage == "tokenizer":
-        raise UserError("the parts are those of a generator")
+        raise UserError("config.stage is 'tokenizer': only generators are timed by part")
     mesh = sharding.make_mesh(config.mesh)
     stage: Any = make_stage(config)
     with sharding.use(mesh):

@@ -190,9 +190,9 @@ def generator(variant: str) -> dict:
     # A mirrored picture belies a caption that says left or right.
     sections: dict[str, Any] = dict(folder=dict(flip=0.0), shards=dict(flip=0.0))
     shared["data"] = sections
-    # Folder with the codes of the first training scenes (tools/encode_scenes.py), which spares each
-    # step the drawing and the encoding; "demo" is the shipped one. Of other scenes or of another
-    # tokenizer, or "": each step draws and encodes new ones.
+    # Folder with precomputed codes of the first training scenes (tools/encode_scenes.py); "demo" is
+    # the shipped one. Where it is "", or its codes are of other scenes or of another tokenizer,
+    # each step renders and encodes new ones.
     sections["scenes"] = dict(codes="")
     if not variant:
         # As many places as captions can tell apart: with more, a prompt leaves too much open.

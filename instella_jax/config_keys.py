@@ -99,8 +99,8 @@ KEYS: dict[str, Key] = {
     "data.scenes.places": choice("where things stand", "thirds", "snapped", "free"),
     "data.scenes.max_objects": whole("things in a scene at most", 1, 3),
     "data.scenes.codes": path(
-        "folder with codes of the first training scenes, demo for the shipped ones; "
-        '"" draws and encodes them in each step'
+        "folder with precomputed codes of the first training scenes, demo for the shipped ones; "
+        '"" renders and encodes scenes in each step'
     ),
     "data.folder.path": path("folder of pictures, or several with commas between them"),
     "data.folder.weights": _WEIGHTS,

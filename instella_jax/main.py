@@ -113,10 +113,10 @@ def run(processes: int, tell: Callable[[Any], None]) -> None:
     given = _WORKDIR.value and expand(_WORKDIR.value)
     workdir = given or default_workdir(config_argument())
     if _MODE.value == "train":
-        from instella_jax.checkpoints.manager import silence_broken_off_writes
+        from instella_jax.checkpoints.manager import silence_aborted_writes
         from instella_jax.training.loop import train
 
-        silence_broken_off_writes()
+        silence_aborted_writes()
         train(_CONFIG.value, workdir)
     elif _MODE.value == "eval":
         from instella_jax.commands.evaluate import evaluate_config

@@ -25,8 +25,8 @@ class Poisoned(DataWatch):
 
     taken = 0
 
-    def look_ahead(self, loader):
-        return self.changed(super().look_ahead(loader))
+    def peek(self, loader):
+        return self.changed(super().peek(loader))
 
     def take(self, loader):
         batch = self.changed(super().take(loader))

@@ -2,42 +2,35 @@
 
     python -m tools.encode_scenes --config=configs/t2i_diffusion.py --out=my_codes
 
-Training with `--config.data.scenes.codes=my_codes` then neither draws nor encodes them. Those of
-the demo, which are shipped, were made so: `--out=instella_jax/assets/demo_codes`.
+Training with `--config.data.scenes.codes=my_codes` then neither renders nor encodes them. The
+shipped ones of the demo were made so: `--out=instella_jax/assets/demo_codes`.
 """
 
 from typing import Any
 
-import jax
 import numpy as np
 from absl import app, flags
 from ml_collections import config_flags
 
-from instella_jax.data.codes import pack_bits
+from instella_jax import BinaryTokenizer
 from instella_jax.data.scene_codes import write_codes
 from instella_jax.data.sources import scenes_source
 from instella_jax.errors import command_line
-from instella_jax.runtime import devices, sharding
-from instella_jax.stages import make_stage
-from instella_jax.stages.known_codes import describe_scenes
-from instella_jax.stages.parameters import load_frozen
+from instella_jax.runtime import devices
+from instella_jax.stages.precomputed_codes import describe_scenes
 
 BATCH = 100
 
 
 def encode(config: Any, count: int) -> np.ndarray:
     """Return the packed codes of the first training scenes: uint8 [count, ceil(N K / 8)]."""
-    mesh = sharding.make_mesh(config.mesh)
-    stage: Any = make_stage(config)
     source = scenes_source(config.data, "train")
+    tokenizer = BinaryTokenizer.from_pretrained(config.tokenizer)
     packed = []
-    with sharding.use(mesh):
-        frozen = load_frozen(stage, mesh)
-        encoder = jax.jit(lambda frozen, images: pack_bits(stage.encode(frozen, images)))
-        for first in range(0, count, BATCH):
-            images = np.stack([source[i]["image"] for i in range(first, first + BATCH)])
-            packed.append(np.asarray(encoder(frozen, images)))
-            print(f"{first + BATCH}/{count} scenes", end="\r", flush=True)
+    for first in range(0, count, BATCH):
+        images = np.stack([source[i]["image"] for i in range(first, first + BATCH)])
+        packed.append(np.asarray(tokenizer.dispatch_encode(images))[:BATCH])
+        print(f"{first + BATCH}/{count} scenes", end="\r", flush=True)
     print()
     return np.concatenate(packed)
 

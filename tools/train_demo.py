@@ -36,7 +36,7 @@ def arguments(part: str, out: Path, steps: int) -> list[str]:
     ]  # fmt: skip
     if part != "tokenizer":
         command += LONGER
-        # Its tokenizer is not the one of the shipped codes.
+        # The shipped codes are of another tokenizer.
         command += [f"--config.tokenizer={out / 'tokenizer/model'}", "--config.data.scenes.codes="]
     if part in ("diffusion", "ar"):
         command.append(f"--config.text.encoder={out / 'text/model'}")

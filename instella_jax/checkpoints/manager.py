@@ -50,10 +50,10 @@ def _not_raised_elsewhere(record: logging.LogRecord) -> bool:
     return not (record.exc_info and (orphan or "orbax" in record.pathname))
 
 
-def silence_broken_off_writes() -> None:
-    """Keep this process from printing what is left of the other writes of a save that failed.
+def silence_aborted_writes() -> None:
+    """Keep this process from printing what becomes of the other writes of a save that failed.
 
-    Storage speaks to an event loop that the error closed, and writes that had not begun are
+    Some report to an event loop that the error closed, some had not begun and warn when they are
     collected. Only the error itself, which is raised, tells anything.
     """
     warnings.filterwarnings("ignore", "coroutine .* was never awaited", RuntimeWarning)

@@ -1,4 +1,8 @@
-"""Codes of the first training scenes, made before training: its steps need no image encoder."""
+"""Precomputed codes of the first training scenes: training on them needs no image encoder.
+
+Unlike a data set of codes (`data.codes`) they hold neither captions nor a held-out part: both are
+those of the scenes.
+"""
 
 import functools
 import os
@@ -17,7 +21,7 @@ _FILE = "codes.safetensors"
 
 
 class CodedScenes:
-    """Training scenes whose codes are known, as a grain random-access data source.
+    """Training scenes with precomputed codes, as a grain random-access data source.
 
     `source[i]` is {"code": uint8 [ceil(N K / 8)], packed, "text": str}.
     """
@@ -56,7 +60,7 @@ def read_description(folder: Path) -> dict[str, str]:
     except (OSError, SafetensorError) as error:
         raise UserError(
             f"data.scenes.codes: cannot read {folder / _FILE} ({error}); give a folder that "
-            "tools/encode_scenes.py made, or nothing, and each step draws and encodes its scenes"
+            "tools/encode_scenes.py made, or nothing, and each step renders and encodes its scenes"
         ) from None
 
 

@@ -28,7 +28,7 @@ class DataWatch:
         self._waited, self._since = 0.0, clock()
         self._seen: tuple[dict[str, Any], Any] | None = None
 
-    def look_ahead(self, loader: Any) -> dict[str, Any]:
+    def peek(self, loader: Any) -> dict[str, Any]:
         """Return the batch that the next call of `take` returns."""
         if self._seen is None:
             position = loader.get_state()
@@ -36,7 +36,7 @@ class DataWatch:
         return self._seen[0]
 
     def put_back(self, loader: Any) -> None:
-        """Set the loader back to before a batch that was looked at and not taken."""
+        """Set the loader back to before a batch that was peeked at and not taken."""
         if self._seen is not None:
             loader.set_state(self._seen[1])
             self._seen = None

@@ -47,19 +47,19 @@ def convolve(
     for the gradients, the kernel's above all, in a loop or a branch, as all of a training step is,
     and many times as long for maps smaller than the kernel. There this is made of products.
     """
-    own = functools.partial(jax.lax.conv_general_dilated, **options)
+    xla = functools.partial(jax.lax.conv_general_dilated, **options)
     product = functools.partial(_product, strides=strides, precision=options["precision"])
     if platform() != "cpu":
-        return own(x, kernel, strides, *arguments)
+        return xla(x, kernel, strides, *arguments)
     if min(x.shape[1:3]) < _LARGE:
-        return product(x, kernel, together=9)
+        return product(x, kernel, taps=9)
 
     @jax.custom_vjp
     def mixed(x: Array, kernel: Array) -> Array:
-        return own(x, kernel, strides, *arguments)
+        return xla(x, kernel, strides, *arguments)
 
     def backward(inputs: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-        return jax.vjp(functools.partial(product, together=3), *inputs)[1](gradient)
+        return jax.vjp(functools.partial(product, taps=3), *inputs)[1](gradient)
 
     mixed.defvjp(lambda x, kernel: (mixed(x, kernel), (x, kernel)), backward)
     return mixed(x, kernel)
@@ -70,24 +70,24 @@ def _product(
     kernel: Float[Array, "3 3 C D"],
     strides: tuple[int, int],
     precision: Any,
-    together: int,
+    taps: int,
 ) -> Float[Array, "B rows columns D"]:
-    """Return the convolution as products with so many of the kernel's nine pixels at once.
+    """Return the convolution as a sum of products, each with so many of the kernel's nine taps.
 
-    Fewer at once take less memory: each product copies the map so many times.
+    Fewer taps take less memory: each product holds that many copies of the map.
     """
     _, height, width, channels = x.shape
     padded = jnp.pad(x, ((0, 0), (1, 1), (1, 1), (0, 0)))
     down, right = strides
     shifts = itertools.product(range(3), repeat=2)
     around = [padded[:, i : i + height : down, j : j + width : right] for i, j in shifts]
-    weights = kernel.reshape(-1, together * channels, kernel.shape[-1])
+    weights = kernel.reshape(-1, taps * channels, kernel.shape[-1])
     products = [
         jnp.dot(
-            jnp.concatenate(around[at * together : (at + 1) * together], axis=-1),
+            jnp.concatenate(around[at * taps : (at + 1) * taps], axis=-1),
             weights[at],
             precision=precision,
         )
-        for at in range(9 // together)
+        for at in range(9 // taps)
     ]
     return functools.reduce(jnp.add, products)

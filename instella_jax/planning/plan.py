@@ -23,7 +23,7 @@ from instella_jax.models.functional import abstract_params
 from instella_jax.runtime import sharding
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import Stage
-from instella_jax.stages.known_codes import trains_on_codes
+from instella_jax.stages.precomputed_codes import trains_on_codes
 from instella_jax.training import flops
 from instella_jax.training.optimizer import make_optimizer
 from instella_jax.training.setup import check_sizes, state_shapes

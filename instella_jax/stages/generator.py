@@ -27,7 +27,7 @@ from instella_jax.models.quantizers import hard_code
 from instella_jax.models.text import TextTokenizer
 from instella_jax.models.tokenizer import TokenizerNetwork
 from instella_jax.stages.base import Batch, Metrics
-from instella_jax.stages.known_codes import find_scene_codes
+from instella_jax.stages.precomputed_codes import find_scene_codes
 from instella_jax.weights import lora_files, model_folder, model_parts
 
 
@@ -209,21 +209,21 @@ class GeneratorStage(abc.ABC):
         """Return batches with "image" or packed "code", "text", "ids" and "mask"."""
         if self.config.data.kind == "codes":
             self.check_codes()
-        known = None
+        precomputed = None
         if split == "train" and self.config.data.kind == "scenes":
-            known = self.scene_codes(tell=options.get("process_index", 0) == 0)
+            precomputed = self.scene_codes(tell=options.get("process_index", 0) == 0)
         return make_split(
             self.config.data,
             split,
             captions=True,
             text_tokenizer=self.text_tokenizer,
             max_length=self.config.text.max_length,
-            scene_codes=known,
+            scene_codes=precomputed,
             **options,
         )
 
     def scene_codes(self, tell: bool) -> Path | None:
-        """Return the folder of the codes of training scenes, None where each step makes them.
+        """Return the folder of the codes of training scenes, None where each step encodes them.
 
         Args:
           tell: whether to print that those of the config are not of its scenes.
@@ -235,8 +235,8 @@ class GeneratorStage(abc.ABC):
         found = find_scene_codes(self.config)
         if tell and found is None and self.config.data.scenes.codes:
             print(
-                "each step draws and encodes its scenes: data.scenes.codes is of other scenes or "
-                "of another tokenizer",
+                "each step renders and encodes its scenes: the codes of data.scenes.codes are of "
+                "other scenes or of another tokenizer",
                 flush=True,
             )
         return found

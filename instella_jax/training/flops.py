@@ -20,7 +20,7 @@ from instella_jax.config import Config
 from instella_jax.data import buckets
 from instella_jax.models.olmo import OlmoConfig
 from instella_jax.models.tokenizer_config import TokenizerConfig
-from instella_jax.stages.known_codes import trains_on_codes
+from instella_jax.stages.precomputed_codes import trains_on_codes
 from instella_jax.weights import model_folder
 
 

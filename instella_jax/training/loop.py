@@ -129,10 +129,10 @@ class _Run:
         return state
 
     def compile_ahead(self) -> None:
-        """Begin to compile the step in a thread, beside initial values and the first evaluation.
+        """Start compiling the step in a thread, while parameters are initialised and evaluated.
 
-        XLA compiles on one core for a part of the time. On a GPU it also measures kernels, which
-        other work there would disturb.
+        XLA compiles on one core for part of the time. On a GPU it also autotunes, which other work
+        on the device would disturb.
         """
         if jax.default_backend() == "gpu":
             return
@@ -143,7 +143,7 @@ class _Run:
             whole = (steps, own * jax.process_count(), *rest)
             return jax.ShapeDtypeStruct(whole, x.dtype, sharding=rows)
 
-        batch = jax.tree.map(shape, sharding.arrays(self.watch.look_ahead(self.loader)))
+        batch = jax.tree.map(shape, sharding.arrays(self.watch.peek(self.loader)))
 
         def compile_step() -> None:
             with sharding.use(self.mesh):

@@ -182,23 +182,23 @@ def test_a_failed_save_is_told_once_and_soon(tmp_path, loader, monkeypatch):
     assert restored(tmp_path, loader) == 1
 
 
-BROKEN_OFF = """
+ABORTED = """
 import warnings
-from instella_jax.checkpoints.manager import silence_broken_off_writes
+from instella_jax.checkpoints.manager import silence_aborted_writes
 
 async def write():
     pass
 
 if SILENT:
-    silence_broken_off_writes()
+    silence_aborted_writes()
 write()
 warnings.warn("another", RuntimeWarning)
 """
 
 
 @pytest.mark.parametrize("silent", [True, False])
-def test_writes_that_an_error_broke_off_are_not_told(silent):
-    script = BROKEN_OFF.replace("SILENT", str(silent))
+def test_writes_that_an_error_aborted_print_nothing(silent):
+    script = ABORTED.replace("SILENT", str(silent))
     ended = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert ended.returncode == 0 and "RuntimeWarning: another" in ended.stderr
     assert ("never awaited" in ended.stderr) is not silent

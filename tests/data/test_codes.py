@@ -348,16 +348,16 @@ def test_watch_tells_the_part_of_the_time_that_it_waited():
     assert watch.waited() == 0.0
 
 
-def test_a_batch_that_was_looked_at_is_taken_next_or_put_back():
+def test_a_batch_that_was_peeked_at_is_taken_next_or_put_back():
     loader = make_loader(EmojiScenes(16), batch_size=2, seed=0)
     batches = [next(loader)["image"] for _ in range(3)]
     loader = make_loader(EmojiScenes(16), batch_size=2, seed=0)
     watch = DataWatch()
     for _ in range(2):
-        np.testing.assert_array_equal(watch.look_ahead(loader)["image"], batches[0])
+        np.testing.assert_array_equal(watch.peek(loader)["image"], batches[0])
     watch.put_back(loader)
     for wanted in batches[:2]:
-        np.testing.assert_array_equal(watch.look_ahead(loader)["image"], wanted)
+        np.testing.assert_array_equal(watch.peek(loader)["image"], wanted)
         np.testing.assert_array_equal(watch.take(loader)["image"], wanted)
     watch.put_back(loader)
     np.testing.assert_array_equal(watch.take(loader)["image"], batches[2])

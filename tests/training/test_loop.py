@@ -201,13 +201,17 @@ def test_the_step_compiles_once_and_beside_the_rest(toy, config, tmp_path, caplo
     assert len(compiled) == 1 and compiled[0].threadName.startswith("compile")
 
 
-def test_a_step_that_cannot_be_compiled_ends_the_run(toy, config, tmp_path):
+def test_a_step_that_cannot_be_compiled_ends_the_run_at_once(toy, config, tmp_path):
+    traced = []
+
     def loss(*_):
+        traced.append(True)
         raise UserError("nothing to learn")
 
     toy.loss = loss
     with pytest.raises(UserError, match="nothing to learn"):
         loop.train(config, tmp_path)
+    assert len(traced) == 1
 
 
 def test_a_finished_run_is_not_trained_again(toy, config, tmp_path):

@@ -1,4 +1,4 @@
-"""Whether a generator trains on codes that are known, or encodes pictures in each step."""
+"""Whether a generator trains on precomputed codes, or encodes images in each step."""
 
 import json
 from pathlib import Path
@@ -29,7 +29,7 @@ def describe_scenes(config: Config) -> dict[str, str]:
 
 
 def find_scene_codes(config: Config) -> Path | None:
-    """Return the folder of the codes of training scenes; None where each step makes them.
+    """Return the folder of the codes of training scenes; None where each step encodes them.
 
     That is so where `data.scenes.codes` is "", and where its codes are of other scenes or of
     another tokenizer.
@@ -48,7 +48,7 @@ def find_scene_codes(config: Config) -> Path | None:
 
 
 def trains_on_codes(config: Config) -> bool:
-    """Tell whether the steps of a stage read codes, and encode no pictures.
+    """Tell whether the steps of a stage read codes, and encode no images.
 
     Raises:
       UserError: see `find_scene_codes`.

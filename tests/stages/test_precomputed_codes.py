@@ -1,4 +1,4 @@
-"""Codes of training scenes made before: what they are of, who reads them, and what it spares."""
+"""Precomputed codes of training scenes: what they are of, and which stages train on them."""
 
 import shutil
 
@@ -17,12 +17,12 @@ from instella_jax.planning.plan import batch_shapes
 from instella_jax.runtime import sharding
 from instella_jax.stages import make_stage
 from instella_jax.stages.base import init_stage
-from instella_jax.stages.known_codes import (
+from instella_jax.stages.parameters import load_frozen
+from instella_jax.stages.precomputed_codes import (
     describe_scenes,
     find_scene_codes,
     trains_on_codes,
 )
-from instella_jax.stages.parameters import load_frozen
 from instella_jax.training import flops
 from instella_jax.weights.model_folder import ASSETS
 from tools import encode_scenes
@@ -90,7 +90,7 @@ def test_of_other_scenes_none_are_taken_and_that_is_said(config, key, value, cap
     assert find_scene_codes(config) is None
     stage = make_stage(config)
     assert "image" in next(stage.loader("train", batch_size=2))
-    assert "each step draws and encodes" in capsys.readouterr().out
+    assert "each step renders and encodes" in capsys.readouterr().out
     next(stage.loader("heldout", batch_size=2))
     assert not capsys.readouterr().out
 
