@@ -57,6 +57,8 @@ def test_an_old_run_means_what_it_meant(name, workdir):
     assert len(kept) > 60 and kept == {key: found[key] for key in kept}
     assert found["optimizer.kind"] == "adamw"  # there was no other
     assert (found["optimizer.muon.ns_steps"], found["optimizer.muon.exclude"]) == (5, [])
+    if name != "tokenizer":
+        assert found["data.scenes.codes"] == ""  # each step encoded its scenes
     if name == "tokenizer":
         # huber(1) + code_weight * p (1 - p), and no other term.
         weights = {key: value for key, value in found.items() if key.endswith(".weight")}
