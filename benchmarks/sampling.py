@@ -41,12 +41,12 @@ class Recomputing(DiffusionTransformer):
         return (features,)
 
     def __call__(
-        self, z: jax.Array, t: jax.Array, text: Any, text_mask: jax.Array, layers: None = None
+        self, z: jax.Array, t: Any, text: Any, text_mask: jax.Array, layers: None = None
     ) -> jax.Array:
         """Predict as the class above, the depth scanned."""
         (features,) = text
         # Without this XLA would move the computation out of the sampler's loop.
-        features = jnp.where(t[0] >= 0, features, 0.0)
+        features = jnp.where(jnp.isfinite(t[1][0, 0]), features, 0.0)
         return super().__call__(z, t, features, text_mask, layers)
 
 

@@ -30,7 +30,7 @@ CPU_LONG = 2**17
 # From so many keys on, the logits are what fills the memory of a training step.
 LONG = 1024
 # Logits in a block: on a CPU of one head, so that they stay near the core; elsewhere of all heads.
-CPU_BLOCK, DEVICE_BLOCK = 2**19, 2**26
+CPU_BLOCK, DEVICE_BLOCK = 2**20, 2**26
 # The TPU kernel cuts queries and keys into blocks of so many.
 FLASH_BLOCK = 128
 

@@ -22,12 +22,15 @@ from instella_jax.kernels.binary_sampling import Implementation, random_uniforms
 from instella_jax.models import binary_diffusion
 from instella_jax.models.ar_transformer import ArTransformer
 from instella_jax.models.binary_diffusion import Scalar, Target
-from instella_jax.models.diffusion_transformer import DiffusionTransformer
+from instella_jax.models.diffusion_transformer import DiffusionTransformer, Modulations
 from instella_jax.models.functional import Params
 from instella_jax.models.layers import unstack
 
 # Added to the number of a step for the noise on bits that are known; steps have other numbers.
 KNOWN = 2**16
+# Steps whose modulations are computed together, from multiples of it on: for each step alone, their
+# weights would be read again.
+TOGETHER = 32
 
 # Keys and values of the rows of text, and of each layer with those of the image.
 RowsKeysValues = tuple[Float[Array, "layers rows L H Dh"], Float[Array, "layers rows L H Dh"]]
@@ -103,12 +106,17 @@ def sample_diffusion(
     layers = unstack(params["blocks"]) if network.run.unroll else None
     shape = (network.num_tokens, network.bits)
     steps = jnp.asarray(steps, jnp.int32)
+    last = steps if last is None else jnp.asarray(last, jnp.int32)
 
-    def step(index: Int[Array, ""], z: Float32[Array, "B N K"]) -> Float32[Array, "B N K"]:
+    def step(
+        index: Int[Array, ""], z: Float32[Array, "B N K"], modulations: Modulations
+    ) -> Float32[Array, "B N K"]:
         t, t_next = (binary_diffusion.time_of_step(i, steps, rho) for i in (index, index + 1))
         rows = jnp.concatenate([z] * (text_mask.shape[0] // z.shape[0]))
-        times = jnp.broadcast_to(t, rows.shape[:1])
-        output = apply(rows, times, text, text_mask, layers)
+        of_step = jax.tree.map(
+            lambda x: jax.lax.dynamic_index_in_dim(x, index % TOGETHER, axis=-2), modulations
+        )
+        output = apply(rows, of_step, text, text_mask, layers)
         flip = _two_rows(binary_diffusion.flip_logits(output, rows, target), z, blend)
         settings = (t, t_next, guidance, temperature, index + 1 == steps)
         if uniforms is None:
@@ -123,12 +131,21 @@ def sample_diffusion(
             conditional, unconditional, z, *settings, given, protocol
         )
 
+    def some_steps(number: Int[Array, ""], z: Float32[Array, "B N K"]) -> Float32[Array, "B N K"]:
+        begin = number * TOGETHER
+        numbers = jnp.minimum(begin + jnp.arange(TOGETHER), steps)
+        times = jax.vmap(lambda i: binary_diffusion.time_of_step(i, steps, rho))(numbers)
+        modulations = apply(times, method="modulations")
+        one = functools.partial(step, modulations=modulations)
+        start, stop = jnp.maximum(first, begin), jnp.minimum(last, begin + TOGETHER)
+        return jax.lax.fori_loop(start, stop, one, z)
+
     if bits is None:
         bits = initial_bits(keys, shape) if uniforms is None else _coin(uniforms[0])
     if known is not None:
         start = binary_diffusion.time_of_step(first, steps, rho)
         bits = _keep(known, bits, start, keys, first)
-    return jax.lax.fori_loop(first, steps if last is None else last, step, bits)
+    return jax.lax.fori_loop(first // TOGETHER, -(-last // TOGETHER), some_steps, bits)
 
 
 def _two_rows(

@@ -239,18 +239,22 @@ def test_unstacked_layers_give_the_bits_of_stacked_ones():
     np.testing.assert_array_equal(one, other)
 
 
-def shapes_that_loops_read(function, *inputs):
-    """Shapes of what comes into every loop of a computation but those inside of others."""
+def loops_of(jaxpr):
+    """Every loop of a computation."""
+    for equation in jaxpr.eqns:
+        if equation.primitive.name == "while":
+            yield equation
+        for name in ("jaxpr", "body_jaxpr"):
+            if name in equation.params:
+                inner = equation.params[name]
+                yield from loops_of(getattr(inner, "jaxpr", inner))
 
-    def of(jaxpr):
-        for equation in jaxpr.eqns:
-            if equation.primitive.name == "while":
-                yield from (x.aval.shape for x in equation.invars)
-            elif "jaxpr" in equation.params:
-                inner = equation.params["jaxpr"]
-                yield from of(getattr(inner, "jaxpr", inner))
 
-    return set(of(jax.make_jaxpr(function)(*inputs).jaxpr))
+def shapes_that_steps_read(function, *inputs):
+    """Shapes of what comes into the loops that hold no other one."""
+    every = loops_of(jax.make_jaxpr(function)(*inputs).jaxpr)
+    steps = [loop for loop in every if not any(loops_of(loop.params["body_jaxpr"].jaxpr))]
+    return {x.aval.shape for loop in steps for x in loop.invars}
 
 
 @pytest.mark.parametrize("name", ["scanned", "unrolled", "ar"])
@@ -266,12 +270,40 @@ def test_no_loop_reads_stacked_weights(name):
         return loops.continue_ar(AR, weights, cache, mask, keys, code, *part)
 
     if name == "ar":
-        read = shapes_that_loops_read(ar, *inputs, jnp.zeros((3, 6, 5)), 0, 6)
+        read = shapes_that_steps_read(ar, *inputs, jnp.zeros((3, 6, 5)), 0, 6)
     else:
-        read = shapes_that_loops_read(functools.partial(loops.sample_diffusion, network), *inputs)
+        read = shapes_that_steps_read(functools.partial(loops.sample_diffusion, network), *inputs)
     mlp = weights["blocks"]["mlp"]["up"]["kernel"].shape
     assert (mlp in read) == (name == "scanned")
     assert (mlp[1:] in read) == (name != "scanned")
+
+
+def test_no_step_of_diffusion_reads_what_makes_its_modulations():
+    text, mask = prompts(3)
+    weights = params(DIFFUSION)
+    function = functools.partial(loops.sample_diffusion, UNROLLED)
+    read = shapes_that_steps_read(function, weights, text, mask, loops.image_keys(SEEDS))
+    of_block, of_output = (x["modulation"]["kernel"].shape for x in (weights["blocks"], weights))
+    assert not read & {of_block, of_block[1:], of_output}
+    assert (loops.TOGETHER, of_output[1]) in read
+
+
+def test_more_steps_than_are_modulated_together_are_what_numpy_samples():
+    """Also in parts that begin and end between two multiples."""
+    text, mask = prompts(3)
+    seeds, steps = [11, 5, 2**31 - 1], loops.TOGETHER + 8
+    given = dict(steps=steps, guidance=1.5, temperature=0.7, rho=0.4, protocol=1, target="epsilon")
+    wanted, closest = diffusion_by_hand(text, mask, seeds, **given)
+    assert closest > 1e-5
+    keys = loops.image_keys(jnp.asarray(seeds, jnp.uint32))
+    sample = functools.partial(
+        loops.sample_diffusion, DIFFUSION, params(DIFFUSION), text, mask, keys, **given
+    )
+    np.testing.assert_array_equal(sample(), wanted)
+    bits = None
+    for first, last in ((0, 5), (5, steps - 3), (steps - 3, steps - 2), (steps - 2, steps)):
+        bits = sample(bits=bits, first=first, last=last)
+    np.testing.assert_array_equal(bits, wanted)
 
 
 @pytest.mark.slow
