@@ -15,8 +15,9 @@ from jaxtyping import Array, Float
 from instella_jax.models.attention import platform
 from instella_jax.models.layers import Execution, partitioned
 
-# Pixels a side from which XLA's own convolution is as quick as a product, forwards.
-_LARGE = 16
+# From so many pixels a side on, XLA's own convolution is as quick as a product, forwards; from so
+# many channels on it is not.
+_LARGE, _WIDE = 16, 768
 
 
 def same_convolution(features: int, side: int, run: Execution, name: str) -> nn.Conv:
@@ -45,7 +46,8 @@ def convolve(
 
     `conv_general_dilated` of flax's `Conv`. On a CPU XLA's own takes up to a hundred times as long
     for the gradients, the kernel's above all, in a loop or a branch, as all of a training step is,
-    and many times as long for maps smaller than the kernel. There this is made of products.
+    and many times as long for maps smaller than the kernel; of many channels, a fifth longer. There
+    this is made of products.
     """
     xla = functools.partial(jax.lax.conv_general_dilated, **options)
     product = functools.partial(_product, strides=strides, precision=options["precision"])
@@ -54,12 +56,15 @@ def convolve(
     if min(x.shape[1:3]) < _LARGE:
         return product(x, kernel, taps=9)
 
+    in_rows = functools.partial(product, taps=3)
+
     @jax.custom_vjp
     def mixed(x: Array, kernel: Array) -> Array:
-        return xla(x, kernel, strides, *arguments)
+        wide = x.shape[-1] >= _WIDE
+        return in_rows(x, kernel) if wide else xla(x, kernel, strides, *arguments)
 
     def backward(inputs: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-        return jax.vjp(functools.partial(product, taps=3), *inputs)[1](gradient)
+        return jax.vjp(in_rows, *inputs)[1](gradient)
 
     mixed.defvjp(lambda x, kernel: (mixed(x, kernel), (x, kernel)), backward)
     return mixed(x, kernel)

@@ -29,12 +29,19 @@ def products_and_convolutions(function, *arguments):
 
 
 @pytest.mark.parametrize(("height", "width"), [(1, 1), (2, 5), (6, 3)])
-@pytest.mark.parametrize("large", [convolution._LARGE, 0])
+@pytest.mark.parametrize(
+    # From how many pixels and channels on, and products and convolutions forwards and in all: each
+    # product has two gradients.
+    ("large", "wide", "forwards", "both"),
+    [(7, 5, (1, 0), (1 + 2, 0)), (0, 5, (0, 1), (2 * 3, 1)), (0, 4, (3, 0), (3 + 2 * 3, 0))],
+    ids=["small", "large", "wide"],
+)
 @pytest.mark.parametrize("stride", [1, 2])
 def test_value_and_gradients_are_those_of_loops_and_of_xla(
-    height, width, large, stride, monkeypatch
+    height, width, large, wide, forwards, both, stride, monkeypatch
 ):
     monkeypatch.setattr(convolution, "_LARGE", large)
+    monkeypatch.setattr(convolution, "_WIDE", wide)
     rng = np.random.default_rng(0)
     x = rng.normal(size=(2, height, width, 4)).astype(np.float32)
     kernel = rng.normal(size=(3, 3, 4, 5)).astype(np.float32)
@@ -53,11 +60,10 @@ def test_value_and_gradients_are_those_of_loops_and_of_xla(
     gradients = (jax.jit(jax.grad(lambda *a, c=c: loss(c, *a), (0, 1))) for c in (ours, plain))
     for one, other in zip(*(gradient(*given) for gradient in gradients), strict=True):
         np.testing.assert_allclose(one, other, rtol=1e-5, atol=1e-5)
-    forwards = products_and_convolutions(lambda *a: loss(ours, *a), *given)
-    assert forwards == ((0, 1) if large == 0 else (1, 0))
-    both = products_and_convolutions(jax.value_and_grad(lambda *a: loss(ours, *a), (0, 1)), *given)
-    # Each of the products has two gradients.
-    assert both == ((2 * 3, 1) if large == 0 else (1 + 2, 0))
+    counted = products_and_convolutions(lambda *a: loss(ours, *a), *given)
+    assert counted == forwards
+    gradients = jax.value_and_grad(lambda *a: loss(ours, *a), (0, 1))
+    assert products_and_convolutions(gradients, *given) == both
 
 
 @pytest.mark.parametrize("change", [trunk.Downsample, trunk.Upsample])
