@@ -29,7 +29,7 @@ OWN: dict[str, tuple[Engine, int]] = {"cuda": ("cudnn", 0), "tpu": ("flash", 102
 CPU_LONG = 2**17
 # From so many keys on, the logits are what fills the memory of a training step.
 LONG = 1024
-# Logits in a block: on a CPU of one head, so that they stay near the core; elsewhere of all heads.
+# Logits in a block: on a CPU of one head, enough for fast products; elsewhere of all heads.
 CPU_BLOCK, DEVICE_BLOCK = 2**20, 2**26
 # The TPU kernel cuts queries and keys into blocks of so many.
 FLASH_BLOCK = 128

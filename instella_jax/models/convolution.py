@@ -56,15 +56,15 @@ def convolve(
     if min(x.shape[1:3]) < _LARGE:
         return product(x, kernel, taps=9)
 
-    in_rows = functools.partial(product, taps=3)
+    by_rows = functools.partial(product, taps=3)
 
     @jax.custom_vjp
     def mixed(x: Array, kernel: Array) -> Array:
         wide = x.shape[-1] >= _WIDE
-        return in_rows(x, kernel) if wide else xla(x, kernel, strides, *arguments)
+        return by_rows(x, kernel) if wide else xla(x, kernel, strides, *arguments)
 
     def backward(inputs: tuple[Array, Array], gradient: Array) -> tuple[Array, Array]:
-        return jax.vjp(in_rows, *inputs)[1](gradient)
+        return jax.vjp(by_rows, *inputs)[1](gradient)
 
     mixed.defvjp(lambda x, kernel: (mixed(x, kernel), (x, kernel)), backward)
     return mixed(x, kernel)

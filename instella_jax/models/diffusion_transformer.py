@@ -3,7 +3,7 @@
 The mathematics: "Diffusion generator" in docs/model.md.
 
 Axes: B texts, R images of them, N latent tokens, K bits, L text length, Dt width of text features,
-H heads, Dh head width, D = H * Dh, S times, M = 6 D what a block is modulated by.
+H heads, Dh head width, D = H * Dh, S times, M = 6 D shifts, scales and gates of a block.
 """
 
 import dataclasses
@@ -25,7 +25,7 @@ from instella_jax.models.joint_attention import (
 from instella_jax.models.layers import GeluMLP, Params, layer_norm, linear, repeat
 from instella_jax.runtime.sharding import constrain
 
-# What blocks and output are shifted, scaled and gated by, side by side, at S times.
+# Shifts, scales and gates of the blocks, and shifts and scales of the output, side by side.
 Modulations = tuple[Float[Array, "layers S M"], Float[Array, "S _"]]
 
 
@@ -70,7 +70,7 @@ class Block(JointBlock):
     def modulations(
         self, carry: None, condition: Float[Array, "S D"]
     ) -> tuple[None, Float[Array, "S M"]]:
-        """Return what `modulated` takes at S times."""
+        """Return the block's shifts, scales and gates, side by side."""
         return carry, self.modulation(condition)
 
     def modulated(
@@ -80,7 +80,7 @@ class Block(JointBlock):
         modulation: Float[Array, "#R M"],
         visible: Bool[Array, "B 1 _ _"],
     ) -> tuple[Float[Array, "R N D"], None]:
-        """Apply the block, given its shifts, scales and gates."""
+        """Apply the block with these shifts, scales and gates, see `__call__`."""
         if not isinstance(text, tuple):
             text = self.attention.text_keys_values(text)
         shift1, scale1, gate1, shift2, scale2, gate2 = jnp.split(modulation, 6, axis=-1)
@@ -122,9 +122,9 @@ class DiffusionTransformer(JointTransformer):
         return nn.silu(embedded).astype(self.run.dtype)
 
     def modulations(self, t: Float[Array, " S"]) -> Modulations:
-        """Return what the call takes in place of times, for loops that know theirs before.
+        """Return what the call takes in place of times, for loops that know theirs in advance.
 
-        A third of a block's weights are read for nothing else.
+        Their steps then do not read the weights that make them, a third of a block's.
         """
         condition = self._condition(t)
         _, of_blocks = self.blocks.modulations(None, condition)

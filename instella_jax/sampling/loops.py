@@ -28,9 +28,9 @@ from instella_jax.models.layers import unstack
 
 # Added to the number of a step for the noise on bits that are known; steps have other numbers.
 KNOWN = 2**16
-# Steps whose modulations are computed together, from multiples of it on: for each step alone, their
-# weights would be read again.
-TOGETHER = 32
+# Steps of a chunk, whose modulations are computed at once: for each step alone, their weights would
+# be read again. Chunks begin at its multiples, so that parts of a loop compute what the whole does.
+CHUNK = 32
 
 # Keys and values of the rows of text, and of each layer with those of the image.
 RowsKeysValues = tuple[Float[Array, "layers rows L H Dh"], Float[Array, "layers rows L H Dh"]]
@@ -114,7 +114,7 @@ def sample_diffusion(
         t, t_next = (binary_diffusion.time_of_step(i, steps, rho) for i in (index, index + 1))
         rows = jnp.concatenate([z] * (text_mask.shape[0] // z.shape[0]))
         of_step = jax.tree.map(
-            lambda x: jax.lax.dynamic_index_in_dim(x, index % TOGETHER, axis=-2), modulations
+            lambda x: jax.lax.dynamic_index_in_dim(x, index % CHUNK, axis=-2), modulations
         )
         output = apply(rows, of_step, text, text_mask, layers)
         flip = _two_rows(binary_diffusion.flip_logits(output, rows, target), z, blend)
@@ -131,21 +131,20 @@ def sample_diffusion(
             conditional, unconditional, z, *settings, given, protocol
         )
 
-    def some_steps(number: Int[Array, ""], z: Float32[Array, "B N K"]) -> Float32[Array, "B N K"]:
-        begin = number * TOGETHER
-        numbers = jnp.minimum(begin + jnp.arange(TOGETHER), steps)
-        times = jax.vmap(lambda i: binary_diffusion.time_of_step(i, steps, rho))(numbers)
-        modulations = apply(times, method="modulations")
-        one = functools.partial(step, modulations=modulations)
-        start, stop = jnp.maximum(first, begin), jnp.minimum(last, begin + TOGETHER)
-        return jax.lax.fori_loop(start, stop, one, z)
+    def chunk(number: Int[Array, ""], z: Float32[Array, "B N K"]) -> Float32[Array, "B N K"]:
+        begin = number * CHUNK
+        indices = jnp.minimum(begin + jnp.arange(CHUNK), steps)
+        times = jax.vmap(lambda i: binary_diffusion.time_of_step(i, steps, rho))(indices)
+        modulated_step = functools.partial(step, modulations=apply(times, method="modulations"))
+        start, stop = jnp.maximum(first, begin), jnp.minimum(last, begin + CHUNK)
+        return jax.lax.fori_loop(start, stop, modulated_step, z)
 
     if bits is None:
         bits = initial_bits(keys, shape) if uniforms is None else _coin(uniforms[0])
     if known is not None:
         start = binary_diffusion.time_of_step(first, steps, rho)
         bits = _keep(known, bits, start, keys, first)
-    return jax.lax.fori_loop(first // TOGETHER, -(-last // TOGETHER), some_steps, bits)
+    return jax.lax.fori_loop(first // CHUNK, -(-last // CHUNK), chunk, bits)
 
 
 def _two_rows(

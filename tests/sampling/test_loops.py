@@ -285,13 +285,13 @@ def test_no_step_of_diffusion_reads_what_makes_its_modulations():
     read = shapes_that_steps_read(function, weights, text, mask, loops.image_keys(SEEDS))
     of_block, of_output = (x["modulation"]["kernel"].shape for x in (weights["blocks"], weights))
     assert not read & {of_block, of_block[1:], of_output}
-    assert (loops.TOGETHER, of_output[1]) in read
+    assert (loops.CHUNK, of_output[1]) in read
 
 
-def test_more_steps_than_are_modulated_together_are_what_numpy_samples():
-    """Also in parts that begin and end between two multiples."""
+def test_more_steps_than_a_chunk_has_are_what_numpy_samples():
+    """Also in parts that begin and end within a chunk."""
     text, mask = prompts(3)
-    seeds, steps = [11, 5, 2**31 - 1], loops.TOGETHER + 8
+    seeds, steps = [11, 5, 2**31 - 1], loops.CHUNK + 8
     given = dict(steps=steps, guidance=1.5, temperature=0.7, rho=0.4, protocol=1, target="epsilon")
     wanted, closest = diffusion_by_hand(text, mask, seeds, **given)
     assert closest > 1e-5
